@@ -1,0 +1,45 @@
+# `make demo` and `make test` need only Python >= 3.10, pip and make: they create .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Two workers: the suite is written for two cores.
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       adapt a small language model with a pyramid and with LoRA (about 3 minutes)"
+	@echo "make test       lint, types and the default tests (under 5 minutes on 2 cores)"
+	@echo "make test-slow  the tests marked slow"
+	@echo "make lint       ruff and pyright"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make clean      remove the environment and the caches"
+
+# The stamp makes the environment once, and again when what it is made from changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/msplora demo
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

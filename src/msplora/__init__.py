@@ -1,0 +1,59 @@
+"""Fine-tune transformers with pyramids of shared low-rank adapters (MSPLoRA).
+
+Importing this package registers the tuner with PEFT: at once where PEFT is already loaded, else
+at the moment it is. It imports neither torch nor PEFT itself; public names are loaded when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that owns it.
+_PUBLIC = {
+    "MSPLoraConfig": "config",
+    "MSPLoraModel": "model",
+    "MSPLoraError": "errors",
+    "Level": "pyramid",
+    "Pair": "pyramid",
+    "Plan": "pyramid",
+    "Site": "pyramid",
+    "plan": "planning",
+    "factors": "store",
+    "to_lora": "convert",
+    "to_merged": "convert",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from .config import MSPLoraConfig as MSPLoraConfig
+    from .convert import to_lora as to_lora
+    from .convert import to_merged as to_merged
+    from .errors import MSPLoraError as MSPLoraError
+    from .model import MSPLoraModel as MSPLoraModel
+    from .planning import plan as plan
+    from .pyramid import Level as Level
+    from .pyramid import Pair as Pair
+    from .pyramid import Plan as Plan
+    from .pyramid import Site as Site
+    from .store import factors as factors
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+from . import autoload as _autoload  # noqa: E402  (needs nothing above, but must run last)
+
+_autoload.install()

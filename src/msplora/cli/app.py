@@ -1,0 +1,64 @@
+"""The table of verbs. Nothing here, or at the top of a verb's file, may import torch or PEFT."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import MSPLoraError
+from . import convert, demo, evaluate, generate, plan, predict, train
+
+app = typer.Typer(
+    name="msplora",
+    help="Fine-tune transformers with pyramids of shared low-rank adapters (MSPLoRA).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"msplora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Debugging messages too.")] = False,
+) -> None:
+    """Options of every verb."""
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("msplora").setLevel(level)
+
+
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("predict")(predict.predict)
+app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
+app.command("convert")(convert.convert)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run the command; an error made by the user is printed without a traceback, exit code 1."""
+    try:
+        app()
+    except MSPLoraError as error:
+        from rich.console import Console
+        from rich.markup import escape
+
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def convert() -> None:
+    """Not built yet."""

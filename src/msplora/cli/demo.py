@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def demo() -> None:
+    """Not built yet."""

@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def evaluate() -> None:
+    """Not built yet."""

@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def generate() -> None:
+    """Not built yet."""

@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def plan() -> None:
+    """Not built yet."""

@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def predict() -> None:
+    """Not built yet."""

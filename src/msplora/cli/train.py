@@ -1,0 +1,5 @@
+"""Placeholder of the first commit."""
+
+
+def train() -> None:
+    """Not built yet."""

@@ -1,0 +1,34 @@
+"""The errors msplora raises on purpose."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MSPLoraError(ValueError):
+    """What was asked cannot be done; the message says what was found and what to do."""
+
+
+class ConfigError(MSPLoraError):
+    """A configuration that contradicts itself."""
+
+
+class TargetError(MSPLoraError):
+    """A target, layer index or pattern that does not fit the model."""
+
+
+class AdapterFileError(MSPLoraError):
+    """An adapter's tensors are missing, left over, misshapen or not finite."""
+
+
+class UnsupportedError(MSPLoraError):
+    """Something PEFT offers for plain LoRA that has no meaning, or none yet, for a pyramid."""
+
+
+def nearest(wanted: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ``" Did you mean …?"`` for the closest of `known`, or an empty string."""
+    matches = difflib.get_close_matches(wanted, list(dict.fromkeys(known)), n=count, cutoff=0.5)
+    if not matches:
+        return ""
+    return " Did you mean " + " or ".join(repr(match) for match in matches) + "?"

@@ -1,0 +1,1 @@
+"""Training runs: the work behind `msplora train`, `eval`, `predict`, `generate` and `demo`."""
