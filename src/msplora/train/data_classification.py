@@ -1,0 +1,156 @@
+"""Texts and labels of a classification or regression task."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import nearest
+from .data_files import DataError, Row, require_columns
+from .data_glue import GLUE
+from .data_split import read_splits
+from .settings import DataSettings
+
+# Columns that hold the text where none is named, tried in order.
+_USUAL_TEXT = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text",),
+    ("sentence",),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One or two texts and their label: a class's index, or a number to predict."""
+
+    place: str
+    texts: tuple[str, ...]
+    label: int | float | None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How labels read: their columns, and the classes in order (none for regression)."""
+
+    text_columns: tuple[str, ...]
+    label_column: str
+    labels: tuple[str, ...]
+    label_range: tuple[float, float] | None = None
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers to predict."""
+        return not self.labels
+
+    @property
+    def outputs(self) -> int:
+        """Numbers the head gives."""
+        return len(self.labels) or 1
+
+
+def read_classification(
+    data: DataSettings, seed: int
+) -> tuple[list[Example], list[Example], Classes]:
+    """Return (training examples, held-out examples, classes)."""
+    train, held_out = read_splits(data, seed)
+    classes = _classes(data, train)
+    return examples(train, classes), examples(held_out, classes), classes
+
+
+def examples(rows: list[Row], classes: Classes, labelled: bool = True) -> list[Example]:
+    """Return the examples in `rows`; unlabelled ones carry no label even where one stands."""
+    columns = (*classes.text_columns, classes.label_column) if labelled else classes.text_columns
+    require_columns(rows, columns, "data.text_columns and data.label_column")
+    return [
+        Example(
+            row.place,
+            tuple(_text(row, column) for column in classes.text_columns),
+            _label(row, classes) if labelled else None,
+        )
+        for row in rows
+    ]
+
+
+def _classes(data: DataSettings, train: list[Row]) -> Classes:
+    if data.glue:
+        task = GLUE[data.glue]
+        return Classes(task.text_columns, task.label_column, task.labels, task.label_range)
+    text_columns = tuple(data.text_columns or _usual_text_columns(train[0]))
+    require_columns(train, text_columns, "data.text_columns")
+    require_columns(train, [data.label_column], "data.label_column")
+    if data.regression:
+        return Classes(text_columns, data.label_column, ())
+    if data.labels:
+        return Classes(text_columns, data.label_column, tuple(data.labels))
+    found = {_class_name(row[data.label_column]) for row in train}
+    found.discard("")  # reported with its place, where labels are read
+    if len(found) < 2:
+        raise DataError(
+            f"{train[0].place.rsplit(',', 1)[0]}: the column {data.label_column!r} holds "
+            f"{len(found)} class(es) ({', '.join(sorted(found))}); a classifier needs two or more. "
+            f"Name them in data.labels, or set data.regression for numbers."
+        )
+    if len(found) > max(20, len(train) // 2):
+        raise DataError(
+            f"the column {data.label_column!r} holds {len(found)} different labels in "
+            f"{len(train)} rows; these are hardly classes. Name another data.label_column, list "
+            f"the classes in data.labels, or set data.regression for numbers."
+        )
+    return Classes(text_columns, data.label_column, tuple(sorted(found, key=_class_order)))
+
+
+def _usual_text_columns(row: Row) -> tuple[str, ...]:
+    for columns in _USUAL_TEXT:
+        if all(column in row.values for column in columns):
+            return columns
+    raise DataError(
+        f"{row.place}: none of the usual columns of text is there. Name one or two of "
+        f"{', '.join(map(str, row.values))} in data.text_columns."
+    )
+
+
+def _class_name(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _class_order(name: str) -> tuple[int, float, str]:
+    """Numbers by value before words by alphabet, so that class 10 comes after class 9."""
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)
+
+
+def _text(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{row.place}: the column {column!r} holds a {type(value).__name__}, not text."
+        )
+    return value
+
+
+def _label(row: Row, classes: Classes) -> int | float:
+    name = _class_name(row[classes.label_column])
+    if not name:
+        raise DataError(f"{row.place}: no label in the column {classes.label_column!r}.")
+    if not classes.regression:
+        if name not in classes.labels:
+            raise DataError(
+                f"{row.place}: label {name!r} is none of the classes: "
+                f"{', '.join(classes.labels)}.{nearest(name, classes.labels, count=1)}"
+            )
+        return classes.labels.index(name)
+    try:
+        number = float(name)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{row.place}: label {name!r} is not a number, and the task is regression.")
+    if classes.label_range and not classes.label_range[0] <= number <= classes.label_range[1]:
+        low, high = classes.label_range
+        raise DataError(f"{row.place}: label {number:g} is outside the range {low:g} to {high:g}.")
+    return number

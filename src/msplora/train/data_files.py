@@ -1,0 +1,203 @@
+"""Rows from a local file or the hub. Every row remembers where it stands, for the errors."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import MSPLoraError, nearest
+
+TABLES = (".tsv", ".csv", ".jsonl", ".json")
+
+
+class DataError(MSPLoraError):
+    """Data that cannot be read, or that does not hold what the run needs."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and the place it came from, as in `train.tsv, line 7`."""
+
+    place: str
+    values: dict[str, Any]
+
+    def __getitem__(self, column: str) -> Any:
+        return self.values[column]
+
+
+def read_text(file: Path | str) -> str:
+    """Return the text of a file that must exist, be UTF-8 and hold something."""
+    file = Path(file)
+    if not file.exists():
+        beside = [str(its) for its in file.parent.iterdir()] if file.parent.is_dir() else []
+        hint = nearest(str(file), beside, count=1) or " Check the path."
+        raise DataError(f"the data file {file} does not exist.{hint}")
+    if file.is_dir():
+        raise DataError(f"{file} is a folder; give the path of a file ({', '.join(TABLES)}).")
+    try:
+        # The byte-order mark that MRPC's file begins with belongs to no column's name.
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it first."
+        ) from None
+    if not text.strip():
+        raise DataError(f"{file} is empty.")
+    return text
+
+
+def read_rows(file: Path | str) -> list[Row]:
+    """Return the rows of a .tsv (no quoting), .csv (quoted), .jsonl or .json file."""
+    file = Path(file)
+    suffix = file.suffix.lower()
+    if file.exists() and suffix not in TABLES:
+        raise DataError(f"{file}: cannot read {suffix or 'a file without suffix'}; "
+                        f"use one of {', '.join(TABLES)}.")
+    text = read_text(file)
+    if suffix == ".tsv":
+        rows = _table(file, split_tsv(text))
+    elif suffix == ".csv":
+        rows = _table(file, _csv_records(file, text))
+    elif suffix == ".jsonl":
+        rows = _jsonl(file, text)
+    else:
+        rows = _json(file, text)
+    if not rows:
+        raise DataError(f"{file} holds no rows, only a header." if suffix in (".tsv", ".csv")
+                        else f"{file} holds no rows.")
+    return rows
+
+
+def split_tsv(text: str) -> list[tuple[int, list[str]]]:
+    """Return (line number, fields): tabs separate and nothing quotes, as in GLUE's files."""
+    # Not str.splitlines: sentences may hold characters that it takes for line ends.
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _csv_records(file: Path, text: str) -> list[tuple[int, list[str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records = []
+    first_line = 1
+    try:
+        for fields in reader:
+            if fields:
+                records.append((first_line, fields))
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}, line {first_line}: not valid CSV: {error}.") from None
+    return records
+
+
+def _table(file: Path, records: list[tuple[int, list[str]]]) -> list[Row]:
+    (_, header), *body = records
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{file}: the header names {', '.join(repeated)} more than once.")
+    rows = []
+    for number, fields in body:
+        if len(fields) != len(header):
+            raise DataError(
+                f"{file}, line {number}: {len(fields)} fields, but the header has {len(header)} "
+                f"({', '.join(header)})."
+            )
+        rows.append(Row(f"{file}, line {number}", dict(zip(header, fields, strict=True))))
+    return rows
+
+
+def _jsonl(file: Path, text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{place}: not valid JSON: {error.msg} at column {error.colno}."
+            ) from None
+        rows.append(Row(place, _record(place, value)))
+    return rows
+
+
+def _json(file: Path, text: str) -> list[Row]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = " One object per line is JSONL: name the file .jsonl." if "Extra" in error.msg else ""
+        raise DataError(
+            f"{file}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.{hint}"
+        ) from None
+    if isinstance(value, dict):
+        lists = [key for key, its in value.items() if isinstance(its, list)]
+        if len(lists) != 1:
+            raise DataError(
+                f"{file} holds one object with {len(lists)} lists; a data file is a list of "
+                f"objects, or an object with one such list."
+            )
+        value = value[lists[0]]
+    if not isinstance(value, list):
+        raise DataError(f"{file} holds a {type(value).__name__}; a data file is a list of objects.")
+    return [
+        Row(place, _record(place, its))
+        for place, its in ((f"{file}, row {number}", its) for number, its in enumerate(value, 1))
+    ]
+
+
+def _record(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: found a {type(value).__name__}, expected an object.")
+    return value
+
+
+def read_hub(
+    name: str, split: str, config: str | None = None, revision: str | None = None
+) -> list[Row]:
+    """Return the rows of one split of a hub dataset, class numbers turned into class names."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # datasets raises a dozen kinds; each means "not to be had"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"cannot load the split {split!r} of the hub dataset {name!r}: {reason} A local file "
+            f"goes under data.train."
+        ) from error
+    assert isinstance(data, datasets.Dataset)
+    classes = {
+        column: feature
+        for column, feature in data.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    rows = []
+    for number, record in enumerate(data):
+        values = dict(record)
+        for column, feature in classes.items():
+            # -1 marks hidden labels of test splits; it stays and is refused as a label later.
+            if values[column] is not None and values[column] >= 0:
+                values[column] = feature.int2str(values[column])
+        rows.append(Row(f"{name}, {split}, row {number}", values))
+    if not rows:
+        raise DataError(f"the split {split!r} of {name!r} is empty.")
+    return rows
+
+
+def require_columns(rows: list[Row], wanted: Iterable[str], key: str) -> None:
+    """Refuse rows that lack a column; `key` is the setting that named it."""
+    found = list(rows[0].values)
+    for column in wanted:
+        for row in rows:
+            if column not in row.values:
+                raise DataError(
+                    f"{row.place}: no column {column!r} ({key}). It has: "
+                    f"{', '.join(map(str, row.values)) or 'none'}."
+                    + nearest(column, map(str, found), count=1)
+                )

@@ -1,0 +1,197 @@
+"""The configuration of a training run, typed: every key, its default and what it means.
+
+The descriptions are the documentation: docs/training.md is checked against them by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["msplora", "lora", "full", "frozen"]
+Task = Literal["classification", "sft"]
+GlueTask = Literal["mrpc", "cola", "rte", "sst2", "qnli", "stsb"]
+
+
+class _Section(BaseModel):
+    """A mapping of the file whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataSettings(_Section):
+    """Where the rows come from, which columns hold what, and how long a row may be."""
+
+    glue: GlueTask | None = Field(
+        None, description="A GLUE task by name; `path` is then the folder with its official TSVs."
+    )
+    path: str | None = Field(None, description="Folder that holds `train.tsv` and `dev.tsv`.")
+    train: str | None = Field(
+        None, description="Training file: .tsv, .csv, .jsonl, .json, and for sft also .txt."
+    )
+    validation: str | None = Field(None, description="Held-out file, of the same form.")
+    hub: str | None = Field(None, description="Id of a dataset on the Hugging Face hub.")
+    hub_config: str | None = Field(None, description="Configuration of the hub dataset.")
+    hub_revision: str | None = Field(None, description="Revision of the hub dataset.")
+    train_split: str = Field("train", description="Split of the hub dataset to train on.")
+    validation_split: str | None = Field(None, description="Its held-out split.")
+    validation_fraction: float = Field(
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the training rows held out where no validation data is named; "
+        "0 holds out nothing (sft only).",
+    )
+    text_columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=2,
+        description="One or two columns of text to classify; usual names are found by themselves.",
+    )
+    label_column: str = Field("label", description="Column of the label.")
+    labels: list[str] | None = Field(
+        None, min_length=2, description="The classes, in order; those of the training rows if unset."
+    )
+    regression: bool = Field(False, description="Labels are numbers to predict, not classes.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="For sft: field of the form -> column of the file, as in "
+        "`{prompt: question, completion: answer}`.",
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja file with a chat template, for a tokenizer that has none."
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens a row may have; unset, as many as the model has positions. For .txt, "
+        "the length of a chunk (unset: 256).",
+    )
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate",
+        description="What happens to a row beyond `max_length`; how many is reported. A row beyond "
+        "the model's positions is always an error where `max_length` is unset.",
+    )
+    max_rows: int | None = Field(
+        None, ge=1, description="Use only the first rows of each split, for a quick try."
+    )
+
+
+class AdapterSettings(_Section):
+    """The adapter; what is unset is left to `MSPLoraConfig` or `LoraConfig`."""
+
+    r: int | None = Field(None, ge=1, description="Rank: 8 if unset, or the first of `ranks`.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="Alpha of every level: 16 if unset, or the first of `alphas`."
+    )
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the layer's input.")
+    target_modules: list[str] | str | None = Field(
+        None, description="Names, a regular expression, or `all-linear`; PEFT's choice if unset."
+    )
+    exclude_modules: list[str] | str | None = Field(
+        None, description="Modules to leave alone although `target_modules` names them."
+    )
+    layers_to_transform: list[int] | int | None = Field(
+        None, description="Adapt only these layers."
+    )
+    layers_pattern: list[str] | str | None = Field(
+        None, description="Name of the list of layers that `layers_to_transform` counts in."
+    )
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules trained in full beside the adapter, besides a classifier's head."
+    )
+    bias: Literal["none", "all", "lora_only", "msplora_only"] = Field(
+        "none", description="Which biases train."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / √r instead of alpha / r.")
+    use_dora: bool = Field(False, description="Learn each layer's magnitude apart (DoRA).")
+    init_lora_weights: bool = Field(True, description="False starts from random non-zero pairs.")
+    levels: list[str] | None = Field(None, description="Names of the levels of the pyramid.")
+    ranks: list[int] | None = Field(None, description="Rank of each level.")
+    groups: list[int] | None = Field(
+        None,
+        description="Groups of each level: 1 = shared by all layers, k = k groups, 0 = per layer.",
+    )
+    alphas: list[float] | None = Field(None, description="Alpha of each level.")
+    split_alpha: bool = Field(
+        False,
+        description="Share `lora_alpha` out over the levels; LoRA's learning rate then carries over.",
+    )
+
+
+PYRAMID_KEYS = ("levels", "ranks", "groups", "alphas", "split_alpha")
+"""The adapter's keys that mean nothing to plain LoRA."""
+
+
+class TrainingSettings(_Section):
+    """How long, how fast, and what is kept."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps instead.")
+    batch_size: int = Field(16, ge=1, description="Rows per step and device.")
+    eval_batch_size: int = Field(32, ge=1, description="Rows per step when evaluating.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches whose gradients are added.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    head_learning_rate_factor: float = Field(
+        1.0, gt=0, description="The classification head's learning rate over the adapter's."
+    )
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; never on biases.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm.")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = (
+        Field("linear", description="Shape of the learning rate after the warm-up.")
+    )
+    logging_steps: int = Field(10, ge=1, description="Steps between two entries of the loss curve.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Evaluate and save every so many steps instead of every epoch."
+    )
+    save_limit: int = Field(
+        2, ge=1, description="Checkpoints kept while training (the best is always among them)."
+    )
+    metric_for_best: str | None = Field(
+        None,
+        description="Metric that picks the checkpoint to keep; unset: accuracy, Matthews for CoLA, "
+        "Pearson for regression, loss for sft.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    completion_only_loss: bool = Field(
+        True, description="For sft: the loss counts completions (assistant turns), not prompts."
+    )
+    packing: bool = Field(False, description="For sft: several rows in one training sequence.")
+
+
+class Settings(_Section):
+    """One training run."""
+
+    model: str = Field(description="Hugging Face model id, or folder of a model.")
+    task: Task = Field(description="`classification` or `sft` (supervised fine-tuning).")
+    output: str = Field(description="The run folder to make.")
+    method: Method = Field(
+        "msplora",
+        description="`msplora`, plain `lora`, `full` fine-tuning, or `frozen` (only the head of a "
+        "classifier).",
+    )
+    seed: int = Field(42, ge=0, description="Seeds the split, the initialisation and the order.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of the frozen weights and the arithmetic; what trains is float32. `auto` is "
+        "the checkpoint's (float32 instead of float16 where there is no GPU).",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
+    tokenizer: str | None = Field(None, description="Id or folder, where it is not the model's.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only if you trust its author."
+    )
+    init_from: str | None = Field(
+        None, description="Adapter folder (or run folder) of the same method to start from."
+    )
+    data: DataSettings = Field(default_factory=DataSettings)  # pyright: ignore[reportArgumentType]
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)  # pyright: ignore
+    training: TrainingSettings = Field(default_factory=TrainingSettings)  # pyright: ignore
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved settings, as they are written to config.yaml."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,213 @@
+"""Read a run's settings: a YAML file, then flags over it, then checks that need no data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError, nearest
+from .settings import Settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number, as in YAML 1.2, and no key stands twice."""
+
+
+# YAML 1.1 wants a dot and a signed exponent; every learning rate ever written breaks that rule.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}"
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_settings(
+    file: Path | str,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Return the settings of `file`, changed by `overrides` ("dotted.key=value") and `flags`.
+
+    Paths in the file are relative to the folder the command runs in, as paths on the command line
+    are.
+
+    Raises:
+        ConfigError: the file cannot be read, or says something no run can do.
+    """
+    file = Path(file)
+    if not file.is_file():
+        beside = [str(file.parent / its.name) for its in file.parent.glob("*.y*ml")]
+        raise ConfigError(
+            f"the config file {file} does not exist."
+            + (nearest(str(file), beside) or " Give the path of a YAML file.")
+        )
+    content = _parse(file.read_text(encoding="utf-8"), str(file))
+    if content is None:
+        raise ConfigError(f"{file} is empty; it needs at least model, task, output and data.")
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{file} holds a {type(content).__name__}; a config is a mapping of keys to values."
+        )
+    for override in overrides:
+        _override(content, override)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            content[key] = value
+    return make_settings(content, str(file))
+
+
+def make_settings(content: Mapping[str, Any], source: str) -> Settings:
+    """Return typed, checked settings; `source` names where `content` came from in errors."""
+    try:
+        settings = Settings.model_validate(dict(content))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+    _check(settings, source)
+    return settings
+
+
+def write_settings(settings: Settings, file: Path) -> None:
+    """Write the settings so that `read_settings` gives the same again."""
+    file.write_text(
+        yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+
+
+def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Every dotted key of a config, sections before what they hold."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"--set takes key=value, as in training.learning_rate=1e-4; found {override!r}."
+        )
+    *sections, last = key.split(".")
+    place = content
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override}: {section!r} is a value, not a section.")
+    place[last] = _parse(text, f"--set {override}")
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        # Members of a union and of a list are in the location too; the key is what a file shows.
+        path = [str(part) for part in problem["loc"]]
+        key = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}.{_nearest_key(path)}")
+        elif problem["type"] == "missing":
+            lines.append(f"the key {key!r} is missing; it is required.")
+        else:
+            known = known_keys()
+            while len(path) > 1 and ".".join(path) not in known:
+                path.pop()
+            key = ".".join(path)
+            message = problem["msg"].replace("Input should", "it should")
+            line = f"{key} = {problem['input']!r}: {message}.{_nearest_value(problem)}"
+            lines.append(line)
+    if len(lines) == 1:
+        return f"in {source}: {lines[0]}"
+    return f"in {source}:\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def _nearest_key(path: list[str]) -> str:
+    """The key that was meant: of the same section if one is near, else one of that name anywhere."""
+    known = known_keys()
+    section = ".".join(path[:-1])
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    near = nearest(".".join(path), siblings, count=1)
+    if near:
+        return near
+    elsewhere = [key for key in known if key.rpartition(".")[2] == path[-1]]
+    if elsewhere:
+        return f" Did you mean {elsewhere[0]!r}?"
+    names = ", ".join(key.rpartition(".")[2] for key in siblings)
+    return nearest(path[-1], known, count=1) or f" Known here: {names}."
+
+
+def _nearest_value(problem: Any) -> str:
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return ""
+    allowed = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected", "")))
+    return nearest(problem["input"], allowed, count=1)
+
+
+def _check(settings: Settings, source: str) -> None:
+    """Refuse combinations that each key alone allows."""
+    data = settings.data
+    if settings.task == "sft" and settings.method == "frozen":
+        raise ConfigError(
+            f"in {source}: method 'frozen' trains a classifier's head only, and task 'sft' has "
+            f"none. Use method msplora, lora or full."
+        )
+    sources = [key for key in ("glue", "train", "hub") if getattr(data, key) is not None]
+    if len(sources) != 1:
+        found = " and ".join(f"data.{key}" for key in sources) or "none of them"
+        raise ConfigError(
+            f"in {source}: say where the data is with one of data.glue (with data.path), "
+            f"data.train or data.hub; found {found}."
+        )
+    if data.glue and settings.task != "classification":
+        raise ConfigError(f"in {source}: data.glue is for task 'classification', not 'sft'.")
+    if data.glue and not data.path:
+        raise ConfigError(
+            f"in {source}: data.glue = {data.glue!r} needs data.path, the folder with train.tsv "
+            f"and dev.tsv."
+        )
+    if data.regression and data.labels:
+        raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")
+    if settings.task == "classification" and not _has_validation(settings):
+        raise ConfigError(
+            f"in {source}: a classifier keeps its best epoch, so it needs held-out rows: set "
+            f"data.validation, data.validation_split or data.validation_fraction above 0."
+        )
+    if settings.init_from and settings.method not in ("msplora", "lora"):
+        raise ConfigError(
+            f"in {source}: init_from starts from an adapter, and method {settings.method!r} has "
+            f"none. Use method msplora or lora."
+        )
+
+
+def _has_validation(settings: Settings) -> bool:
+    data = settings.data
+    return bool(data.glue or data.validation or data.validation_split or data.validation_fraction)

@@ -1,0 +1,37 @@
+"""Examples to token ids, for a classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from .data_classification import Example
+from .lengths import LengthReport, Limit, keep, refuse_if_none_left
+
+
+def tokenise_examples(
+    examples: list[Example], tokenizer: Any, limit: Limit, what: str
+) -> tuple[datasets.Dataset, LengthReport]:
+    """Return model inputs with labels, and what became of rows that were too long."""
+    texts = [example.texts for example in examples]
+    pairs = tuple([*column] for column in zip(*texts, strict=True))
+    full = tokenizer(*pairs, truncation=False, verbose=False)
+    report = LengthReport()
+    kept, cut = [], False
+    for place, (example, ids) in enumerate(zip(examples, full["input_ids"], strict=True)):
+        if keep(len(ids), example.place, limit, report):
+            kept.append(place)
+            cut = cut or bool(limit.length and len(ids) > limit.length)
+    refuse_if_none_left(kept, limit, what)
+    if cut:
+        # Again with truncation, which shortens the longer text of a pair and keeps the special
+        # tokens in place.
+        full = tokenizer(*pairs, truncation=True, max_length=limit.length, verbose=False)
+    columns: dict[str, list[Any]] = {
+        name: [values[place] for place in kept] for name, values in full.items()
+    }
+    labels = [examples[place].label for place in kept]
+    if labels[0] is not None:
+        columns["labels"] = labels
+    return datasets.Dataset.from_dict(columns), report
