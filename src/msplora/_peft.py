@@ -1,0 +1,148 @@
+"""The only file that knows PEFT's private names: registration, matching, version differences."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from typing import Any
+
+import torch
+from packaging.version import Version
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import PeftType, register_peft_method
+
+__all__ = [
+    "DEFAULT_TARGETS",
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+]
+
+VERSION = Version(importlib.metadata.version("peft"))
+
+NAME = "msplora"
+PREFIX = "msplora_"
+"""Marks the adapter's tensors in state dicts; transformers derives it from the type's name."""
+
+
+def register_type() -> Any:
+    """Return `PeftType.MSPLORA`, adding the member on the first call.
+
+    `register_peft_method` takes only members of the enum, which is closed; there is no official way
+    for a method that lives outside PEFT. The member added here is a real one: look-up by name and
+    by value, iteration, pickling and hashing work as for the others.
+    """
+    key = NAME.upper()
+    existing = PeftType._member_map_.get(key)
+    if existing is not None:
+        return existing
+    member = str.__new__(PeftType, key)
+    member._name_ = key
+    member._value_ = key
+    member.__objclass__ = PeftType  # pyright: ignore[reportAttributeAccessIssue]
+    member._sort_order_ = len(PeftType._member_names_)  # pyright: ignore[reportAttributeAccessIssue]
+    PeftType._member_names_.append(key)
+    PeftType._member_map_[key] = member
+    PeftType._value2member_map_[key] = member
+    type.__setattr__(PeftType, key, member)
+    return member
+
+
+def register_method() -> None:
+    """Tell PEFT the config and model classes of `PeftType.MSPLORA`; a second call does nothing."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    from .config import MSPLoraConfig
+    from .model import MSPLoraModel
+
+    if register_type() in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    register_peft_method(
+        name=NAME, config_cls=MSPLoraConfig, model_cls=MSPLoraModel, prefix=PREFIX
+    )
+
+
+def is_target(config: Any, key: str) -> bool:
+    """Whether PEFT would adapt the module called `key`."""
+    found = check_target_module_exists(config, key)
+    return bool(found) and not isinstance(found, _ExcludedModule)
+
+
+def include_all_linear(config: Any, model: torch.nn.Module) -> None:
+    """Turn `target_modules="all-linear"` into the set of names PEFT means by it, in place."""
+    _maybe_include_all_linear_layers(config, model)
+
+
+def in_out_features(module: torch.nn.Module) -> tuple[int | None, int | None]:
+    """The features of any layer PEFT's LoRA knows, quantised ones included; else `None, None`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Unsupported layer type": the caller says it better
+        try:
+            return _get_in_out_features(module)
+        except AttributeError:
+            return None, None
+
+
+def parameter_shape(module: torch.nn.Module, name: str) -> tuple[int, int, int]:
+    """``(experts, out, in)`` of a parameter that LoRA adapts by itself (`target_parameters`)."""
+    parameter = getattr(module, name)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 hides the shape
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    experts, first, second = shape
+    # PEFT 0.18 takes every three-dimensional parameter for (experts, in, out).
+    in_first = VERSION < Version("0.19") or getattr(module, "is_transposed", False)
+    return (experts, second, first) if in_first else (experts, first, second)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The base layer under any PEFT layers."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        inner = getattr(module, "base_layer", None)
+        module = module.original_module if inner is None else inner
+    return module
+
+
+def parameter_wrapper(module: torch.nn.Module, name: str) -> ParamWrapper | None:
+    """The wrapper, however deeply nested, that adapts the parameter `name`; `None` if none does."""
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == name:
+            return module
+        module = module.base_layer
+    return None
+
+
+def device_of(base_layer: torch.nn.Module) -> torch.device | None:
+    """Where a base layer computes; `None` if that cannot be told (its weights are on meta)."""
+    hook = getattr(base_layer, "_hf_hook", None)  # accelerate's, of offloaded layers
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return torch.device(execution_device)
+    weight = _any_weight(base_layer)
+    return None if weight is None or weight.device.type == "meta" else weight.device
+
+
+def new_adapter_dtype(base_layer: torch.nn.Module) -> torch.dtype:
+    """The dtype PEFT gives new factors on this base layer, before `autocast_adapter_dtype`."""
+    dtype = getattr(base_layer, "compute_dtype", None)  # bitsandbytes' 4-bit layers
+    if not isinstance(dtype, torch.dtype):
+        weight = _any_weight(base_layer)
+        dtype = torch.float32 if weight is None else weight.dtype
+    # Packed integers, and floats too small to compute with.
+    return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
+
+
+def _any_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    for name in ("weight", "qweight", "W_q", "in_proj_weight"):
+        weight = getattr(module, name, None)
+        if isinstance(weight, torch.Tensor):
+            return weight
+    return next(module.parameters(), None)

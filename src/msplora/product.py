@@ -1,0 +1,78 @@
+"""The maths: stacking the pairs of all levels, their product and their delta.
+
+    h = W0 x + sum_t s_t B_t A_t x  =  W0 x + B A x         (arXiv 2503.21838, section 3)
+
+    A = [A_global; A_mid; A_local]                           A_RI, stacked along the rank
+    B = [s_g B_global, s_m B_mid, s_l B_local]               B_OR, likewise
+
+so every adapted layer is exactly one LoRA of rank R = sum_t r_t and scaling 1. The scale s_t goes
+into B, in float32 at least and before any cast: forward, merge and export then see the same numbers.
+
+Shapes: N any leading dimensions, I in, O out, R rank, E experts (or a convolution's groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stack_a(factors: Sequence[Tensor], blocks: int = 1) -> Tensor:
+    """Stack the A of all levels along the rank: ``[(E r_t, I, ...)] -> (E R, I, ...)``.
+
+    With E = 1 this is a plain concatenation. PEFT lays the rows of E experts out expert by expert,
+    and a convolution's groups group by group: there each block's rows must stay together.
+    """
+    if len(factors) == 1:
+        return factors[0]
+    if blocks == 1:
+        return torch.cat(list(factors), dim=0)
+    rest = factors[0].shape[1:]
+    by_block = [factor.reshape(blocks, -1, *rest) for factor in factors]
+    return torch.cat(by_block, dim=1).flatten(0, 1)
+
+
+def stack_b(factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Stack the scaled B of all levels along the rank: ``[(O, r_t, ...)] -> (O, R, ...)``.
+
+    Experts need nothing special: PEFT lays their columns out rank by rank.
+    """
+    scaled = [scale_b(factor, scale) for factor, scale in zip(factors, scales, strict=True)]
+    return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
+
+
+def scale_b(factor: Tensor, scale: float) -> Tensor:
+    """``s_t B_t``, rounded once to the dtype of B."""
+    if factor.dtype in (torch.float16, torch.bfloat16):
+        return (factor.float() * scale).to(factor.dtype)
+    return factor * scale
+
+
+def delta(a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """The change of the weight: ``B A``, (O, I)."""
+    return b_OR @ a_RI
+
+
+def product(x_NI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """The change of the output, without building the delta: ``B (A x)``, (N, O)."""
+    return torch.nn.functional.linear(torch.nn.functional.linear(x_NI, a_RI), b_OR)
+
+
+def add_product(
+    base_NO: Tensor, x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float = 1.0
+) -> Tensor:
+    """``W0 x + scaling B (A x)`` in two products: the second adds into the base's output.
+
+    `addmm` reads the base's output once instead of writing the product, reading it and adding. It is
+    out of place: an in-place addition on a view of the base's output gives wrong gradients.
+    """
+    h_NR = torch.nn.functional.linear(x_NI, a_RI)
+    flat = torch.addmm(
+        base_NO.reshape(-1, base_NO.shape[-1]),
+        h_NR.reshape(-1, h_NR.shape[-1]),
+        b_OR.t(),
+        alpha=scaling,
+    )
+    return flat.view(base_NO.shape)

@@ -1,0 +1,120 @@
+"""Combining adapters level by level, for `add_weighted_adapter`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MSPLoraConfig
+from .errors import ConfigError, UnsupportedError
+from .product import stack_a, stack_b
+from .pyramid import Plan
+from .store import find_store
+
+
+def combined_adapter(
+    model: nn.Module,
+    configs: Mapping[str, Any],
+    adapters: list[str],
+    weights: list[float],
+    combination_type: str,
+    options: Mapping[str, Any],
+) -> tuple[MSPLoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """The config of the combination, and the (A, B) of each of its pairs, to be used at scale 1."""
+    if combination_type not in ("linear", "cat"):
+        raise UnsupportedError(
+            f"combination_type={combination_type!r} is not supported for MSPLoRA: what it prunes or "
+            f"decomposes belongs to one layer, and pairs are shared. Use 'linear' or 'cat'."
+        )
+    asked = {name: value for name, value in options.items() if value is not None}
+    if asked:
+        raise UnsupportedError(f"MSPLoRA's add_weighted_adapter does not use {sorted(asked)}.")
+    if len(adapters) != len(weights) or not adapters:
+        raise ConfigError(f"{len(adapters)} adapters but {len(weights)} weights; give one each.")
+    store = find_store(model)
+    plans = {} if store is None else store.plans
+    for name in adapters:
+        if name not in plans:
+            raise ConfigError(f"Adapter {name!r} does not exist; there are {sorted(plans)}.")
+    assert store is not None
+    first = plans[adapters[0]]
+    concatenate = combination_type == "cat" and len(adapters) > 1
+    for name in adapters[1:]:
+        _check_alike(first, plans[name], adapters[0], name, same_ranks=not concatenate)
+
+    tensors = {}
+    with torch.no_grad():
+        for place, pair in enumerate(first.pairs):
+            pairs = [plans[name].pairs[place] for name in adapters]
+            found = [store.pair(pair.address, name) for name in adapters]
+            a_factors = [a.factor for a, _ in found]
+            b_factors = [b.factor for _, b in found]
+            factors = [weight * its.scale for weight, its in zip(weights, pairs, strict=True)]
+            if concatenate:
+                tensors[pair.address] = (
+                    stack_a(a_factors, pair.shape.blocks),
+                    stack_b(b_factors, factors),
+                )
+            else:
+                # As PEFT: each factor takes the root of the weight, so the product has the weight.
+                roots = [math.sqrt(abs(factor)) for factor in factors]
+                signed = [
+                    math.copysign(root, factor)
+                    for root, factor in zip(roots, factors, strict=True)
+                ]
+                tensors[pair.address] = (_sum(a_factors, roots), _sum(b_factors, signed))
+
+    return _config(configs, plans, adapters, concatenate), tensors
+
+
+def _config(
+    configs: Mapping[str, Any], plans: Mapping[str, Plan], adapters: list[str], concatenate: bool
+) -> MSPLoraConfig:
+    config = copy.deepcopy(configs[adapters[0]])
+    if config.rank_pattern or config.alpha_pattern or config.use_dora:
+        raise UnsupportedError(
+            "add_weighted_adapter does not support rank_pattern, alpha_pattern or use_dora."
+        )
+    levels = plans[adapters[0]].levels
+    ranks = [level.rank for level in levels]
+    if concatenate:
+        ranks = [
+            sum(plans[name].levels[place].rank for name in adapters)
+            for place in range(len(levels))
+        ]
+    config.ranks = ranks
+    config.r = ranks[0]
+    config.use_rslora = False
+    config.split_alpha = False
+    config.alphas = [float(rank) for rank in ranks]  # scale 1: the weights are in B
+    config.lora_alpha = config.alphas[0]
+    return config
+
+
+def _check_alike(
+    first: Plan, other: Plan, first_name: str, other_name: str, same_ranks: bool
+) -> None:
+    ours = [(pair.address, pair.sites) for pair in first.pairs]
+    theirs = [(pair.address, pair.sites) for pair in other.pairs]
+    if ours != theirs:
+        raise ConfigError(
+            f"adapters {first_name!r} and {other_name!r} do not share alike: they must have the "
+            f"same sites, levels and groups to be combined pair by pair."
+        )
+    if same_ranks and [p.rank for p in first.pairs] != [p.rank for p in other.pairs]:
+        raise ConfigError(
+            f"adapters {first_name!r} and {other_name!r} have different ranks, which 'linear' "
+            f"cannot add. Use combination_type='cat'."
+        )
+
+
+def _sum(tensors: list[Tensor], factors: list[float]) -> Tensor:
+    total = torch.zeros_like(tensors[0])
+    for tensor, factor in zip(tensors, factors, strict=True):
+        total += tensor * factor
+    return total
