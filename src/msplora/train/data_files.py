@@ -56,8 +56,10 @@ def read_rows(file: Path | str) -> list[Row]:
     file = Path(file)
     suffix = file.suffix.lower()
     if file.exists() and suffix not in TABLES:
-        raise DataError(f"{file}: cannot read {suffix or 'a file without suffix'}; "
-                        f"use one of {', '.join(TABLES)}.")
+        raise DataError(
+            f"{file}: cannot read {suffix or 'a file without suffix'}; "
+            f"use one of {', '.join(TABLES)}."
+        )
     text = read_text(file)
     if suffix == ".tsv":
         rows = _table(file, split_tsv(text))
@@ -68,8 +70,11 @@ def read_rows(file: Path | str) -> list[Row]:
     else:
         rows = _json(file, text)
     if not rows:
-        raise DataError(f"{file} holds no rows, only a header." if suffix in (".tsv", ".csv")
-                        else f"{file} holds no rows.")
+        raise DataError(
+            f"{file} holds no rows, only a header."
+            if suffix in (".tsv", ".csv")
+            else f"{file} holds no rows."
+        )
     return rows
 
 
@@ -131,7 +136,9 @@ def _json(file: Path, text: str) -> list[Row]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = " One object per line is JSONL: name the file .jsonl." if "Extra" in error.msg else ""
+        hint = (
+            " One object per line is JSONL: name the file .jsonl." if "Extra" in error.msg else ""
+        )
         raise DataError(
             f"{file}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.{hint}"
         ) from None

@@ -84,7 +84,9 @@ def read_sft(data: DataSettings, seed: int) -> SftData:
     return SftData(form, train, held_out, left_out=rows - len(train) - len(held_out))
 
 
-def read_more_sft(file: str, form: Form, data: DataSettings, unanswered: bool = False) -> list[Sample]:
+def read_more_sft(
+    file: str, form: Form, data: DataSettings, unanswered: bool = False
+) -> list[Sample]:
     """Return the samples of another file of the same form; `unanswered` ones need no completion."""
     if form == "text-file":
         return [Sample(file, completion=read_text(file))]

@@ -23,7 +23,9 @@ def read_splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
         held_out = (
             read_hub(data.hub, data.validation_split, data.hub_config, data.hub_revision)
             if data.validation_split
-            else read_rows(data.validation) if data.validation else []
+            else read_rows(data.validation)
+            if data.validation
+            else []
         )
     else:
         assert data.train  # checked with the settings

@@ -57,7 +57,10 @@ def positions_of(model: Any) -> int | None:
         return None
     for name, module in model.named_modules():
         # RoBERTa's family counts positions from padding_idx + 1, so the first ones are lost.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
             return module.num_embeddings - module.padding_idx - 1
     return bound
 

@@ -51,7 +51,9 @@ class DataSettings(_Section):
     )
     label_column: str = Field("label", description="Column of the label.")
     labels: list[str] | None = Field(
-        None, min_length=2, description="The classes, in order; those of the training rows if unset."
+        None,
+        min_length=2,
+        description="The classes, in order; those of the training rows if unset.",
     )
     regression: bool = Field(False, description="Labels are numbers to predict, not classes.")
     columns: dict[str, str] = Field(
@@ -147,7 +149,7 @@ class TrainingSettings(_Section):
         None, ge=1, description="Evaluate and save every so many steps instead of every epoch."
     )
     save_limit: int = Field(
-        2, ge=1, description="Checkpoints kept while training (the best is always among them)."
+        2, ge=1, description="Checkpoints kept while training; the best one is always kept."
     )
     metric_for_best: str | None = Field(
         None,
@@ -183,7 +185,8 @@ class Settings(_Section):
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
     tokenizer: str | None = Field(None, description="Id or folder, where it is not the model's.")
     trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Only if you trust its author."
+        False,
+        description="Run Python code that comes with the model. Only if you trust its author.",
     )
     init_from: str | None = Field(
         None, description="Adapter folder (or run folder) of the same method to start from."

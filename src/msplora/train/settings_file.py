@@ -211,3 +211,15 @@ def _check(settings: Settings, source: str) -> None:
 def _has_validation(settings: Settings) -> bool:
     data = settings.data
     return bool(data.glue or data.validation or data.validation_split or data.validation_fraction)
+
+
+def check_metric(settings: Settings, usual: str, known: Iterable[str]) -> str:
+    """Return the metric that picks the checkpoint to keep; refuse one the task does not have."""
+    wanted = settings.training.metric_for_best or usual
+    known = list(known)
+    if wanted not in known:
+        raise ConfigError(
+            f"training.metric_for_best = {wanted!r}; this task has {', '.join(known)}."
+            + nearest(wanted, known, count=1)
+        )
+    return wanted

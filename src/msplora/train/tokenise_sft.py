@@ -128,12 +128,12 @@ def _chat(sample: Sample, tokenizer: Any) -> Tokens:
             f"{sample.place}: the chat template renders the assistant's turn differently when it is "
             f"alone, so the loss mask cannot be found. Use data.chat_template with another template."
         )
-    encoded = tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     labels = [
-        its if any(start < end and start >= low and start < high for low, high in learnt) else IGNORED
+        its
+        if any(start < end and start >= low and start < high for low, high in learnt)
+        else IGNORED
         for its, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     return Tokens(sample.place, ids, labels)

@@ -1,0 +1,230 @@
+"""Load the base model and its tokenizer, and refuse one whose weights are not all there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..errors import ConfigError, MSPLoraError, nearest
+from .data_classification import Classes
+from .settings import Settings
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DTYPE_ARGUMENT = (
+    "dtype"
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+    else "torch_dtype"
+)
+
+
+class BaseModelError(MSPLoraError):
+    """The base model cannot be loaded, or not all of its weights can."""
+
+
+@dataclass
+class Base:
+    """A base model ready to be adapted.
+
+    `head` names the modules that train beside any adapter: a classifier's head, and a pooler that
+    the checkpoint never had. They are float32; the rest has the dtype `arithmetic`.
+    """
+
+    model: Any
+    tokenizer: Any
+    arithmetic: torch.dtype
+    head: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def resolve_source(name: str, key: str = "model") -> str:
+    """Return a hub id as it is and a folder as its absolute path; refuse a path to nothing."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists():
+        raise BaseModelError(f"{key} {name!r} is a file; give the folder that holds config.json.")
+    first = Path(path.parts[0]) if path.parts else path
+    looks_like_path = (
+        name.startswith((".", "~", os.sep))
+        or not _HUB_ID.fullmatch(name)
+        or (len(path.parts) > 1 and first.is_dir())
+    )
+    if looks_like_path:
+        siblings = [str(its) for its in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings, count=1) or (
+            " Give a folder with config.json, or a hub id such as org/name."
+        )
+        raise BaseModelError(f"{key} {name!r}: there is no such folder.{hint}")
+    return name
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """Load the tokenizer of the run, with a token to pad with."""
+    source = resolve_source(settings.tokenizer or settings.model, "tokenizer")
+    with _explained(source, "the tokenizer of"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source,
+            revision=None if settings.tokenizer else settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    if settings.data.chat_template:
+        file = Path(settings.data.chat_template)
+        if not file.is_file():
+            raise ConfigError(f"data.chat_template: the file {file} does not exist.")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    if tokenizer.pad_token is None:
+        # Padding is masked in attention and in the loss, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_base(settings: Settings, classes: Classes | None, for_training: bool = True) -> Base:
+    """Load the model of a run: a classifier where there are `classes`, else a causal model.
+
+    Raises:
+        BaseModelError: there is no such model, or some weights of its encoder are missing.
+    """
+    source = resolve_source(settings.model)
+    tokenizer = load_tokenizer(settings)
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    with _explained(source):
+        config = transformers.AutoConfig.from_pretrained(source, **hub)
+    arithmetic = _arithmetic(settings, config)
+    everything_trains = settings.method == "full" and for_training
+    options: dict[str, Any] = {
+        **hub,
+        "config": config,
+        _DTYPE_ARGUMENT: torch.float32 if everything_trains else arithmetic,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported below, and refused but in a head
+    }
+    if classes:
+        loader: Any = transformers.AutoModelForSequenceClassification
+        config.num_labels = classes.outputs
+        if classes.labels:
+            config.id2label = dict(enumerate(classes.labels))
+            config.label2id = {label: place for place, label in enumerate(classes.labels)}
+        config.problem_type = "regression" if classes.regression else "single_label_classification"
+    else:
+        loader = transformers.AutoModelForCausalLM
+    with _explained(source), _quiet():
+        model, loading = loader.from_pretrained(source, **options)
+    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    head = _head(model) if classes else ()
+    base = Base(model, tokenizer, arithmetic, head)
+    _check_weights(base, loading, source)
+    for name in base.head:
+        model.get_submodule(name).float()
+    return base
+
+
+def _arithmetic(settings: Settings, config: Any) -> torch.dtype:
+    on_cpu = not torch.cuda.is_available()
+    if settings.dtype != "auto":
+        if settings.dtype == "float16" and on_cpu:
+            raise ConfigError("dtype 'float16' needs a GPU. Use bfloat16 or float32.")
+        return getattr(torch, settings.dtype)
+    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    if stored not in (torch.bfloat16, torch.float16) or (stored == torch.float16 and on_cpu):
+        return torch.float32
+    return stored
+
+
+def _head(model: nn.Module) -> tuple[str, ...]:
+    """The modules with weights that stand beside the encoder: classifier, score, pooler …"""
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != getattr(model, "base_model_prefix", "")
+        and any(True for _ in module.parameters())
+    )
+
+
+def _check_weights(base: Base, loading: dict[str, Any], source: str) -> None:
+    """Refuse random encoder weights; note (and train) a head that the checkpoint never had."""
+    mismatched = [entry[0] for entry in loading["mismatched_keys"]]
+    fresh = sorted({*loading["missing_keys"], *mismatched})
+    new, lost = [], []
+    for name in fresh:
+        module = _owner_in_head(name, base.head) or _pooler(name)
+        (new if module else lost).append(module or name)
+    if lost:
+        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        unused = sorted(loading["unexpected_keys"])[:3]
+        hint = f" The checkpoint has unused weights, such as {', '.join(unused)}." if unused else ""
+        raise BaseModelError(
+            f"{source}: {len(lost)} weights of the base are missing or have another shape, and "
+            f"would start from random numbers: {shown}.{hint} Use a checkpoint that fits the "
+            f"model class {type(base.model).__name__}."
+        )
+    new = list(dict.fromkeys(new))
+    if new:
+        base.notes.append(f"new, starting from random numbers: {', '.join(new)}")
+    loaded = [name for name in base.head if name not in new]
+    if loaded:
+        base.notes.append(f"head taken from the checkpoint: {', '.join(loaded)}")
+    base.head = (*base.head, *(name for name in new if name not in base.head))
+
+
+def _owner_in_head(parameter: str, head: tuple[str, ...]) -> str | None:
+    return next((name for name in head if parameter.startswith(name + ".")), None)
+
+
+def _pooler(parameter: str) -> str | None:
+    """The pooler a parameter belongs to: checkpoints of language models often have none."""
+    parts = parameter.split(".")
+    return ".".join(parts[: parts.index("pooler") + 1]) if "pooler" in parts else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the loader's bar and report: what matters of it is checked and said by us."""
+    bar, verbosity = (
+        transformers.utils.logging.is_progress_bar_enabled(),
+        (transformers.utils.logging.get_verbosity()),
+    )
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(source: str, what: str = "the model") -> Iterator[None]:
+    """Turn a loader's error into one line that says what was asked and what to do."""
+    try:
+        yield
+    except MSPLoraError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            advice = "It brings its own Python code: set trust_remote_code: true if you trust it."
+        elif Path(source).is_dir() and (Path(source) / "adapter_config.json").exists():
+            advice = (
+                "The folder is an adapter: name its base as model, and the folder as init_from."
+            )
+        elif Path(source).is_dir():
+            found = ", ".join(sorted(os.listdir(source))[:8]) or "nothing"
+            advice = f"The folder holds: {found}."
+        else:
+            advice = "It is neither a folder here nor to be had from the hub. Check the name, the "
+            advice += "network and, for a gated model, `hf auth login`."
+        raise BaseModelError(
+            f"cannot load {what} {source}: {advice} ({type(error).__name__}: {reason[:300]})"
+        ) from error

@@ -1,0 +1,102 @@
+"""Fine-tune a classifier, or a regression, with transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.text import Text
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from .base_model import Base, load_base
+from .data_classification import Classes, read_classification
+from .job import Job
+from .lengths import Limit, positions_of
+from .methods import adapt
+from .metrics import metrics_for, predictions
+from .settings import Settings
+from .settings_file import check_metric
+from .task_record import TaskRecord
+from .tokenise_classification import tokenise_examples
+from .trainer_arguments import optimizer, quieten, trainer_arguments
+
+
+def prepare(settings: Settings) -> Job:
+    """Read the data, load the model and apply the method."""
+    train, held_out, classes = read_classification(settings.data, settings.seed)
+    best = best_metric(settings, classes)
+    base = load_base(settings, classes)
+    limit = row_limit(settings, base)
+    train_rows, train_report = tokenise_examples(train, base.tokenizer, limit, "training")
+    held_rows, held_report = tokenise_examples(held_out, base.tokenizer, limit, "held-out")
+    adapted = adapt(base, settings)
+
+    def make_trainer(checkpoints: Path) -> Trainer:
+        arguments = trainer_arguments(settings, base, checkpoints, len(train_rows), True, best)
+        return classification_trainer(
+            settings, base, classes, adapted.model, arguments, train_rows, held_rows
+        )
+
+    return Job(
+        base,
+        adapted,
+        TaskRecord(settings, classes=classes),
+        best,
+        held_out=True,
+        data_notes=[f"training: {train_report}", f"held out: {held_report}"],
+        sample=_sample(train_rows[0], base.tokenizer, classes),
+        make_trainer=make_trainer,
+    )
+
+
+def classification_trainer(
+    settings: Settings,
+    base: Base,
+    classes: Classes,
+    model: Any,
+    arguments: dict[str, Any],
+    train_rows: datasets.Dataset | None = None,
+    held_rows: datasets.Dataset | None = None,
+) -> Trainer:
+    """Make the trainer that trains and evaluates; evaluation alone needs no training rows."""
+    compute, _ = metrics_for(settings.data.glue, classes.regression)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments, label_names=["labels"]),
+        train_dataset=train_rows,
+        eval_dataset=held_rows,
+        data_collator=DataCollatorWithPadding(base.tokenizer),
+        compute_metrics=lambda found: compute(
+            predictions(found.predictions, classes.regression), _labels(found.label_ids)
+        ),
+        optimizers=(optimizer(model, settings, base.head) if train_rows else None, None),
+    )
+    quieten(trainer)
+    return trainer
+
+
+def best_metric(settings: Settings, classes: Classes) -> str:
+    """The metric that picks the best epoch: the task's own unless another is asked for."""
+    compute, usual = metrics_for(settings.data.glue, classes.regression)
+    import numpy as np
+
+    names = ["loss", *compute(np.array([0, 1]), np.array([0, 1]))]
+    return check_metric(settings, usual, names)
+
+
+def row_limit(settings: Settings, base: Base) -> Limit:
+    """The limit on a row's tokens, refused where the model cannot hold it."""
+    limit = Limit(positions_of(base.model), settings.data.max_length, settings.data.too_long)
+    limit.refuse_beyond_positions()
+    return limit
+
+
+def _labels(label_ids: Any) -> Any:
+    return label_ids[0] if isinstance(label_ids, tuple) else label_ids
+
+
+def _sample(row: dict[str, Any], tokenizer: Any, classes: Classes) -> Text:
+    label = row["labels"] if classes.regression else classes.labels[int(row["labels"])]
+    text = Text(tokenizer.decode(row["input_ids"]))
+    return text.append(f"\n→ {classes.label_column} = {label}", style="green")

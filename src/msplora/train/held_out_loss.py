@@ -1,0 +1,73 @@
+"""The loss per token of a language model on held-out rows: one number, whatever the batches."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .tokenise_sft import IGNORED, Tokens
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any,
+    rows: list[Tokens],
+    pad_token_id: int,
+    batch_size: int,
+    arithmetic: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Return `loss`, `perplexity`, `token_accuracy` and `tokens` over all tokens that count.
+
+    The mean is over tokens, not over batches of different lengths, so that it depends neither on
+    the batch size nor on the order of the rows.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loss, right, tokens = 0.0, 0, 0
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = _pad(rows[start : start + batch_size], pad_token_id)
+            ids, mask, labels = (tensor.to(device) for tensor in batch)
+            with autocast(device.type, arithmetic):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            # The sum over a whole corpus would lose digits in float32.
+            logits, labels = logits[:, :-1].float(), labels[:, 1:]
+            each = F.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            )
+            counted = labels != IGNORED
+            loss += each.double().sum().item()
+            right += int(((logits.argmax(-1) == labels) & counted).sum())
+            tokens += int(counted.sum())
+    finally:
+        model.train(was_training)
+    mean = loss / max(tokens, 1)
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "token_accuracy": right / max(tokens, 1),
+        "tokens": tokens,
+    }
+
+
+def autocast(device: str, arithmetic: torch.dtype) -> AbstractContextManager[Any]:
+    """Compute in `arithmetic`; weights that train stay float32."""
+    return nullcontext() if arithmetic == torch.float32 else torch.autocast(device, arithmetic)
+
+
+def _pad(rows: list[Tokens], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    longest = max(len(row.input_ids) for row in rows)
+
+    def padded(values: list[list[int]], with_: int) -> torch.Tensor:
+        return torch.tensor([its + [with_] * (longest - len(its)) for its in values])
+
+    return (
+        padded([row.input_ids for row in rows], pad),
+        padded([[1] * len(row.input_ids) for row in rows], 0),
+        padded([row.labels for row in rows], IGNORED),
+    )

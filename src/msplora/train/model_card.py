@@ -1,0 +1,103 @@
+"""The model card of a run: what it is, the numbers it reached, and how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .methods import Adapted
+from .next_steps import next_steps
+from .settings import Settings
+
+
+def model_card(
+    settings: Settings,
+    adapted: Adapted,
+    metrics: dict[str, Any],
+    versions: dict[str, str],
+    run: Path,
+) -> str:
+    """Return README.md, for the run folder and for the folder of the weights."""
+    trainable = adapted.trainable
+    has_adapter = adapted.rank is not None
+    lines = [
+        "---",
+        f"base_model: {settings.model}",
+        f"library_name: {'peft' if has_adapter else 'transformers'}",
+        f"pipeline_tag: {_pipeline(settings)}",
+        f"tags: [{settings.method}, {settings.task}]",
+        "---",
+        "",
+        f"# {run.name}",
+        "",
+        f"{Path(settings.model).name}, fine-tuned with `{settings.method}` for {_data(settings)}.",
+        "",
+        "| | numbers |",
+        "|---|---|",
+        f"| base | {trainable.base:,} |",
+        f"| adapter | {trainable.adapter:,} |",
+        f"| head | {trainable.head:,} |",
+    ]
+    if adapted.plan and trainable.lora:
+        lines.append(f"| plain LoRA of the same r, for comparison | {trainable.lora:,} |")
+    lines += ["", "## Results", "", *_results(metrics), "", "## Use", ""]
+    if has_adapter:
+        lines += _loading(settings)
+    lines += [
+        "```sh",
+        *(f"{command}  # {what}" for what, command in next_steps(settings, run, adapted.rank)),
+        "```",
+        "",
+        "## Made with",
+        "",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _pipeline(settings: Settings) -> str:
+    return "text-classification" if settings.task == "classification" else "text-generation"
+
+
+def _data(settings: Settings) -> str:
+    data = settings.data
+    if data.glue:
+        return f"GLUE's {data.glue}"
+    return f"`{data.hub or Path(data.train or '').name}`"
+
+
+def _results(metrics: dict[str, Any]) -> list[str]:
+    rows = [entry for entry in [metrics["before"], *metrics["evaluations"]] if entry]
+    if not rows:
+        return ["No rows were held out, so nothing was measured; the last weights were kept."]
+    names = [
+        name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"
+    ]
+    lines = [
+        "Held-out rows. **Bold** is the checkpoint that was kept.",
+        "",
+        f"| epoch | step | {' | '.join(names)} |",
+        "|" + "---|" * (len(names) + 2),
+    ]
+    for row in rows:
+        mark = "**" if row["step"] == metrics["best"]["step"] else ""
+        cells = [f"{row['epoch']:.2f}", str(row["step"])]
+        cells += [f"{row[name]:.4f}" if name in row else "" for name in names]
+        lines.append("| " + " | ".join(f"{mark}{cell}{mark}" for cell in cells) + " |")
+    return lines
+
+
+def _loading(settings: Settings) -> list[str]:
+    classifies = settings.task == "classification"
+    auto = "AutoPeftModelForSequenceClassification" if classifies else "AutoPeftModelForCausalLM"
+    first = ["import msplora  # makes the adapter's type known to PEFT"]
+    return [
+        "```python",
+        *(first if settings.method == "msplora" else []),
+        f"from peft import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("adapter")',
+        "```",
+        "",
+    ]

@@ -1,0 +1,79 @@
+"""What is shown before the first step: the plan, what trains against LoRA, a row and its loss mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .job import Job
+from .methods import Adapted
+
+
+def show_preview(job: Job, console: Console) -> None:
+    """Print what the run is about to do."""
+    settings = job.record.settings
+    console.rule(f"{settings.method} · {settings.task} · {settings.model}")
+    if job.adapted.plan:
+        console.print(str(job.adapted.plan), highlight=False, markup=False)
+    console.print(_trainable_table(job.adapted))
+    for note in (*job.base.notes, *job.adapted.notes, *job.data_notes):
+        console.print(f"• {note}", highlight=False, markup=False)
+    console.print("\nA training row" + _legend(settings.task))
+    console.print(job.sample)
+    console.print()
+
+
+def plan_record(adapted: Adapted, method: str) -> dict[str, Any]:
+    """The plan as plan.json holds it: what trains, and the pyramid where there is one."""
+    trainable = adapted.trainable
+    return {
+        "method": method,
+        "trainable": trainable.total,
+        "trainable_adapter": trainable.adapter,
+        "trainable_head": trainable.head,
+        "base": trainable.base,
+        "lora": trainable.lora,
+        "rank_per_layer": adapted.rank,
+        "plan": adapted.plan.to_dict() if adapted.plan else None,
+    }
+
+
+def plan_text(adapted: Adapted, method: str) -> str:
+    """The plan as plan.txt holds it."""
+    trainable = adapted.trainable
+    lines = [str(adapted.plan), ""] if adapted.plan else []
+    lines.append(
+        f"method {method}: {trainable.total:,} numbers train ({trainable.adapter:,} in the "
+        f"adapter, {trainable.head:,} in the head) beside a base of {trainable.base:,}"
+    )
+    if adapted.plan and trainable.lora:
+        lines.append(
+            f"plain LoRA on the same layers: {trainable.lora:,} in the adapter; this one has "
+            f"{trainable.adapter / trainable.lora:.1%} of that"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _legend(task: str) -> str:
+    return " (the loss counts what stands between ▶ and ◀):" if task == "sft" else ":"
+
+
+def _trainable_table(adapted: Adapted) -> Table:
+    trainable = adapted.trainable
+    table = Table("", "numbers", "share of the base", "against LoRA")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, count: int, lora: int | None = None) -> None:
+        against = f"{count / lora:.1%}" if lora else ""
+        table.add_row(name, f"{count:,}", f"{count / trainable.base:.2%}", against)
+
+    add("adapter" if trainable.lora else "trained base", trainable.adapter, trainable.lora)
+    if trainable.lora and adapted.plan:
+        add("plain LoRA, same layers and r", trainable.lora, trainable.lora)
+    if trainable.head:
+        add("head", trainable.head)
+    add("all that trains", trainable.total)
+    return table

@@ -1,0 +1,96 @@
+"""A progress bar with the loss beside it, a line per evaluation, and a halt at a loss that is no number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from ..errors import MSPLoraError
+
+
+class TrainingDiverged(MSPLoraError):
+    """The loss is no longer a number."""
+
+
+class ShowProgress(TrainerCallback):
+    """Replaces the Trainer's own bar and its printed dictionaries."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the bar, at the step a resumed run is at."""
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, shown=""
+        )
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the loss, and stop where it is not finite: no later step can repair it."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            self.stop()
+            raise TrainingDiverged(
+                f"the training loss is {loss} at step {state.global_step}. Lower "
+                f"training.learning_rate (now {args.learning_rate:g}) or raise "
+                f"training.warmup_ratio, and start anew with --force."
+            )
+        if self.bar:
+            self.bar.update(self.task, shown=f"epoch {state.epoch:.2f} · loss {loss:.4f}")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        """Print what the evaluation found."""
+        if self.bar:
+            self.console.print(f"epoch {state.epoch or 0:.2f}  {show_metrics(metrics or {})}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the bar away."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away, also where training was interrupted."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def plain_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation without the trainer's prefix and without its timings."""
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in metrics.items()
+        if key.startswith("eval_")
+        and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+    }
+
+
+def show_metrics(metrics: dict[str, Any]) -> str:
+    """The metrics on one line."""
+    return "  ".join(
+        f"{key} {value:.4f}"
+        for key, value in plain_metrics(metrics).items()
+        if isinstance(value, float)
+    )

@@ -1,0 +1,146 @@
+"""Supervised fine-tuning of a language model with TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.text import Text
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..errors import ConfigError
+from .base_model import load_base
+from .classification import row_limit
+from .data_sft import read_sft
+from .held_out_loss import held_out_loss
+from .job import Job
+from .methods import adapt
+from .settings import Settings
+from .settings_file import check_metric
+from .task_record import TaskRecord
+from .tokenise_sft import DEFAULT_CHUNK, IGNORED, Tokens, tokenise_samples
+from .trainer_arguments import optimizer, quieten, trainer_arguments
+
+METRICS = ("loss", "perplexity", "token_accuracy")
+
+
+class HeldOutSFTTrainer(SFTTrainer):
+    """TRL's trainer, judging by the loss per token that `msplora eval` gives too.
+
+    Its own evaluation averages the means of batches, which depends on how rows fall into batches.
+    """
+
+    held_out: list[Tokens]
+    pad_token_id: int
+    arithmetic: Any
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the held-out rows, and log what was found."""
+        start = time.perf_counter()
+        found = held_out_loss(
+            self.model,
+            self.held_out,
+            self.pad_token_id,
+            self.args.per_device_eval_batch_size,
+            self.arithmetic,
+        )
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        metrics["eval_runtime"] = round(time.perf_counter() - start, 4)
+        assert self.model is not None
+        self.model.eval()  # TRL files what is logged under training otherwise
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+def prepare(settings: Settings) -> Job:
+    """Read the data, load the model and apply the method."""
+    data = read_sft(settings.data, settings.seed)
+    best = check_metric(settings, "loss", METRICS)
+    base = load_base(settings, None)
+    limit = row_limit(settings, base)
+    tokenizer, completions = base.tokenizer, settings.training.completion_only_loss
+    train, report = tokenise_samples(
+        data.train, data.form, tokenizer, limit, "training", completions
+    )
+    notes = [f"form: {data.form}", f"training: {report}"]
+    held_out: list[Tokens] = []
+    if data.held_out:
+        held_out, report = tokenise_samples(
+            data.held_out, data.form, tokenizer, limit, "held-out", completions
+        )
+        notes.append(f"held out: {report}")
+    if data.left_out:
+        notes.append(f"left out: {data.left_out} rows with an empty completion")
+    if tokenizer.eos_token_id is None and data.form != "text-file":
+        notes.append("the tokenizer has no end token, so the model does not learn to stop")
+    packed_length = limit.length or limit.positions or DEFAULT_CHUNK
+    if settings.training.packing and tokenizer.pad_token is None:
+        raise ConfigError("training.packing needs a tokenizer with a padding or end token.")
+    adapted = adapt(base, settings)
+
+    def make_trainer(checkpoints: Path) -> SFTTrainer:
+        arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
+        trainer = HeldOutSFTTrainer(
+            model=adapted.model,
+            args=SFTConfig(
+                **arguments,
+                packing=settings.training.packing,
+                max_length=packed_length if settings.training.packing else None,
+            ),
+            train_dataset=_dataset(train),
+            eval_dataset=_dataset(held_out) if held_out else None,
+            processing_class=tokenizer,
+            # Our own, so that a tokenizer with neither padding nor end token will do.
+            data_collator=(
+                None if settings.training.packing else DataCollatorForLanguageModeling(pad)
+            ),
+            optimizers=(optimizer(adapted.model, settings, base.head), None),
+        )
+        trainer.held_out, trainer.pad_token_id = held_out, pad
+        trainer.arithmetic = base.arithmetic
+        quieten(trainer)
+        return trainer
+
+    pad = padding_id(tokenizer)
+    return Job(
+        base,
+        adapted,
+        TaskRecord(settings, form=data.form),
+        best,
+        held_out=bool(held_out),
+        data_notes=notes,
+        sample=masked_sample(train[0], tokenizer),
+        make_trainer=make_trainer,
+    )
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id to pad with; any will do, since padding is masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def masked_sample(row: Tokens, tokenizer: Any) -> Text:
+    """Decode a row: what the loss counts is green and stands between ▶ and ◀."""
+    shown = Text()
+    start = 0
+    while start < len(row.input_ids):
+        counted = row.labels[start] != IGNORED
+        stop = start
+        while stop < len(row.input_ids) and (row.labels[stop] != IGNORED) == counted:
+            stop += 1
+        piece = tokenizer.decode(row.input_ids[start:stop])
+        shown.append(f"▶{piece}◀" if counted else piece, style="green" if counted else "dim")
+        start = stop
+    return shown
+
+
+def _dataset(rows: list[Tokens]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    )

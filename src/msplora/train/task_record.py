@@ -1,0 +1,66 @@
+"""What a saved model must know of its task, kept beside its weights as task.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import MSPLoraError
+from .data_classification import Classes
+from .data_sft import Form
+from .settings import Settings
+from .settings_file import make_settings
+
+FILE_NAME = "task.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """The run's settings, and what its data decided: the classes, or the form of the samples."""
+
+    settings: Settings
+    classes: Classes | None = None
+    form: Form | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write task.json into the folder of the weights."""
+        content = {
+            "format_version": _FORMAT_VERSION,
+            "settings": self.settings.to_dict(),
+            "classes": asdict(self.classes) if self.classes else None,
+            "form": self.form,
+        }
+        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TaskRecord | None:
+        """Return the record in `folder`, or None where there is none."""
+        file = folder / FILE_NAME
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            version = content["format_version"]
+            classes = content["classes"]
+            if classes:
+                label_range = classes["label_range"]
+                classes = Classes(
+                    tuple(classes["text_columns"]),
+                    classes["label_column"],
+                    tuple(classes["labels"]),
+                    tuple(label_range) if label_range else None,
+                )
+            form, settings = content["form"], content["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MSPLoraError(
+                f"{file} is not a record of a run ({type(error).__name__}: {error}). Restore it, "
+                f"or remove it and give the base and the data yourself."
+            ) from None
+        if version != _FORMAT_VERSION:
+            raise MSPLoraError(
+                f"{file} has format_version {version}; this msplora reads {_FORMAT_VERSION}. "
+                f"Install the msplora that wrote it, or a newer one."
+            )
+        return cls(make_settings(settings, str(file)), classes, form)
