@@ -59,7 +59,11 @@ class Assembled(nn.Module):
 
     def assemble(self, device: torch.device) -> Tensor:
         """The stacked factor, (R, in …) or (out, R …), on `device`."""
-        stacked = self.stack([factor().to(device) for factor in self.factors])
+        return self.stacked([factor().to(device) for factor in self.factors])
+
+    def stacked(self, factors: list[Tensor]) -> Tensor:
+        """Stack given tensors as this site stacks its factors."""
+        stacked = self.stack(factors)
         return stacked.t() if self.transposed else stacked
 
     @property

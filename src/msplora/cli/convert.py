@@ -1,5 +1,105 @@
-"""Placeholder of the first commit."""
+"""`msplora convert`: an adapter to a plain LoRA, or into its base's weights."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
 
 
-def convert() -> None:
-    """Not built yet."""
+class Target(str, Enum):
+    """What to convert to."""
+
+    lora = "lora"
+    merged = "merged"
+
+
+class DType(str, Enum):
+    """Of the tensors written."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Padding(str, Enum):
+    """Of the plain LoRA's rank."""
+
+    none = "none"
+    pow2 = "pow2"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="The adapter's folder, or a run's.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        Target,
+        typer.Option(help="`lora`: a plain LoRA for any server; `merged`: a model without adapter."),
+    ],
+    base: Annotated[
+        Optional[str], typer.Option(help="The base model, if not the one the adapter names.")
+    ] = None,
+    dtype: Annotated[
+        Optional[DType],
+        typer.Option(
+            help="Of the tensors written: float32 by default for `lora`, as the base is stored for "
+            "`merged`."
+        ),
+    ] = None,
+    pad_to: Annotated[
+        Padding, typer.Option(help="Pad the LoRA's rank with zeros, to a power of two.")
+    ] = Padding.none,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the result's logits with the adapter's before it is kept.")
+    ] = True,
+    allow_quantized: Annotated[
+        bool, typer.Option(help="Merge into a quantised base, which rounds it again.")
+    ] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Of the base model on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run Python code that the base model brings along.")
+    ] = False,
+    force: Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")] = False,
+) -> None:
+    """Convert an adapter, prove it on the real model, then put it in place."""
+    from rich.console import Console
+
+    from ..convert import to_lora, to_merged
+    from ..loading import BaseOptions
+
+    if to is Target.lora:
+        result = to_lora(
+            source,
+            out,
+            base=BaseOptions(base, "auto", revision, trust_remote_code),
+            dtype=(dtype or DType.float32).value,
+            pad_to=pad_to.value,
+            verify=verify,
+            force=force,
+        )
+    else:
+        stored = "auto" if dtype is None else dtype.value
+        result = to_merged(
+            source,
+            out,
+            base=BaseOptions(base, stored, revision, trust_remote_code),
+            verify=verify,
+            allow_quantized=allow_quantized,
+            force=force,
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    if result.comparison is None:
+        console.print("[yellow]Not checked[/] (--no-verify).")
+    else:
+        console.print(f"[green]Checked[/]: {result.comparison}.")
+    console.print(
+        f"Wrote {result.out} ({result.out_bytes:,} bytes; the pyramid has {result.source_bytes:,})."
+    )
+    if to is Target.lora:
+        bucket = max(16, 1 << (result.rank - 1).bit_length())
+        console.print(
+            f"Serve it, for instance: vllm serve BASE --enable-lora --max-lora-rank {bucket} "
+            f"--lora-modules mine={result.out}"
+        )

@@ -1,5 +1,72 @@
-"""Placeholder of the first commit."""
+"""`msplora plan`: what would be adapted and shared, without loading a weight."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
 
 
-def plan() -> None:
-    """Not built yet."""
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its id on the hub.")],
+    target_modules: Annotated[
+        Optional[str],
+        typer.Option("--target-modules", "-t", help="Names, separated by commas; or all-linear."),
+    ] = None,
+    r: Annotated[Optional[int], typer.Option("--r", "-r", help="Rank of the first level.")] = None,
+    lora_alpha: Annotated[Optional[float], typer.Option(help="Alpha of every level.")] = None,
+    split_alpha: Annotated[bool, typer.Option(help="Share alpha out over the levels.")] = False,
+    ranks: Annotated[Optional[str], typer.Option(help="Rank of each level: 8,4,2")] = None,
+    groups: Annotated[
+        Optional[str], typer.Option(help="Groups of each level, 0 = per layer: 1,3,0")
+    ] = None,
+    layers: Annotated[
+        Optional[str], typer.Option(help="Adapt only the blocks of these numbers: 0,1,2")
+    ] = None,
+    dora: Annotated[bool, typer.Option(help="With DoRA's magnitudes.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Of the model on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run Python code that the model brings along.")
+    ] = False,
+) -> None:
+    """Print the sites, kinds, groups and parameter counts of a pyramid on a model."""
+    import transformers
+
+    from .. import MSPLoraConfig
+    from .. import plan as make_plan
+    from ..loading import loading_errors_explained, resolve_source
+
+    source = resolve_source(model)
+    with loading_errors_explained(source):
+        model_config = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    names = None if target_modules is None else target_modules.split(",")
+    config = MSPLoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        split_alpha=split_alpha,
+        ranks=_numbers(ranks),
+        groups=_numbers(groups),
+        layers_to_transform=_numbers(layers),
+        use_dora=dora,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+    )
+    found = make_plan(model_config, config)
+    if json:
+        import json as json_format
+
+        typer.echo(json_format.dumps(found.to_dict(), indent=2))
+    else:
+        typer.echo(f"{source} ({(model_config.architectures or ['?'])[0]})\n")
+        typer.echo(str(found))

@@ -1,0 +1,253 @@
+"""From an adapter's folder to the adapted model: find the folder, check the file, load the base."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import AdapterFileError, MSPLoraError, nearest
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# PEFT's task type -> the transformers class that loads its base.
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """How to load a base model."""
+
+    source: str | None = None
+    """A path or hub id, where not the one the adapter names."""
+    dtype: str = "auto"
+    """ "auto" (as stored), "float32", "bfloat16" or "float16"."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder that holds the adapter: `path` itself, or `path/adapter` of a run.
+
+    Raises:
+        AdapterFileError: neither is one.
+    """
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if not path.exists():
+        siblings = [str(its) for its in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise AdapterFileError(
+            f"there is no folder {str(path)!r}.{nearest(str(path), siblings, count=1)}"
+        )
+    found = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "it is a file"
+    raise AdapterFileError(
+        f"{str(path)!r} is no adapter: it has no {CONFIG_FILE} (found: {found or 'nothing'})."
+    )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, on the CPU.
+
+    Raises:
+        AdapterFileError: there is no file, it is cut short, or it holds values that are not finite.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise AdapterFileError(
+            f"{str(folder)!r} has no {WEIGHTS_FILE}. An adapter saved as a pickle (.bin) is not read; "
+            f"save it again with safe_serialization=True."
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"{str(file)!r} ({file.stat().st_size:,} bytes) cannot be read: {error}. It is cut short "
+            f"or damaged; copy or download it again."
+        ) from error
+    check_finite(tensors, str(file))
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `AdapterFileError` if any of `tensors` holds a NaN or an infinity."""
+    bad = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        raise AdapterFileError(
+            f"{where}: {len(bad)} tensor(s) hold values that are not finite, such as {bad[0]}. The "
+            f"training diverged, or the dtype is too small; train again with a lower learning rate."
+        )
+
+
+def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
+    """Load the base model an adapter names and put the adapter on it, ready for inference.
+
+    Raises:
+        MSPLoraError: the adapter or its base cannot be loaded, or they do not fit.
+    """
+    tensors = read_tensors(folder)
+    config = read_config(folder)
+    model = load_base_of(config, tensors, base or BaseOptions())
+    return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The adapter's PEFT config."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except MSPLoraError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(
+            f"{str(folder / CONFIG_FILE)!r} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_base_of(config: PeftConfig, tensors: Mapping[str, Tensor], base: BaseOptions) -> nn.Module:
+    """Load the base model of an adapter with the class it was adapted with."""
+    source = base.source or config.base_model_name_or_path
+    if not source:
+        raise MSPLoraError("the adapter does not name its base model; pass it with --base.")
+    source = resolve_source(source)
+    options: dict[str, Any] = {
+        "revision": base.revision or (None if base.source else getattr(config, "revision", None)),
+        "trust_remote_code": base.trust_remote_code,
+        dtype_argument(): base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
+    }
+    labels = _number_of_labels(tensors)
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if task in ("SEQ_CLS", "TOKEN_CLS") and labels is not None:
+        options["num_labels"] = labels
+    with loading_errors_explained(source), quiet_loading():
+        return _base_class(config, source, base).from_pretrained(source, **options)
+
+
+def _base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if task in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[task])
+    name = (config.auto_mapping or {}).get("base_model_class")
+    if name is None:
+        architectures = transformers.AutoConfig.from_pretrained(
+            source, revision=base.revision, trust_remote_code=base.trust_remote_code
+        ).architectures
+        name = (architectures or ["AutoModel"])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise MSPLoraError(
+            f"the adapter's base is a {name}, which transformers {transformers.__version__} does "
+            f"not have. Load it yourself and use msplora.to_lora(..., model=...)."
+        )
+    return found
+
+
+def _number_of_labels(tensors: Mapping[str, Tensor]) -> int | None:
+    """The outputs of a classifier's head that was saved with the adapter."""
+    for suffix in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
+        for key, tensor in tensors.items():
+            if key.endswith(suffix) and tensor.ndim == 2:
+                return tensor.shape[0]
+    return None
+
+
+def resolve_source(name: str, what: str = "model") -> str:
+    """Return a hub id as it is and a folder as its absolute path; refuse a path to nothing.
+
+    Raises:
+        MSPLoraError: `name` looks like a path, and there is no such folder.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists():
+        raise MSPLoraError(f"{what} {name!r} is a file; give the folder that holds config.json.")
+    first = Path(path.parts[0]) if path.parts else path
+    looks_like_path = (
+        name.startswith((".", "~", os.sep))
+        or not _HUB_ID.fullmatch(name)
+        or (len(path.parts) > 1 and first.is_dir())
+    )
+    if looks_like_path:
+        siblings = [str(its) for its in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings, count=1) or (
+            " Give a folder with config.json, or a hub id such as org/name."
+        )
+        raise MSPLoraError(f"{what} {name!r}: there is no such folder.{hint}")
+    return name
+
+
+def dtype_argument() -> str:
+    """What `from_pretrained` calls its dtype: renamed in transformers 4.56."""
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    return "dtype" if version >= (4, 56) else "torch_dtype"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' loading bar and report."""
+    logging = transformers.utils.logging
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def loading_errors_explained(source: str, what: str = "the model") -> Iterator[None]:
+    """Turn a loader's error into one line that says what was asked and what to do."""
+    try:
+        yield
+    except MSPLoraError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        folder = Path(source)
+        if "trust_remote_code" in reason:
+            advice = "It brings its own Python code: opt in with trust_remote_code if you trust it."
+        elif (folder / CONFIG_FILE).exists():
+            advice = "The folder is an adapter; name its base model instead."
+        elif folder.is_dir():
+            advice = f"The folder holds: {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}."
+        else:
+            advice = (
+                "It is neither a folder here nor to be had from the hub. Check the name, the network "
+                "and, for a gated model, `hf auth login`."
+            )
+        raise MSPLoraError(
+            f"cannot load {what} {source!r}: {advice} ({type(error).__name__}: {reason[:300]})"
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as readable JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
