@@ -1,0 +1,237 @@
+"""Conversions, files to files: exact, proved, and nothing is lost when they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import MODELS, VOCABULARY, Tiny, llama
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import msplora
+from msplora import loading
+from msplora.errors import AdapterFileError, MSPLoraError
+from msplora.folders import OutputError
+from msplora.verifying import VerificationError
+
+IDS = torch.arange(2 * 9).reshape(2, 9) % VOCABULARY
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A Llama on disk and an adapter of it with random factors."""
+    return save_adapter(MODELS["llama"], tmp_path, task_type="CAUSAL_LM")
+
+
+def save_adapter(tiny: Tiny, folder: Path, **options: Any) -> Path:
+    tiny.model().save_pretrained(folder / "base")
+    model = type(tiny.model()).from_pretrained(folder / "base")
+    config = msplora.MSPLoraConfig(
+        target_modules=tiny.targets, init_lora_weights=False, r=4, lora_alpha=4, **options
+    )
+    get_peft_model(model, config).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def native_logits(adapter: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return loading.load_adapted(adapter)(IDS).logits
+
+
+def test_the_lora_answers_like_the_pyramid(adapter: Path, tmp_path: Path) -> None:
+    result = msplora.to_lora(adapter, tmp_path / "lora")
+    assert result.rank == 4 + 2 + 1
+    assert result.comparison is not None
+    assert result.comparison.difference <= 1e-5
+    assert result.comparison.effect > 0.01
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    converted = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            converted(IDS).logits, native_logits(adapter), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_peft_loads_the_lora_without_msplora(adapter: Path, tmp_path: Path) -> None:
+    msplora.to_lora(adapter, tmp_path / "lora")
+    save_file({"logits": native_logits(adapter)}, tmp_path / "expected.safetensors")
+    script = f"""
+import sys
+sys.modules["msplora"] = None  # importing it fails
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(base, {str(tmp_path / "lora")!r}).eval()
+ids = torch.arange(18).reshape(2, 9) % {VOCABULARY}
+expected = load_file({str(tmp_path / "expected.safetensors")!r})["logits"]
+torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)
+
+
+def test_the_config_is_one_every_server_reads(adapter: Path, tmp_path: Path) -> None:
+    msplora.to_lora(adapter, tmp_path / "lora", pad_to="pow2")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == 8
+    assert isinstance(config["lora_alpha"], int)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert not {"levels", "ranks", "groups", "fingerprint"} & set(config)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name} == {8}
+    assert set(tensors) == {
+        f"base_model.model.model.layers.{layer}.self_attn.{kind}.lora_{factor}.weight"
+        for layer in range(4)
+        for kind in ("q_proj", "v_proj")
+        for factor in "AB"
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_are_rounded_once(adapter: Path, tmp_path: Path, dtype: Any) -> None:
+    msplora.to_lora(adapter, tmp_path / "lora")
+    msplora.to_lora(adapter, tmp_path / "half", dtype=dtype)
+    exact = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    rounded = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    for name, tensor in exact.items():
+        assert torch.equal(rounded[name], tensor.to(getattr(torch, dtype)))
+
+
+def test_only_the_adapted_blocks_are_named(tmp_path: Path) -> None:
+    adapter = save_adapter(
+        MODELS["llama"], tmp_path, layers_to_transform=[0, 2], task_type="CAUSAL_LM"
+    )
+    msplora.to_lora(adapter, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [
+        f"model.layers.{layer}.self_attn.{kind}"
+        for layer in (0, 2)
+        for kind in ("q_proj", "v_proj")
+    ]
+
+
+def test_a_classifiers_head_survives(tmp_path: Path) -> None:
+    adapter = save_adapter(MODELS["bert"], tmp_path, task_type="SEQ_CLS")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    head = "base_model.model.classifier.weight"
+    tensors[head] += 1
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    result = msplora.to_lora(adapter, tmp_path / "lora")
+    assert result.comparison is not None
+    converted = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert torch.equal(converted[head], tensors[head])
+    msplora.to_merged(adapter, tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.classifier.weight, tensors[head])
+
+
+def test_dora_stays_dora(tmp_path: Path) -> None:
+    adapter = save_adapter(MODELS["llama"], tmp_path, use_dora=True, task_type="CAUSAL_LM")
+    msplora.to_lora(adapter, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["use_dora"]
+
+
+def test_the_merged_model_answers_like_the_adapted_one(adapter: Path, tmp_path: Path) -> None:
+    expected = native_logits(adapter)
+    result = msplora.to_merged(adapter, tmp_path / "merged")
+    assert result.comparison is not None
+    assert result.comparison.difference <= 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert not any("pyramid" in name for name, _ in merged.named_modules())
+
+
+def test_an_output_that_holds_something_is_kept(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="--force"):
+        msplora.to_lora(adapter, out)
+    assert os.listdir(out) == ["mine.txt"]
+    msplora.to_lora(adapter, out, force=True)
+    assert sorted(os.listdir(out)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_failed_check_writes_nothing(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        tensors, config = original(*args, **kwargs)
+        return {name: tensor * 1.5 for name, tensor in tensors.items()}, config
+
+    original = msplora.convert.lora_of  # pyright: ignore
+    monkeypatch.setattr("msplora.convert.lora_of", wrong)
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(VerificationError, match="Nothing was written"):
+        msplora.to_lora(adapter, tmp_path / "lora")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
+    assert not os.listdir(tmp_path / "lora")
+
+
+def test_a_full_disk_leaves_the_old_result(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "lora"
+    msplora.to_lora(adapter, out)
+    before = (out / "adapter_model.safetensors").read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("msplora.convert.save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        msplora.to_lora(adapter, out, force=True)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "nan", "missing", "extra", "shape", "gone"])
+@pytest.mark.parametrize("convert", [msplora.to_lora, msplora.to_merged])
+def test_a_damaged_adapter_is_refused(
+    adapter: Path, tmp_path: Path, damage: str, convert: Any
+) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    if damage == "nan":
+        tensors[name][0, 0] = float("nan")
+    elif damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        tensors[name.replace("q_proj", "k_proj")] = tensors[name].clone()
+    elif damage == "shape":
+        tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-40])
+    if damage == "gone":
+        file.unlink()
+    with pytest.raises(AdapterFileError):
+        convert(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
+    llama(layers=5).save_pretrained(tmp_path / "deeper")  # pyright: ignore
+    with pytest.raises(AdapterFileError, match="another base"):
+        msplora.to_lora(adapter, tmp_path / "out", base=loading.BaseOptions(str(tmp_path / "deeper")))
+
+
+@pytest.mark.parametrize("source", ["nothing", "base"])
+def test_a_folder_that_is_no_adapter_is_refused(
+    adapter: Path, tmp_path: Path, source: str
+) -> None:
+    with pytest.raises(MSPLoraError, match="no folder|no adapter"):
+        msplora.to_lora(tmp_path / source, tmp_path / "out")
