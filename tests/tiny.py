@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 VOCABULARY = 64
+IMAGE_TOKEN = VOCABULARY - 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class Tiny:
             return {"input_ids": ids}
         if self.inputs == "text-to-text":
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
-        return {"pixel_values": torch.rand((2, 3, 16, 16), generator=generator).to(dtype)}
+        pixels = torch.rand((2, 3, 16, 16), generator=generator).to(dtype)
+        if self.inputs == "image":
+            return {"pixel_values": pixels}
+        ids[ids == IMAGE_TOKEN] = 5
+        ids[:, 1:5] = IMAGE_TOKEN  # four patches
+        return {"input_ids": ids, "pixel_values": pixels}
 
 
 def llama(layers: int = 4, **changes: Any) -> nn.Module:
@@ -151,7 +157,12 @@ def _llava(layers: int) -> nn.Module:
     )
     vision = hf.CLIPVisionConfig(num_hidden_layers=3, **_VISION)
     return hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=VOCABULARY - 1)
+        hf.LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=-1,  # so that every layer of the tower matters
+        )
     )
 
 
@@ -160,13 +171,32 @@ def _mixtral(layers: int) -> nn.Module:
         hf.MixtralConfig(
             num_hidden_layers=layers,
             hidden_size=32,
-            intermediate_size=16,
+            intermediate_size=24,  # so that no expert is square
             num_attention_heads=4,
             num_key_value_heads=2,
             num_local_experts=4,
             num_experts_per_tok=2,
             vocab_size=VOCABULARY,
             max_position_embeddings=64,
+        )
+    )
+
+
+def _gpt_oss(layers: int) -> nn.Module:
+    """Experts that are stored the other way round: (experts, in, out)."""
+    return hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            num_hidden_layers=layers,
+            hidden_size=32,
+            intermediate_size=24,
+            head_dim=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=64,
+            layer_types=["full_attention"] * layers,
         )
     )
 
@@ -181,8 +211,11 @@ MODELS = {
     "deberta": Tiny(_deberta, ["query_proj", "value_proj"]),
     "t5": Tiny(_t5, ["q", "v"], inputs="text-to-text"),
     "vit": Tiny(_vit, r".*\.(query|value|q_proj|v_proj)", inputs="image"),
-    "llava": Tiny(_llava, ["q_proj", "v_proj"]),
+    "llava": Tiny(_llava, ["q_proj", "v_proj"], inputs="text-and-image"),
     "mixtral": Tiny(
         _mixtral, ["q_proj"], parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    ),
+    "gpt-oss": Tiny(
+        _gpt_oss, ["o_proj"], parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     ),
 }
