@@ -27,11 +27,11 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model; leaves a complete run folder with the adapter, its numbers and a card."""
-    from ..train.extra import train_extra
+    from msplora.train.extra import train_extra
 
     with train_extra():
-        from ..train.run import train_run
-        from ..train.settings_file import read_settings
+        from msplora.train.run import train_run
+        from msplora.train.settings_file import read_settings
 
         flags = {"output": str(output) if output else None, "method": method, "seed": seed}
         settings = read_settings(config, set_ or (), flags)

@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..errors import ConfigError, MSPLoraError, nearest
+from msplora.errors import ConfigError, MSPLoraError, nearest
+
 from .data_classification import Classes
 from .settings import Settings
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import nearest
+from msplora.errors import nearest
+
 from .data_files import DataError, Row, require_columns
 from .data_glue import GLUE
 from .data_split import read_splits

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MSPLoraError, nearest
+from msplora.errors import MSPLoraError, nearest
 
 TABLES = (".tsv", ".csv", ".jsonl", ".json")
 
@@ -140,7 +140,8 @@ def _json(file: Path, text: str) -> list[Row]:
             " One object per line is JSONL: name the file .jsonl." if "Extra" in error.msg else ""
         )
         raise DataError(
-            f"{file}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.{hint}"
+            f"{file}, line {error.lineno}: not valid JSON: {error.msg} at column "
+            f"{error.colno}.{hint}"
         ) from None
     if isinstance(value, dict):
         lists = [key for key, its in value.items() if isinstance(its, list)]

@@ -41,10 +41,7 @@ def read_glue(task: str, folder: Path | str, split: str) -> list[Row]:
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is not a folder; give the one that holds {split}.tsv.")
     file = folder / f"{split}.tsv"
-    if task == "cola":
-        rows = _cola(file)
-    else:
-        rows = read_rows(file)
+    rows = _cola(file) if task == "cola" else read_rows(file)
     wanted = (*GLUE[task].text_columns, GLUE[task].label_column)
     missing = [column for column in wanted if column not in rows[0].values]
     if missing:

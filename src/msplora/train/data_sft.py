@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import nearest
+from msplora.errors import nearest
+
 from .data_files import DataError, Row, read_rows, read_text
 from .data_split import read_splits
 from .settings import DataSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import MSPLoraError
+from msplora.errors import MSPLoraError
 
 # Top-level modules that the extra brings, beyond what the core needs.
 _MODULES = frozenset(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from msplora.errors import ConfigError
+
 from .data_files import DataError
 
 TooLong = Literal["truncate", "drop", "error"]

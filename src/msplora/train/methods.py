@@ -8,10 +8,11 @@ from typing import Any
 
 import peft
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import msplora
+from msplora.errors import ConfigError, TargetError, nearest
 
-from ..errors import ConfigError, TargetError, nearest
 from .base_model import Base
 from .settings import PYRAMID_KEYS, AdapterSettings, Settings
 
@@ -178,7 +179,7 @@ def _explain(error: ValueError, model: nn.Module, config: Any) -> Exception:
         dict.fromkeys(
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if getattr(module, "weight", None) is not None and module.weight.dim() == 2
+            if isinstance(module, (nn.Linear, Conv1D))
         )
     )
     wanted = config.target_modules

@@ -1,4 +1,4 @@
-"""What is shown before the first step: the plan, what trains against LoRA, a row and its loss mask."""
+"""What is shown before the first step: the plan, what trains, a row and its loss mask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def show_preview(job: Job, console: Console) -> None:
     settings = job.record.settings
     console.rule(f"{settings.method} · {settings.task} · {settings.model}")
     if job.adapted.plan:
-        console.print(str(job.adapted.plan), highlight=False, markup=False)
+        console.print(str(job.adapted.plan), highlight=False, markup=False, soft_wrap=True)
     console.print(_trainable_table(job.adapted))
     for note in (*job.base.notes, *job.adapted.notes, *job.data_notes):
         console.print(f"• {note}", highlight=False, markup=False)

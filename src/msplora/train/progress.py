@@ -1,4 +1,4 @@
-"""A progress bar with the loss beside it, a line per evaluation, and a halt at a loss that is no number."""
+"""A progress bar, a line per evaluation, and a halt where the loss is no number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from ..errors import MSPLoraError
+from msplora.errors import MSPLoraError
 
 
 class TrainingDiverged(MSPLoraError):
@@ -25,7 +25,7 @@ class ShowProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the bar, at the step a resumed run is at."""
-        self.bar = Progress(
+        bar = self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -34,10 +34,10 @@ class ShowProgress(TrainerCallback):
             console=self.console,
             transient=True,
         )
-        self.task = self.bar.add_task(
+        self.task = bar.add_task(
             "training", total=state.max_steps, completed=state.global_step, shown=""
         )
-        self.bar.start()
+        bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar."""

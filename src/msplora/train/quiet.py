@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ import transformers
 def quiet_libraries() -> Iterator[None]:
     """Errors only from transformers and TRL, and no bars of theirs; as before afterwards.
 
-    With `msplora -v` nothing is silenced.
+    With `msplora -v` nothing is silenced. Deprecations of options that exist under both names in
+    the versions we support are for us to follow, not for users to read.
     """
     if logging.getLogger("msplora").getEffectiveLevel() <= logging.DEBUG:
         yield
@@ -29,7 +31,10 @@ def quiet_libraries() -> Iterator[None]:
     for logger in others:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+            yield
     finally:
         for logger, level in zip(others, levels, strict=True):
             logger.setLevel(level)

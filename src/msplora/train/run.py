@@ -11,7 +11,8 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from ..errors import MSPLoraError
+from msplora.errors import MSPLoraError
+
 from .base_model import resolve_source
 from .job import Job
 from .loss_plot import draw_loss

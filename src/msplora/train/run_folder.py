@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MSPLoraError
+from msplora.errors import MSPLoraError
+
 from .settings import Settings
 from .settings_file import read_settings, write_settings
 

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..errors import ConfigError, nearest
+from msplora.errors import ConfigError, nearest
+
 from .settings import Settings
 
 
@@ -151,7 +152,7 @@ def _explain(error: ValidationError, source: str) -> str:
 
 
 def _nearest_key(path: list[str]) -> str:
-    """The key that was meant: of the same section if one is near, else one of that name anywhere."""
+    """The key that was meant: of the same section if one is near, else of any."""
     known = known_keys()
     section = ".".join(path[:-1])
     siblings = [key for key in known if key.rpartition(".")[0] == section]

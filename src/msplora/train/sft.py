@@ -11,7 +11,8 @@ from rich.text import Text
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..errors import ConfigError
+from msplora.errors import ConfigError
+
 from .base_model import load_base
 from .classification import row_limit
 from .data_sft import read_sft

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import MSPLoraError
+from msplora.errors import MSPLoraError
+
 from .data_classification import Classes
 from .data_sft import Form
 from .settings import Settings

@@ -125,8 +125,8 @@ def _chat(sample: Sample, tokenizer: Any) -> Tokens:
         learnt = [spans[-1]] if spans[-1] else []
     if not learnt:
         raise DataError(
-            f"{sample.place}: the chat template renders the assistant's turn differently when it is "
-            f"alone, so the loss mask cannot be found. Use data.chat_template with another template."
+            f"{sample.place}: the chat template renders the assistant's turn differently when it "
+            f"is alone, so the loss mask cannot be found. Name another data.chat_template."
         )
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def trainer_arguments(
 ) -> dict[str, Any]:
     """Return the arguments that transformers' and TRL's trainers share.
 
-    `best` is the metric that picks the checkpoint to keep; a loss and a perplexity are best when lowest.
+    `best` is the metric that picks the checkpoint to keep; losses and perplexities are best low.
     """
     training = settings.training
     by = "steps" if training.eval_steps else "epoch"
@@ -89,5 +88,3 @@ def optimizer(model: nn.Module, settings: Settings, head: tuple[str, ...]) -> to
 def quieten(trainer: Trainer) -> None:
     """Take away what the trainer would print; `ShowProgress` says it better."""
     trainer.remove_callback(PrinterCallback)
-    # torch advises on a choice that transformers made; a user can do nothing about it.
-    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)

@@ -1,0 +1,114 @@
+"""What a saved model says to each row of a file: classes with probabilities, or completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msplora.errors import ConfigError
+
+from .classification import row_limit
+from .data_classification import examples
+from .data_files import DataError, read_rows
+from .data_sft import detect_form, samples
+from .generation import continue_sample
+from .held_out_loss import autocast
+from .lengths import Limit
+from .quiet import quiet_libraries
+from .saved_run import SavedRun, open_run
+from .tokenise_classification import tokenise_examples
+
+Prediction = dict[str, Any]
+
+
+def predict_file(
+    path: Path | str,
+    file: Path | str,
+    base: str | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+) -> list[Prediction]:
+    """Return one prediction for each row of `file`, in its order; labels in it are not read."""
+    rows = read_rows(file)
+    with quiet_libraries():
+        run = open_run(path, base)
+        if run.record.classes:
+            return list(_classify(run, rows, batch_size))
+        form = run.record.form or detect_form(rows, {})
+        if form in ("text", "text-file"):
+            raise DataError(
+                f"{path} was trained on plain text, which has no prompts to answer; use msplora "
+                f"generate --prompt."
+            )
+        found = samples(rows, form, run.settings.data.columns, unanswered=True)
+        return [
+            {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
+            for number, sample in enumerate(found, 1)
+        ]
+
+
+def check_output(file: Path, force: bool) -> None:
+    """Refuse an output that exists, or whose suffix says no known format."""
+    if file.suffix not in (".jsonl", ".tsv"):
+        raise ConfigError(f"--output {file}: name it .jsonl or .tsv.")
+    if file.exists() and not force:
+        raise ConfigError(f"--output {file} exists; name another file, or pass --force.")
+
+
+def format_predictions(found: list[Prediction], suffix: str) -> str:
+    """Return the predictions as .jsonl, or as .tsv with one column per class."""
+    if suffix == ".jsonl":
+        return "".join(json.dumps(its, ensure_ascii=False) + "\n" for its in found)
+    records = [_flat(its) for its in found]
+    lines = ["\t".join(records[0]), *("\t".join(map(_cell, its.values())) for its in records)]
+    return "\n".join(lines) + "\n"
+
+
+def write_predictions(found: list[Prediction], file: Path) -> None:
+    """Write the predictions beside `file`, then give them its name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(format_predictions(found, file.suffix), encoding="utf-8")
+    partial.replace(file)
+
+
+def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Prediction]:
+    classes = run.record.classes
+    assert classes
+    # Every row gets its line, so none is dropped here.
+    limit = row_limit(run.settings, run.base)
+    limit = Limit(limit.positions, limit.length, "truncate")
+    data, _ = tokenise_examples(
+        examples(rows, classes, labelled=False), run.base.tokenizer, limit, "given"
+    )
+    number = 0
+    for start in range(0, len(data), batch_size):
+        batch = run.base.tokenizer.pad(data[start : start + batch_size], return_tensors="pt")
+        batch = batch.to(run.model.device)
+        with torch.no_grad(), autocast(run.model.device.type, run.base.arithmetic):
+            logits = run.model(**batch).logits.float()
+        for its in logits:
+            number += 1
+            if classes.regression:
+                yield {"row": number, "prediction": its.squeeze().item()}
+                continue
+            odds = its.softmax(-1).tolist()
+            name = classes.labels[its.argmax().item()]
+            probabilities = dict(zip(classes.labels, odds, strict=True))
+            yield {"row": number, "prediction": name, "probabilities": probabilities}
+
+
+def _flat(found: Prediction) -> dict[str, Any]:
+    probabilities = found.get("probabilities", {})
+    plain = {key: value for key, value in found.items() if key != "probabilities"}
+    return plain | {f"probability of {name}": value for name, value in probabilities.items()}
+
+
+def _cell(value: Any) -> str:
+    """A field of a TSV: nothing quotes there, so separators become visible escapes."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

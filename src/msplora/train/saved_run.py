@@ -1,0 +1,108 @@
+"""Open what a run left: a run folder, or the folder of its adapter or model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
+from msplora.errors import MSPLoraError
+
+from .base_model import Base, load_base
+from .settings import Settings
+from .settings_file import make_settings
+from .task_record import TaskRecord
+
+
+class SavedRunError(MSPLoraError):
+    """The folder holds nothing that can be opened, or not what the verb needs."""
+
+
+@dataclass
+class SavedRun:
+    """A trained model, ready to be used, and what is known of its task."""
+
+    path: Path
+    base: Base
+    model: Any
+    record: TaskRecord
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run that made it."""
+        return self.record.settings
+
+
+def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
+    """Load the model of a run folder, of an adapter folder or of a saved model's folder.
+
+    `base_override` is the base to put the adapter on, where the recorded one has moved.
+    """
+    path = Path(path).expanduser()
+    weights = _weights(path)
+    record = TaskRecord.load(weights) or _record_of_foreign_adapter(weights, base_override)
+    settings = record.settings.model_copy(deep=True)
+    adapted = (weights / "adapter_config.json").is_file()
+    if adapted:
+        settings.model = base_override or settings.model
+    elif base_override:
+        raise SavedRunError(
+            f"{weights} holds a whole model (method {settings.method}), not an adapter; leave "
+            f"--base out."
+        )
+    else:
+        settings.model = str(weights)
+    # The tokenizer was saved with the weights, and with it what the run set on it.
+    settings.tokenizer = str(weights) if (weights / "tokenizer_config.json").is_file() else None
+    settings.data.chat_template = None
+    base = load_base(settings, record.classes, for_training=settings.method == "full")
+    model = base.model
+    if adapted:
+        model = peft.PeftModel.from_pretrained(model, str(weights))
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return SavedRun(path, base, model, record)
+
+
+def _weights(path: Path) -> Path:
+    if not path.is_dir():
+        raise SavedRunError(f"{path} is not a folder; give a run folder or an adapter folder.")
+    for folder in (path, path / "adapter", path / "model"):
+        if (folder / "adapter_config.json").is_file() or (folder / "task.json").is_file():
+            return folder
+    unfinished = path.with_name(path.name + ".unfinished")
+    hint = f" {unfinished} is unfinished: continue it with msplora train --resume." * (
+        unfinished.is_dir()
+    )
+    raise SavedRunError(
+        f"{path} is neither a run folder nor an adapter: it holds no adapter_config.json and no "
+        f"task.json.{hint}"
+    )
+
+
+def _record_of_foreign_adapter(weights: Path, base_override: str | None) -> TaskRecord:
+    """What can be known of an adapter that another program made: causal language models only."""
+    if not (weights / "adapter_config.json").is_file():
+        raise SavedRunError(f"{weights} holds no task.json, and is not an adapter.")
+    config = peft.PeftConfig.from_pretrained(str(weights))
+    base = base_override or config.base_model_name_or_path
+    if not base:
+        raise SavedRunError(f"{weights} does not name its base model; give it with --base.")
+    if config.task_type not in (peft.TaskType.CAUSAL_LM, None):
+        raise SavedRunError(
+            f"{weights} is a {config.task_type} adapter without task.json, so its classes are not "
+            f"known. Train it with msplora train, or use it through PEFT."
+        )
+    content = {
+        "model": base,
+        "task": "sft",
+        "output": str(weights),
+        "method": "lora",
+        "revision": config.revision,
+        # No data of its own: --data names the file.
+        "data": {"train": str(weights / "no-data.jsonl")},
+    }
+    return TaskRecord(make_settings(content, str(weights / "adapter_config.json")))
