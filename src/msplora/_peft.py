@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
@@ -24,6 +25,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
+    "check_adapters_to_merge",
 ]
 
 VERSION = Version(importlib.metadata.version("peft"))
@@ -99,7 +101,7 @@ def parameter_shape(module: torch.nn.Module, name: str) -> tuple[int, int, int]:
         return 1, shape[0], shape[1]
     experts, first, second = shape
     # PEFT 0.18 takes every three-dimensional parameter for (experts, in, out).
-    in_first = VERSION < Version("0.19") or getattr(module, "is_transposed", False)
+    in_first = Version("0.19") > VERSION or getattr(module, "is_transposed", False)
     return (experts, second, first) if in_first else (experts, first, second)
 
 

@@ -72,7 +72,10 @@ class Assembled(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.assemble(_peft.device_of(self.base_layer) or self._own_device())
+        own = self._own_device()
+        if own.type == "meta":  # low_cpu_mem_usage: the numbers come later
+            return self.assemble(own)
+        return self.assemble(_peft.device_of(self.base_layer) or own)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.assemble(x.device)
@@ -111,6 +114,7 @@ class SitePairs(nn.Module):
             self.b = Assembled(b_factors, up, templates[1], False, base_layer)
         self.rank = sum(pair.rank for pair, _, _ in pairs)
         self.site_key = site_key
+        self.transposed = transposed
         # A shared pair lives where its first borrower is.
         self.leads = [
             place for place, (pair, _, _) in enumerate(pairs) if pair.sites[0] == site_key
@@ -258,6 +262,25 @@ class PyramidLayer:
         if not x.dtype == borrowed.a.dtype == layer.get_base_layer().weight.dtype:
             return None
         return None if torch.is_autocast_enabled(x.device.type) else active[0]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        layer: Any = self
+        if not self._is_tied_head():
+            super().merge(safe_merge, adapter_names)  # pyright: ignore
+            return
+        # Its weight is the embedding's, into which the same pairs are merged: once is enough.
+        names = _peft.check_adapters_to_merge(layer, adapter_names)
+        layer.merged_adapters += [name for name in names if name in self.borrowed]
+
+    def unmerge(self) -> None:
+        layer: Any = self
+        if self._is_tied_head():
+            layer.merged_adapters.clear()
+        else:
+            super().unmerge()  # pyright: ignore
+
+    def _is_tied_head(self) -> bool:
+        return any(site_pairs.transposed for site_pairs in self.borrowed.values())
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # pyright: ignore

@@ -262,7 +262,12 @@ def _tied_sites(
             f"target_modules matches {sorted(targeted & set(heads))}, tied to {name!r}. With "
             f"ensure_weight_tying=True name the embedding {name!r} too: it owns the pairs."
         )
-    return {head: name for head in heads}
+    if config.use_dora:
+        raise TargetError(
+            f"use_dora does not work on {[name, *heads]}, which share one weight: each would "
+            f"normalise it along another axis. Leave them out, or set use_dora=False."
+        )
+    return dict.fromkeys(heads, name)
 
 
 def _input_embedding(model: nn.Module) -> tuple[str, nn.Parameter] | None:
