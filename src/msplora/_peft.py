@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,6 +121,24 @@ def parameter_wrapper(module: torch.nn.Module, name: str) -> ParamWrapper | None
             return module
         module = module.base_layer
     return None
+
+
+@cache
+def lora_counts_out_proj_twice() -> bool:
+    """Whether PEFT's LoRA adds the delta of an `nn.MultiheadAttention`'s out_proj twice.
+
+    PEFT 0.21 does: merging the attention adds it, and then merges out_proj as well.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["0"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Sequential(torch.nn.MultiheadAttention(2, 1))
+        attention: Any = inject_adapter_in_model(config, model)[0]  # pyright: ignore
+    out_proj = attention.base_layer.out_proj
+    expected = out_proj.weight + out_proj.get_delta_weight("default")
+    attention.merge()
+    return not torch.allclose(out_proj.weight, expected)
 
 
 def device_of(base_layer: torch.nn.Module) -> torch.device | None:

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import _peft
 from .config import MSPLoraConfig
 from .errors import ConfigError, UnsupportedError
 from .folders import check_output, new_folder
@@ -38,6 +39,7 @@ from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
 
 _WRAPPED = "base_model.model."
+_ATTENTION_OUT = ".base_layer.out_proj"  # of an adapted nn.MultiheadAttention
 # What makes the adapter servable besides the adapter itself.
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -202,6 +204,8 @@ def _layer_tensors(
             assembled.stacked([factor().float().cpu() for factor in assembled.factors])
             for assembled in (borrowed.a, borrowed.b)
         )
+        if name.endswith(_ATTENTION_OUT) and _peft.lora_counts_out_proj_twice():
+            b = b / 2
         blocks = getattr(layer, "num_experts", 1)
         a, b = _padded(a, b, rank, blocks)
         a, b = a.to(dtype).contiguous().clone(), b.to(dtype).contiguous().clone()

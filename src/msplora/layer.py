@@ -114,7 +114,6 @@ class SitePairs(nn.Module):
             self.b = Assembled(b_factors, up, templates[1], False, base_layer)
         self.rank = sum(pair.rank for pair, _, _ in pairs)
         self.site_key = site_key
-        self.transposed = transposed
         # A shared pair lives where its first borrower is.
         self.leads = [
             place for place, (pair, _, _) in enumerate(pairs) if pair.sites[0] == site_key
@@ -178,6 +177,9 @@ class PyramidLayer:
     borrowed: nn.ModuleDict
     store: Store
     conv_templates: tuple[nn.Module | None, nn.Module | None]
+    merged_by_another = False
+    """Another layer merges into this one's weight: the embedding a head is tied to, or the attention
+    around an out_proj. Merging here as well would add the delta twice."""
 
     def borrow(
         self,
@@ -200,6 +202,7 @@ class PyramidLayer:
         """
         layer: Any = self
         self.__dict__["store"] = store
+        self.merged_by_another = self.merged_by_another or transposed
         site_pairs = SitePairs(
             [(pair, *store.pair(pair.address, adapter_name)) for pair in pairs],
             templates=self.conv_templates,
@@ -265,22 +268,18 @@ class PyramidLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
-        if not self._is_tied_head():
+        if not self.merged_by_another:
             super().merge(safe_merge, adapter_names)  # pyright: ignore
             return
-        # Its weight is the embedding's, into which the same pairs are merged: once is enough.
         names = _peft.check_adapters_to_merge(layer, adapter_names)
         layer.merged_adapters += [name for name in names if name in self.borrowed]
 
     def unmerge(self) -> None:
         layer: Any = self
-        if self._is_tied_head():
+        if self.merged_by_another:
             layer.merged_adapters.clear()
         else:
             super().unmerge()  # pyright: ignore
-
-    def _is_tied_head(self) -> bool:
-        return any(site_pairs.transposed for site_pairs in self.borrowed.values())
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # pyright: ignore

@@ -56,6 +56,7 @@ class MSPLoraModel(LoraModel):
         store = find_store(model) or _new_store(model)
         try:
             self._create_pairs(model, store, plan, adapter_name, config, low_cpu_mem_usage)
+            _check_not_trained_whole(store, config)
             self._plan = plan
             super().inject_adapter(
                 model,
@@ -152,6 +153,10 @@ class MSPLoraModel(LoraModel):
             for inner in list(layer.modules()):
                 if isinstance(inner, LoraLayer) and not isinstance(inner, PyramidLayer):
                     make_pyramid_layer(inner)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # In eval mode its fused kernel reads the weights past their layers, so an adapter
+                # would not act; it stands back where a layer has a hook.
+                layer.register_forward_pre_hook(_do_nothing)
         self._lend(layer, adapter_name, lora_config, current_key)
 
     def _lend(self, layer: Any, adapter_name: str, config: MSPLoraConfig, key: str) -> None:
@@ -164,6 +169,7 @@ class MSPLoraModel(LoraModel):
         if isinstance(base, nn.MultiheadAttention):
             inner: Any = base.out_proj
             inner_key = f"{key}.out_proj"
+            inner.merged_by_another = True
             inner.borrow(store, adapter_name, plan.pairs_of[inner_key], config, inner_key)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
@@ -308,6 +314,10 @@ def _store_keys(model: nn.Module, adapter_name: str) -> list[str]:
     return keys
 
 
+def _do_nothing(layer: nn.Module, args: Any) -> None:
+    pass
+
+
 def _new_store(model: nn.Module) -> Store:
     if hasattr(model, STORE_NAME):
         raise TargetError(
@@ -382,6 +392,17 @@ def _check_made_for(
 
 def _named(config: MSPLoraConfig) -> str:
     return f", {config.base_model_name_or_path!r}" if config.base_model_name_or_path else ""
+
+
+def _check_not_trained_whole(store: Store, config: MSPLoraConfig) -> None:
+    for path, _ in store.named_modules(prefix=STORE_NAME):
+        for name in config.modules_to_save or ():
+            if path.endswith(name):
+                raise ConfigError(
+                    f"modules_to_save names {name!r}, which PEFT looks for at the end of a module's "
+                    f"name and would find in the adapter's own {path!r}. Give the adapter another "
+                    f"name, or name the module by a longer part of its path."
+                )
 
 
 def _check_every_site_borrows(model: nn.Module, plan: Plan, adapter_name: str) -> None:

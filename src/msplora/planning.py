@@ -72,10 +72,12 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
         config.target_modules = default if isinstance(default, str) else set(default)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         _peft.include_all_linear(config, model)
-        # PEFT counts these as linear layers, but their attention reads the weight directly, so an
-        # adapter on them would never act.
+        # PEFT counts the first as linear layers, but their attention reads the weight directly, so an
+        # adapter on them would never act; the second it means to train whole.
         config.target_modules = {
-            key for key in config.target_modules if not _inside_attention(model, key)
+            key
+            for key in config.target_modules
+            if not _inside_attention(model, key) and _trained_whole(config, key) is None
         }
     return config
 
@@ -153,8 +155,20 @@ def _module_targets(model: nn.Module, path: str, module: nn.Module) -> list[_Tar
     return [_Target(path, path, module, _module_shape(path, module))]
 
 
+def _trained_whole(config: MSPLoraConfig, key: str) -> str | None:
+    """The entry of `modules_to_save` that takes `key` too: PEFT goes by how a name ends."""
+    return next((name for name in config.modules_to_save or () if key.endswith(name)), None)
+
+
 def _module_shape(path: str, module: nn.Module) -> Shape:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        for name, usual in (("dilation", {1}), ("padding_mode", {"zeros"})):
+            value = getattr(module, name)
+            if not usual.issuperset(value if isinstance(value, tuple) else (value,)):
+                raise TargetError(
+                    f"{path!r} is a convolution with {name}={value!r}, which PEFT's LoRA does not "
+                    f"apply to its own convolution. Leave it out with exclude_modules."
+                )
         return Shape(
             "conv", module.out_channels, module.in_channels, module.kernel_size, module.groups
         )
@@ -334,6 +348,13 @@ def _check_everything_matched(
             f"layers_to_transform = {config.layers_to_transform} or modules_to_save = "
             f"{_shown(config.modules_to_save)}. Nothing would be trained."
         )
+    for target in targets:
+        whole = _trained_whole(config, target.key)
+        if whole is not None:
+            raise TargetError(
+                f"target_modules matches {target.key!r}, which modules_to_save names too, because it "
+                f"ends in {whole!r}: it would be trained whole. Leave it out of one of them."
+            )
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name) or {}:
             if not any(_pattern_matches(pattern, target.key) for target in targets):
