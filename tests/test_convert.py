@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, VOCABULARY, Tiny, llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import msplora
@@ -21,6 +20,7 @@ from msplora import loading
 from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.folders import OutputError
 from msplora.verifying import VerificationError
+from tiny import MODELS, VOCABULARY, Tiny, llama
 
 IDS = torch.arange(2 * 9).reshape(2, 9) % VOCABULARY
 
@@ -226,12 +226,12 @@ def test_a_damaged_adapter_is_refused(
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
     llama(layers=5).save_pretrained(tmp_path / "deeper")  # pyright: ignore
     with pytest.raises(AdapterFileError, match="another base"):
-        msplora.to_lora(adapter, tmp_path / "out", base=loading.BaseOptions(str(tmp_path / "deeper")))
+        msplora.to_lora(
+            adapter, tmp_path / "out", base=loading.BaseOptions(str(tmp_path / "deeper"))
+        )
 
 
 @pytest.mark.parametrize("source", ["nothing", "base"])
-def test_a_folder_that_is_no_adapter_is_refused(
-    adapter: Path, tmp_path: Path, source: str
-) -> None:
-    with pytest.raises(MSPLoraError, match="no folder|no adapter"):
+def test_a_folder_that_is_no_adapter_is_refused(adapter: Path, tmp_path: Path, source: str) -> None:
+    with pytest.raises(MSPLoraError, match=r"no folder|no adapter"):
         msplora.to_lora(tmp_path / source, tmp_path / "out")

@@ -62,9 +62,7 @@ def test_every_site_has_one_pair_per_level(sites: list[Site], levels: tuple[Leve
 
 
 @given(site_lists(), pyramids())
-def test_groups_partition_the_layers_in_runs(
-    sites: list[Site], levels: tuple[Level, ...]
-) -> None:
+def test_groups_partition_the_layers_in_runs(sites: list[Site], levels: tuple[Level, ...]) -> None:
     plan = arrange(sites, levels)
     for kind in plan.kinds:
         for level in levels:

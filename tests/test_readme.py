@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import transformers as hf
-from tiny import VOCABULARY, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import msplora
+from tiny import VOCABULARY, llama
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,9 +121,8 @@ def test_the_mrpc_table_is_that_of_the_result_file() -> None:
         for line in file:
             row = json.loads(line)
             accuracies[row["name"], row["learning_rate"]].append(row["accuracy"])
-    for name, shown in (("lora", "LoRA"), ("pyramid", "pyramid")) + (
-        ("pyramid, split alpha", "pyramid, split alpha"),
-    ):
+    methods = {"lora": "LoRA"} | {name: name for name in ("pyramid", "pyramid, split alpha")}
+    for name, shown in methods.items():
         cells = [
             f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
             for found in (accuracies[name, rate] for rate in (1e-4, 3e-4, 1e-3, 3e-3))

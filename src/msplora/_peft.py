@@ -68,9 +68,7 @@ def register_method() -> None:
 
     if register_type() in PEFT_TYPE_TO_TUNER_MAPPING:
         return
-    register_peft_method(
-        name=NAME, config_cls=MSPLoraConfig, model_cls=MSPLoraModel, prefix=PREFIX
-    )
+    register_peft_method(name=NAME, config_cls=MSPLoraConfig, model_cls=MSPLoraModel, prefix=PREFIX)
 
 
 def is_target(config: Any, key: str) -> bool:

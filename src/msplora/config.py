@@ -47,10 +47,10 @@ class MSPLoraConfig(LoraConfig):
     """A pyramid of shared low-rank pairs (MSPLoRA, arXiv 2503.21838).
 
     `MSPLoraConfig(r=8, lora_alpha=16, target_modules=[...])` is the paper's pyramid: a pair of
-    rank r shared by all layers, pairs of rank r // 2 shared by three groups of layers, and a pair of
-    rank r // 4 for each layer, every level scaled by alpha / rank. The long form gives lists, one
-    entry per level. Fields not described here mean what they mean in PEFT's `LoraConfig`; what a
-    pyramid cannot do is refused with the reason.
+    rank r shared by all layers, pairs of rank r // 2 shared by three groups of layers, and a pair
+    of rank r // 4 for each layer, every level scaled by alpha / rank. The long form gives lists,
+    one entry per level. Fields not described here mean what they mean in PEFT's `LoraConfig`; what
+    a pyramid cannot do is refused with the reason.
 
     Dropout draws one mask per layer, on the input of the assembled product. For each level that is
     the same in distribution as the released code's one mask per level.
@@ -123,12 +123,10 @@ class MSPLoraConfig(LoraConfig):
     @property
     def pyramid(self) -> tuple[Level, ...]:
         """The levels asked for, first to last."""
-        assert self.levels and self.ranks and self.groups and self.alphas  # filled in above
+        levels: Any = zip(self.levels, self.ranks, self.groups, self.alphas, strict=True)  # pyright: ignore
         return tuple(
             Level(name=name, rank=rank, groups=groups, alpha=alpha, use_rslora=self.use_rslora)
-            for name, rank, groups, alpha in zip(
-                self.levels, self.ranks, self.groups, self.alphas, strict=True
-            )
+            for name, rank, groups, alpha in levels
         )
 
     def pyramid_with(self, rank: int | None, alpha: float | None) -> tuple[Level, ...]:
@@ -137,23 +135,30 @@ class MSPLoraConfig(LoraConfig):
         `rank` is the first level's; the others follow in proportion (in the short form: halved).
         `alpha` stands in for `lora_alpha`: the levels' alphas change in the same proportion.
         """
-        assert self.r and self.lora_alpha and self.ranks and self.alphas
-        ranks, alphas = list(self.ranks), list(self.alphas)
-        if rank is not None and rank != self.r:
-            if ranks == _halved(self.r):
+        ranks = [level.rank for level in self.pyramid]
+        alphas = [level.alpha for level in self.pyramid]
+        r: Any = self.r
+        lora_alpha: Any = self.lora_alpha
+        if rank is not None and rank != r:
+            if ranks == _halved(r):
                 ranks = _halved(rank)
             else:
-                ranks = [rank * its // self.r for its in ranks]
+                ranks = [rank * its // r for its in ranks]
             if min(ranks) < 1:
                 raise ConfigError(
                     f"rank_pattern asks for r = {rank}, which gives the levels {self.levels} the "
                     f"ranks {ranks}; each must be at least 1. Ask for a larger rank."
                 )
         if alpha is not None:
-            alphas = [its * alpha / self.lora_alpha for its in alphas]
+            alphas = [its * alpha / lora_alpha for its in alphas]
         return tuple(
-            Level(level.name, rank=its_rank, groups=level.groups, alpha=its_alpha,
-                  use_rslora=self.use_rslora)
+            Level(
+                level.name,
+                rank=its_rank,
+                groups=level.groups,
+                alpha=its_alpha,
+                use_rslora=self.use_rslora,
+            )
             for level, its_rank, its_alpha in zip(self.pyramid, ranks, alphas, strict=True)
         )
 

@@ -1,8 +1,8 @@
 """Conversion, files to files: an MSPLoRA adapter to a plain LoRA, or into the base's weights.
 
 Each site of a pyramid is one LoRA of rank R = sum of its ranks (`product.py`), so the plain LoRA is
-exact. It is written for the servers: one R for all sites, alpha = R (a factor of 1 in every engine),
-only long-known keys in its config.
+exact. It is written for the servers: one R for all sites, alpha = R (a factor of 1 in every
+engine), only long-known keys in its config.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .loading import (
     BaseOptions,
     adapter_folder,
     check_finite,
+    dtype_argument,
     load_adapted,
     quiet_loading,
     read_config,
@@ -101,14 +102,11 @@ def to_lora(
         _copy_tokenizer(folder, partial)
         comparison = None
         if verify:
-            inputs = probe_inputs(model)
-            with model.disable_adapter():
-                base_logits = logits(model, inputs)
-            adapted = logits(model, inputs)
-            base_model = model.unload()
+            probe = _Probe(model)
+            base_model: Any = model.unload()
             converted = PeftModel.from_pretrained(base_model, str(partial)).eval()
             dtypes = {base_model.dtype, getattr(torch, dtype)}
-            comparison = compare(base_logits, adapted, logits(converted, inputs), dtypes)
+            comparison = probe.compare_with(converted, dtypes)
     return Converted(
         out, config["r"], _size(folder / WEIGHTS_FILE), _size(out / WEIGHTS_FILE), comparison
     )
@@ -139,17 +137,14 @@ def to_merged(
     folder, out = adapter_folder(Path(source)), Path(out)
     check_output(out, force)
     model = load_adapted(folder, base)
-    dtype = model.get_base_model().dtype
-    if getattr(model.get_base_model(), "is_quantized", False) and not allow_quantized:
+    base_model: Any = model.get_base_model()
+    dtype = base_model.dtype
+    if getattr(base_model, "is_quantized", False) and not allow_quantized:
         raise UnsupportedError(
-            "the base is quantised: merging would round its weights a second time. Pass --base with "
-            "the unquantised model, or --allow-quantized to accept that."
+            "the base is quantised: merging would round its weights a second time. Pass --base "
+            "with the unquantised model, or --allow-quantized to accept that."
         )
-    inputs = probe_inputs(model) if verify else {}
-    if verify:
-        with model.disable_adapter():
-            base_logits = logits(model, inputs)
-        adapted = logits(model, inputs)
+    probe = _Probe(model) if verify else None
     rank = sum(_ranks(model))
     merged: Any = model.merge_and_unload(safe_merge=True)
     with new_folder(out, force) as partial:
@@ -157,16 +152,31 @@ def to_merged(
             merged.save_pretrained(partial)
         _copy_tokenizer(folder, partial)
         comparison = None
-        if verify:
+        if probe is not None:
             with quiet_loading():
-                reloaded = type(merged).from_pretrained(partial, dtype=dtype).eval()
-            comparison = compare(base_logits, adapted, logits(reloaded, inputs), {dtype})
+                options = {dtype_argument(): dtype}
+                reloaded = type(merged).from_pretrained(partial, **options).eval()
+            comparison = probe.compare_with(reloaded, {dtype})
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size(folder / WEIGHTS_FILE), size, comparison)
 
 
+class _Probe:
+    """The logits of a model with and without its adapter, taken before it is converted."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.inputs = probe_inputs(model)
+        with model.disable_adapter():
+            self.base = logits(model, self.inputs)
+        self.adapted = logits(model, self.inputs)
+
+    def compare_with(self, converted: nn.Module, dtypes: set[torch.dtype]) -> Comparison:
+        """Raise if the converted model answers differently."""
+        return compare(self.base, self.adapted, logits(converted, self.inputs), dtypes)
+
+
 def lora_of(
-    model: nn.Module,
+    model: Any,
     adapter_name: str = "default",
     *,
     dtype: torch.dtype = torch.float32,
@@ -181,7 +191,7 @@ def lora_of(
     """
     peft_config: Any = model.peft_config[adapter_name]
     root: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = {
+    layers: dict[str, Any] = {
         path: module
         for path, module in root.named_modules()
         if isinstance(module, PyramidLayer) and adapter_name in module.borrowed

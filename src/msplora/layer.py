@@ -1,8 +1,8 @@
 """A PEFT LoRA layer whose factors are borrowed from the store and assembled when used.
 
 PEFT builds its own layer for whatever it wraps (a linear layer, a quantised one, a convolution, an
-expert's parameter …). `make_pyramid_layer` then changes the layer's class to a subclass that owns no
-factor: `lora_A[adapter]` and `lora_B[adapter]` become views that stack the pairs of all levels
+expert's parameter …). `make_pyramid_layer` then changes the layer's class to a subclass that owns
+no factor: `lora_A[adapter]` and `lora_B[adapter]` become views that stack the pairs of all levels
 (`product.py`), and everything PEFT does with a rank-R LoRA of scaling 1 works on them.
 """
 
@@ -40,6 +40,9 @@ class Assembled(nn.Module):
     `requires_grad_()` reach them.
     """
 
+    base_layer: nn.Module
+    template: Any
+
     def __init__(
         self,
         factors: list[Factor],
@@ -54,8 +57,8 @@ class Assembled(nn.Module):
         self.transposed = transposed
         self.bias = None
         # Not registered: the base layer and the convolution whose stride and padding are used.
-        self.__dict__["base_layer"] = base_layer
-        self.__dict__["template"] = template
+        unregistered: dict[str, Any] = {"base_layer": base_layer, "template": template}
+        self.__dict__.update(unregistered)
 
     def assemble(self, device: torch.device) -> Tensor:
         """The stacked factor, (R, in …) or (out, R …), on `device`."""
@@ -68,11 +71,11 @@ class Assembled(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.factors[0].factor.dtype  # pyright: ignore
+        return self._first.dtype
 
     @property
     def weight(self) -> Tensor:
-        own = self._own_device()
+        own = self._first.device
         if own.type == "meta":  # low_cpu_mem_usage: the numbers come later
             return self.assemble(own)
         return self.assemble(_peft.device_of(self.base_layer) or own)
@@ -83,8 +86,10 @@ class Assembled(nn.Module):
             return self.template._conv_forward(x, weight, None)
         return F.linear(x, weight)
 
-    def _own_device(self) -> torch.device:
-        return self.factors[0].factor.device  # pyright: ignore
+    @property
+    def _first(self) -> Tensor:
+        first: Any = self.factors[0]
+        return first.factor
 
 
 class SitePairs(nn.Module):
@@ -166,7 +171,7 @@ class _View(Mapping):
     def __len__(self) -> int:
         return len(self.borrowed)
 
-    def __contains__(self, adapter_name: object) -> bool:
+    def __contains__(self, adapter_name: Any) -> bool:
         return adapter_name in self.borrowed
 
 
@@ -178,8 +183,8 @@ class PyramidLayer:
     store: Store
     conv_templates: tuple[nn.Module | None, nn.Module | None]
     merged_by_another = False
-    """Another layer merges into this one's weight: the embedding a head is tied to, or the attention
-    around an out_proj. Merging here as well would add the delta twice."""
+    """Another layer merges into this one's weight: the embedding that a head is tied to, or the
+    attention around an out_proj. Merging here as well would add the delta twice."""
 
     def borrow(
         self,
@@ -232,8 +237,8 @@ class PyramidLayer:
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
-            "a plain LoRA adapter cannot be added to a layer that has an MSPLoRA adapter: PEFT would "
-            "keep both in one layer. Add another MSPLoRA adapter, or merge or unload first."
+            "a plain LoRA adapter cannot be added to a layer that has an MSPLoRA adapter: PEFT "
+            "would keep both in one layer. Add another MSPLoRA adapter, or merge or unload first."
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -311,7 +316,8 @@ def make_pyramid_layer(layer: LoraLayer) -> None:
     """Change a freshly made PEFT LoRA layer, in place, into one that borrows its factors."""
     state: Any = layer
     templates = tuple(
-        _conv_template(next(iter(getattr(state, name).values()), None)) for name in ("lora_A", "lora_B")
+        _conv_template(next(iter(getattr(state, name).values()), None))
+        for name in ("lora_A", "lora_B")
     )
     is_embedding = len(state.lora_embedding_A) > 0
     for name in _FACTOR_CONTAINERS:
@@ -356,7 +362,7 @@ def pyramid_class(peft_class: type) -> type:
 
 
 def _empty_layer(peft_class: type) -> Any:
-    cls = pyramid_class(peft_class)
+    cls: Any = pyramid_class(peft_class)
     return cls.__new__(cls)
 
 

@@ -75,16 +75,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise AdapterFileError(
-            f"{str(folder)!r} has no {WEIGHTS_FILE}. An adapter saved as a pickle (.bin) is not read; "
-            f"save it again with safe_serialization=True."
+            f"{str(folder)!r} has no {WEIGHTS_FILE}. An adapter saved as a pickle (.bin) is not "
+            f"read; save it again with safe_serialization=True."
         )
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
-            f"{str(file)!r} ({file.stat().st_size:,} bytes) cannot be read: {error}. It is cut short "
-            f"or damaged; copy or download it again."
+            f"{str(file)!r} ({file.stat().st_size:,} bytes) cannot be read: {error}. It is cut "
+            f"short or damaged; copy or download it again."
         ) from error
     check_finite(tensors, str(file))
     return tensors
@@ -240,8 +240,8 @@ def loading_errors_explained(source: str, what: str = "the model") -> Iterator[N
             advice = f"The folder holds: {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}."
         else:
             advice = (
-                "It is neither a folder here nor to be had from the hub. Check the name, the network "
-                "and, for a gated model, `hf auth login`."
+                "It is neither a folder here nor to be had from the hub. Check the name, the "
+                "network and, for a gated model, `hf auth login`."
             )
         raise MSPLoraError(
             f"cannot load {what} {source!r}: {advice} ({type(error).__name__}: {reason[:300]})"

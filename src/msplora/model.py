@@ -96,8 +96,8 @@ class MSPLoraModel(LoraModel):
         tensor_parallel = getattr(model, "tp_size", None) or getattr(model, "_tp_size", None)
         if tensor_parallel and tensor_parallel > 1:
             raise UnsupportedError(
-                "MSPLoRA does not run on a tensor-parallel base (tp_plan): a shared pair would need "
-                "two layouts at once. Use FSDP or DDP."
+                "MSPLoRA does not run on a tensor-parallel base (tp_plan): a shared pair would "
+                "need two layouts at once. Use FSDP or DDP."
             )
         for key, module in model.named_modules():
             if isinstance(module, _peft.BaseTunerLayer) and not isinstance(module, PyramidLayer):
@@ -377,15 +377,15 @@ def _check_made_for(
         )
     if fingerprint is not None and fingerprint != plan.fingerprint:
         raise AdapterFileError(
-            f"the adapter was made for another base: the names and shapes of its sites have the hash "
-            f"{fingerprint}, this model's {len(plan.sites)} sites have {plan.fingerprint}. Load the "
-            f"base it was made for{_named(config)}."
+            f"the adapter was made for another base: the names and shapes of its sites have the "
+            f"hash {fingerprint}, this model's {len(plan.sites)} sites have {plan.fingerprint}. "
+            f"Load the base it was made for{_named(config)}."
         )
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     if fingerprint and path and config.base_model_name_or_path not in (None, "", path):
         warnings.warn(
-            f"the adapter names {config.base_model_name_or_path!r} as its base, and this model comes "
-            f"from {path!r}: its sites fit, but make sure that the weights are the same.",
+            f"the adapter names {config.base_model_name_or_path!r} as its base, and this model "
+            f"comes from {path!r}: its sites fit, but make sure that the weights are the same.",
             stacklevel=3,
         )
 
@@ -399,9 +399,9 @@ def _check_not_trained_whole(store: Store, config: MSPLoraConfig) -> None:
         for name in config.modules_to_save or ():
             if path.endswith(name):
                 raise ConfigError(
-                    f"modules_to_save names {name!r}, which PEFT looks for at the end of a module's "
-                    f"name and would find in the adapter's own {path!r}. Give the adapter another "
-                    f"name, or name the module by a longer part of its path."
+                    f"modules_to_save names {name!r}, which PEFT looks for at the end of a "
+                    f"module's name and would find in the adapter's own {path!r}. Give the adapter "
+                    f"another name, or name the module by a longer part of its path."
                 )
 
 

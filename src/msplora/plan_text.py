@@ -94,9 +94,7 @@ def _ranges(blocks: Sequence[int | None]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def _table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int]
-) -> list[str]:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int]) -> list[str]:
     cells = [header, *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 

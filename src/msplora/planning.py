@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import _peft
 from .config import MSPLoraConfig
@@ -72,8 +72,8 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
         config.target_modules = default if isinstance(default, str) else set(default)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         _peft.include_all_linear(config, model)
-        # PEFT counts the first as linear layers, but their attention reads the weight directly, so an
-        # adapter on them would never act; the second it means to train whole.
+        # PEFT counts the first as linear layers, but their attention reads the weight directly, so
+        # an adapter on them would never act; the second it means to train whole.
         config.target_modules = {
             key
             for key in config.target_modules
@@ -121,7 +121,7 @@ def _targets(model: nn.Module, config: MSPLoraConfig) -> list[_Target]:
     return found
 
 
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The base model's modules: not what lies inside adapter layers, nor the store."""
     inside: tuple[str, ...] = (f"{STORE_NAME}.",)
     for path, module in model.named_modules():
@@ -177,8 +177,8 @@ def _module_shape(path: str, module: nn.Module) -> Shape:
         inner = [f"{path}.{name}" for name, _ in module.named_children()]
         hint = f" Inside it are {_some(inner)}." if inner else ""
         raise TargetError(
-            f"{path!r} is a {type(module).__name__}, which has no weight that LoRA can adapt. Target "
-            f"linear layers, convolutions, embeddings or nn.MultiheadAttention.{hint}"
+            f"{path!r} is a {type(module).__name__}, which has no weight that LoRA can adapt. "
+            f"Target linear layers, convolutions, embeddings or nn.MultiheadAttention.{hint}"
         )
     layout = "embedding" if isinstance(module, nn.Embedding) else "linear"
     return Shape(layout, out_features, in_features)
@@ -246,9 +246,7 @@ def _pattern_matches(pattern: str, key: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", key) is not None
 
 
-def _tied_sites(
-    model: nn.Module, config: MSPLoraConfig, targets: list[_Target]
-) -> dict[str, str]:
+def _tied_sites(model: nn.Module, config: MSPLoraConfig, targets: list[_Target]) -> dict[str, str]:
     """Key of a tied head -> key of the embedding whose pairs it borrows (`ensure_weight_tying`)."""
     embedding = _input_embedding(model)
     if embedding is None:
@@ -284,12 +282,12 @@ def _tied_sites(
     return dict.fromkeys(heads, name)
 
 
-def _input_embedding(model: nn.Module) -> tuple[str, nn.Parameter] | None:
+def _input_embedding(model: Any) -> tuple[str, Tensor] | None:
     try:
         module = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    base = _peft.unwrapped(module)
+    base: Any = _peft.unwrapped(module)
     if not isinstance(base, nn.Embedding):
         return None
     path = next(path for path, its in model.named_modules() if its is module)
@@ -304,7 +302,9 @@ def _notes(sites: list[Site], tied: dict[str, str]) -> list[str]:
             f"{', '.join(alone)}: outside every list of blocks, so nothing shares with "
             f"{'it' if len(alone) == 1 else 'them'}."
         )
-    notes += [f"{head}: tied to {embedding}, borrows its pairs." for head, embedding in tied.items()]
+    notes += [
+        f"{head}: tied to {embedding}, borrows its pairs." for head, embedding in tied.items()
+    ]
     notes += _gaps(sites)
     return notes
 
@@ -352,8 +352,8 @@ def _check_everything_matched(
         whole = _trained_whole(config, target.key)
         if whole is not None:
             raise TargetError(
-                f"target_modules matches {target.key!r}, which modules_to_save names too, because it "
-                f"ends in {whole!r}: it would be trained whole. Leave it out of one of them."
+                f"target_modules matches {target.key!r}, which modules_to_save names too, because "
+                f"it ends in {whole!r}: it would be trained whole. Leave it out of one of them."
             )
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name) or {}:
@@ -416,10 +416,9 @@ def _inside_attention(model: nn.Module, path: str) -> bool:
     return isinstance(parent, nn.MultiheadAttention)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: Any) -> nn.Module:
     """The wrapped base model, under a `PeftModel` or a tuner."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _model_type(model: nn.Module) -> str | None:

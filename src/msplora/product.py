@@ -6,7 +6,8 @@
     B = [s_g B_global, s_m B_mid, s_l B_local]               B_OR, likewise
 
 so every adapted layer is exactly one LoRA of rank R = sum_t r_t and scaling 1. The scale s_t goes
-into B, in float32 at least and before any cast: forward, merge and export then see the same numbers.
+into B, in float32 at least and before any cast: forward, merge and export then see the same
+numbers.
 
 Shapes: N any leading dimensions, I in, O out, R rank, E experts (or a convolution's groups).
 """
@@ -65,8 +66,8 @@ def add_product(
 ) -> Tensor:
     """``W0 x + scaling B (A x)`` in two products: the second adds into the base's output.
 
-    `addmm` reads the base's output once instead of writing the product, reading it and adding. It is
-    out of place: an in-place addition on a view of the base's output gives wrong gradients.
+    `addmm` reads the base's output once instead of writing the product, reading it and adding. It
+    is out of place: an in-place addition on a view of the base's output gives wrong gradients.
     """
     h_NR = torch.nn.functional.linear(x_NI, a_RI)
     flat = torch.addmm(

@@ -3,8 +3,8 @@
     h = W0 x + sum over levels t of  s_t B_t A_t x            (arXiv 2503.21838)
 
 A *site* is one adapted weight. Sites of one *kind* (the path inside the block, and the shape) in
-one *stack* (a list of blocks) share: on a level of G groups, the L blocks that hold the kind are cut
-into G' = min(G, L) contiguous groups, block number l (counted among those L) being in group
+one *stack* (a list of blocks) share: on a level of G groups, the L blocks that hold the kind are
+cut into G' = min(G, L) contiguous groups, block number l (counted among those L) being in group
 floor(l G' / L). Every group owns one *pair* (A, B), addressed ``level/group/kind``.
 """
 
@@ -39,7 +39,7 @@ class Level:
 
     @property
     def scale(self) -> float:
-        """The factor s_t on B_t A_t: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+        """The factor s_t on B_t A_t: alpha / rank; rank-stabilised, alpha / sqrt(rank)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def groups_among(self, layers: int) -> int:
@@ -385,9 +385,9 @@ def _levels_of_kind(
 def _check_rank(kind: Kind, level: Level) -> None:
     if kind.shape.layout == "conv" and level.rank % kind.shape.blocks:
         raise TargetError(
-            f"kind {kind.name!r} is a convolution with {kind.shape.blocks} groups, which must divide "
-            f"every rank, but level {level.name!r} has rank {level.rank}. Choose ranks that are "
-            f"multiples of {kind.shape.blocks}, or leave this kind out with exclude_modules."
+            f"kind {kind.name!r} is a convolution with {kind.shape.blocks} groups, which must "
+            f"divide every rank, but level {level.name!r} has rank {level.rank}. Choose ranks that "
+            f"are multiples of {kind.shape.blocks}, or leave this kind out with exclude_modules."
         )
 
 
@@ -402,4 +402,3 @@ def _few_layers(kinds: Sequence[Kind]) -> list[str]:
                 f"{kind.parameters / lora:.0%} of what LoRA r = {kind.levels[0].rank} does."
             )
     return notes
-

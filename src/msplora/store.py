@@ -23,8 +23,8 @@ from .planning import STORE_NAME
 from .pyramid import Pair, Plan
 
 A, B, MAGNITUDE = "msplora_A", "msplora_B", "msplora_magnitude"
-# Ends the name of every entry. PEFT finds `modules_to_save` by the end of a module's name, so a name
-# that ended in a kind ("…/pre_classifier") would be taken for one of the model's own modules.
+# Ends the name of every entry. PEFT finds `modules_to_save` by the end of a module's name, so a
+# name that ended in a kind ("…/pre_classifier") would be taken for one of the model's own modules.
 _PAIR, _SITE = "/pair", "/site"
 _SHOWN = 8
 
@@ -118,7 +118,7 @@ class Store(nn.Module):
                 del self._modules[name]
 
     def cast(self, adapter_name: str, from_dtypes: set[torch.dtype], to: torch.dtype) -> None:
-        """Change the dtype of an adapter's parameters, on their owners, so that nothing is untied."""
+        """Change the dtype of an adapter's parameters on their owners: nothing is untied."""
         for module in self.of_adapter(adapter_name):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype in from_dtypes:
@@ -175,9 +175,7 @@ def factors(
     return found_pairs
 
 
-def _initial_factors(
-    pair: Pair, init: bool | str, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _initial_factors(pair: Pair, init: bool | str, device: torch.device) -> tuple[Tensor, Tensor]:
     """A and B of a new pair, in float32; never a copy of another pair's."""
     a = torch.empty(pair.shape.a(pair.rank), device=device, dtype=torch.float32)
     b = torch.empty(pair.shape.b(pair.rank), device=device, dtype=torch.float32)
@@ -220,9 +218,7 @@ def _orthogonal(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _check_tensors(
-    store: Store, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
-) -> None:
+def _check_tensors(store: Store, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse to load an adapter whose tensors are missing, left over, misshapen or not finite.
 
     Runs before anything is copied. An adapter of which the state dict holds nothing is not being

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ def combined_adapter(
     """The config of the combination, and the (A, B) of each of its pairs, to be used at scale 1."""
     if combination_type not in ("linear", "cat"):
         raise UnsupportedError(
-            f"combination_type={combination_type!r} is not supported for MSPLoRA: what it prunes or "
-            f"decomposes belongs to one layer, and pairs are shared. Use 'linear' or 'cat'."
+            f"combination_type={combination_type!r} is not supported for MSPLoRA: what it prunes "
+            f"or decomposes belongs to one layer, and pairs are shared. Use 'linear' or 'cat'."
         )
     asked = {name: value for name, value in options.items() if value is not None}
     if asked:
@@ -64,8 +64,7 @@ def combined_adapter(
                 # As PEFT: each factor takes the root of the weight, so the product has the weight.
                 roots = [math.sqrt(abs(factor)) for factor in factors]
                 signed = [
-                    math.copysign(root, factor)
-                    for root, factor in zip(roots, factors, strict=True)
+                    math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)
                 ]
                 tensors[pair.address] = (_sum(a_factors, roots), _sum(b_factors, signed))
 
@@ -84,8 +83,7 @@ def _config(
     ranks = [level.rank for level in levels]
     if concatenate:
         ranks = [
-            sum(plans[name].levels[place].rank for name in adapters)
-            for place in range(len(levels))
+            sum(plans[name].levels[place].rank for name in adapters) for place in range(len(levels))
         ]
     config.ranks = ranks
     config.r = ranks[0]
@@ -113,7 +111,7 @@ def _check_alike(
         )
 
 
-def _sum(tensors: list[Tensor], factors: list[float]) -> Tensor:
+def _sum(tensors: Sequence[Tensor], factors: list[float]) -> Tensor:
     total = torch.zeros_like(tensors[0])
     for tensor, factor in zip(tensors, factors, strict=True):
         total += tensor * factor

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
-from ..errors import MSPLoraError
+from msplora import __version__
+from msplora.errors import MSPLoraError
 from . import convert, demo, evaluate, generate, plan, predict, train
 
 app = typer.Typer(
@@ -36,7 +36,9 @@ def options(
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Debugging messages too.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Debugging messages too.")
+    ] = False,
 ) -> None:
     """Options of every verb."""
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO

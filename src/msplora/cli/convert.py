@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -36,13 +36,15 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[
         Target,
-        typer.Option(help="`lora`: a plain LoRA for any server; `merged`: a model without adapter."),
+        typer.Option(
+            help="`lora`: a plain LoRA for any server; `merged`: a model without adapter."
+        ),
     ],
     base: Annotated[
-        Optional[str], typer.Option(help="The base model, if not the one the adapter names.")
+        str | None, typer.Option(help="The base model, if not the one the adapter names.")
     ] = None,
     dtype: Annotated[
-        Optional[DType],
+        DType | None,
         typer.Option(
             help="Of the tensors written: float32 by default for `lora`, as the base is stored for "
             "`merged`."
@@ -57,17 +59,19 @@ def convert(
     allow_quantized: Annotated[
         bool, typer.Option(help="Merge into a quantised base, which rounds it again.")
     ] = False,
-    revision: Annotated[Optional[str], typer.Option(help="Of the base model on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the base model on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code that the base model brings along.")
     ] = False,
-    force: Annotated[bool, typer.Option(help="Replace an output folder that is not empty.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Replace an output folder that is not empty.")
+    ] = False,
 ) -> None:
     """Convert an adapter, prove it on the real model, then put it in place."""
     from rich.console import Console
 
-    from ..convert import to_lora, to_merged
-    from ..loading import BaseOptions
+    from msplora.convert import to_lora, to_merged
+    from msplora.loading import BaseOptions
 
     if to is Target.lora:
         result = to_lora(

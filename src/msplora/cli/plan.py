@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -19,22 +19,22 @@ def _numbers(text: str | None) -> list[int] | None:
 def plan(
     model: Annotated[str, typer.Argument(help="A model's folder, or its id on the hub.")],
     target_modules: Annotated[
-        Optional[str],
+        str | None,
         typer.Option("--target-modules", "-t", help="Names, separated by commas; or all-linear."),
     ] = None,
-    r: Annotated[Optional[int], typer.Option("--r", "-r", help="Rank of the first level.")] = None,
-    lora_alpha: Annotated[Optional[float], typer.Option(help="Alpha of every level.")] = None,
+    r: Annotated[int | None, typer.Option("--r", "-r", help="Rank of the first level.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of every level.")] = None,
     split_alpha: Annotated[bool, typer.Option(help="Share alpha out over the levels.")] = False,
-    ranks: Annotated[Optional[str], typer.Option(help="Rank of each level: 8,4,2")] = None,
+    ranks: Annotated[str | None, typer.Option(help="Rank of each level: 8,4,2")] = None,
     groups: Annotated[
-        Optional[str], typer.Option(help="Groups of each level, 0 = per layer: 1,3,0")
+        str | None, typer.Option(help="Groups of each level, 0 = per layer: 1,3,0")
     ] = None,
     layers: Annotated[
-        Optional[str], typer.Option(help="Adapt only the blocks of these numbers: 0,1,2")
+        str | None, typer.Option(help="Adapt only the blocks of these numbers: 0,1,2")
     ] = None,
     dora: Annotated[bool, typer.Option(help="With DoRA's magnitudes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
-    revision: Annotated[Optional[str], typer.Option(help="Of the model on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code that the model brings along.")
     ] = False,
@@ -42,9 +42,9 @@ def plan(
     """Print the sites, kinds, groups and parameter counts of a pyramid on a model."""
     import transformers
 
-    from .. import MSPLoraConfig
-    from .. import plan as make_plan
-    from ..loading import loading_errors_explained, resolve_source
+    from msplora import MSPLoraConfig
+    from msplora import plan as make_plan
+    from msplora.loading import loading_errors_explained, resolve_source
 
     source = resolve_source(model)
     with loading_errors_explained(source):
