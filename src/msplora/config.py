@@ -140,10 +140,7 @@ class MSPLoraConfig(LoraConfig):
         r: Any = self.r
         lora_alpha: Any = self.lora_alpha
         if rank is not None and rank != r:
-            if ranks == _halved(r):
-                ranks = _halved(rank)
-            else:
-                ranks = [rank * its // r for its in ranks]
+            ranks = _halved(rank) if ranks == _halved(r) else [rank * its // r for its in ranks]
             if min(ranks) < 1:
                 raise ConfigError(
                     f"rank_pattern asks for r = {rank}, which gives the levels {self.levels} the "
@@ -267,6 +264,10 @@ class MSPLoraConfig(LoraConfig):
             raise ConfigError(
                 f"bias={self.bias!r}: use 'none', 'all', 'lora_only' or 'msplora_only' (the last "
                 f"two mean the same: the biases of the adapted layers)."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_dropout = {self.lora_dropout!r}: a probability from 0 to below 1."
             )
         if self.target_parameters:
             for name, neutral in (("lora_dropout", 0), ("use_dora", False)):

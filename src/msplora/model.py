@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +14,20 @@ from torch import Tensor, nn
 
 from . import _peft
 from .config import MSPLoraConfig
-from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError
+from .injecting import (
+    bare_config,
+    base_of,
+    check_every_site_borrows,
+    check_made_for,
+    check_not_trained_whole,
+    check_request,
+    check_type,
+    new_store,
+    roll_back,
+)
 from .layer import PyramidLayer, make_pyramid_layer
-from .planning import STORE_NAME, make_plan, prepared
+from .matching import STORE_NAME, model_type_of
+from .planning import make_plan, prepared
 from .pyramid import Plan
 from .store import Store, find_store, raise_for
 from .weighted import combined_adapter
@@ -41,22 +51,38 @@ class MSPLoraModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plan, create the pairs, then let PEFT replace the layers; undo all of it on an error."""
+        try:
+            self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            # The model may have had other adapters: then this is the dictionary it keeps.
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         config: Any = self.peft_config[adapter_name]
-        made_for = self._check_request(model, adapter_name, config, state_dict)
+        made_for = check_request(model, adapter_name, config, state_dict)
         self._check_new_adapter_config(config)
+        check_type(model, config, made_for[0])
         spelled_out = prepared(model, config)
         plan = make_plan(model, spelled_out)
-        _check_made_for(plan, model, config, made_for)
+        check_made_for(plan, model, config, made_for[1])
         config.target_modules = spelled_out.target_modules
         for note in plan.notes:
             if "outside every list" in note:
                 warnings.warn(note, stacklevel=2)
 
         modules_before = dict(model.named_modules())
-        store = find_store(model) or _new_store(model)
+        store = find_store(model) or new_store(model)
         try:
             self._create_pairs(model, store, plan, adapter_name, config, low_cpu_mem_usage)
-            _check_not_trained_whole(store, config)
+            check_not_trained_whole(store, config)
             self._plan = plan
             super().inject_adapter(
                 model,
@@ -64,48 +90,14 @@ class MSPLoraModel(LoraModel):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-            _check_every_site_borrows(model, plan, adapter_name)
+            check_every_site_borrows(model, plan, adapter_name)
         except BaseException:
-            _roll_back(model, modules_before, store, adapter_name)
+            roll_back(model, modules_before, store, adapter_name)
             raise
         finally:
             self.__dict__.pop("_plan", None)
-        config.model_type = _model_type(model)
+        config.model_type = model_type_of(model)
         config.fingerprint = plan.fingerprint
-
-    def _check_request(
-        self, model: nn.Module, adapter_name: str, config: Any, state_dict: Any
-    ) -> tuple[str | None, str | None]:
-        if not isinstance(config, MSPLoraConfig):
-            raise UnsupportedError(
-                f"a model with MSPLoRA adapters takes an MSPLoraConfig, not "
-                f"{type(config).__name__}; PEFT cannot mix methods in one model."
-            )
-        if adapter_name in _peft.PREFIX:
-            raise ConfigError(
-                f"the adapter's name {adapter_name!r} is part of {_peft.PREFIX!r}, which marks its "
-                f"tensors: PEFT would not find them again. Choose another name."
-            )
-        if "." in adapter_name:
-            raise ConfigError(f"the adapter's name {adapter_name!r} contains a dot; leave it out.")
-        if state_dict is not None:
-            raise UnsupportedError(
-                "MSPLoRA cannot be injected from a state dict alone: its tensors do not say which "
-                "layers borrow them. Pass the adapter's config."
-            )
-        tensor_parallel = getattr(model, "tp_size", None) or getattr(model, "_tp_size", None)
-        if tensor_parallel and tensor_parallel > 1:
-            raise UnsupportedError(
-                "MSPLoRA does not run on a tensor-parallel base (tp_plan): a shared pair would "
-                "need two layouts at once. Use FSDP or DDP."
-            )
-        for key, module in model.named_modules():
-            if isinstance(module, _peft.BaseTunerLayer) and not isinstance(module, PyramidLayer):
-                raise UnsupportedError(
-                    f"{key!r} already carries a {type(module).__name__} adapter of another method; "
-                    f"merge or unload that one first."
-                )
-        return getattr(config, "_made_for", (None, None))
 
     def _create_pairs(
         self,
@@ -118,7 +110,7 @@ class MSPLoraModel(LoraModel):
     ) -> None:
         where = {}
         for pair in plan.pairs:
-            base = _base_of(model, pair.sites[0], plan)
+            base = base_of(model, pair.sites[0], plan)
             device = _peft.device_of(base) or torch.device("cpu")
             if low_cpu_mem_usage:
                 device = torch.device("meta")
@@ -141,7 +133,7 @@ class MSPLoraModel(LoraModel):
             layer = _peft.parameter_wrapper(target, parameter_name)
         if layer is None:
             super()._create_and_replace(
-                _bare(lora_config, target),
+                bare_config(lora_config, target),
                 adapter_name,
                 target,
                 target_name,
@@ -316,128 +308,3 @@ def _store_keys(model: nn.Module, adapter_name: str) -> list[str]:
 
 def _do_nothing(layer: nn.Module, args: Any) -> None:
     pass
-
-
-def _new_store(model: nn.Module) -> Store:
-    if hasattr(model, STORE_NAME):
-        raise TargetError(
-            f"this {type(model).__name__} has an attribute {STORE_NAME!r} of its own, where the "
-            f"adapter's tensors would be kept. Rename it, or adapt a part of the model."
-        )
-    store = Store()
-    model.add_module(STORE_NAME, store)
-    return store
-
-
-def _bare(config: MSPLoraConfig, target: nn.Module) -> MSPLoraConfig:
-    """A config by which PEFT builds its layer with the least of factors: they are replaced."""
-    from transformers.pytorch_utils import Conv1D
-
-    bare = copy.copy(config)
-    bare.r = bare.lora_alpha = 1
-    if isinstance(target, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        bare.r = target.groups  # which must divide it
-    bare.rank_pattern = {}
-    bare.alpha_pattern = {}
-    bare.use_rslora = bare.use_dora = False
-    bare.init_lora_weights = False
-    if isinstance(target, Conv1D):
-        bare.fan_in_fan_out = True
-    return bare
-
-
-def _base_of(model: nn.Module, key: str, plan: Plan) -> nn.Module:
-    """The base layer of a site; for a parameter's site, the module that holds it."""
-    site = plan.site_of[key]
-    module: nn.Module = model
-    for name in key.split("."):
-        inner = getattr(_peft.unwrapped(module), name)
-        if not isinstance(inner, nn.Module):
-            break
-        module = inner
-    base = _peft.unwrapped(module)
-    if site.shape.layout != "experts":
-        return base
-    # So that device and dtype are those of the parameter.
-    holder = nn.Module()
-    holder.weight = getattr(base, key.rpartition(".")[2])
-    return holder
-
-
-def _check_made_for(
-    plan: Plan, model: nn.Module, config: MSPLoraConfig, made_for: tuple[str | None, str | None]
-) -> None:
-    model_type, fingerprint = made_for
-    found_type = _model_type(model)
-    if model_type is not None and found_type is not None and model_type != found_type:
-        raise AdapterFileError(
-            f"the adapter was made for a base of type {model_type!r}, and this one is "
-            f"{found_type!r} ({type(model).__name__}). Load the base it was made for"
-            f"{_named(config)}."
-        )
-    if fingerprint is not None and fingerprint != plan.fingerprint:
-        raise AdapterFileError(
-            f"the adapter was made for another base: the names and shapes of its sites have the "
-            f"hash {fingerprint}, this model's {len(plan.sites)} sites have {plan.fingerprint}. "
-            f"Load the base it was made for{_named(config)}."
-        )
-    path = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if fingerprint and path and config.base_model_name_or_path not in (None, "", path):
-        warnings.warn(
-            f"the adapter names {config.base_model_name_or_path!r} as its base, and this model "
-            f"comes from {path!r}: its sites fit, but make sure that the weights are the same.",
-            stacklevel=3,
-        )
-
-
-def _named(config: MSPLoraConfig) -> str:
-    return f", {config.base_model_name_or_path!r}" if config.base_model_name_or_path else ""
-
-
-def _check_not_trained_whole(store: Store, config: MSPLoraConfig) -> None:
-    for path, _ in store.named_modules(prefix=STORE_NAME):
-        for name in config.modules_to_save or ():
-            if path.endswith(name):
-                raise ConfigError(
-                    f"modules_to_save names {name!r}, which PEFT looks for at the end of a "
-                    f"module's name and would find in the adapter's own {path!r}. Give the adapter "
-                    f"another name, or name the module by a longer part of its path."
-                )
-
-
-def _check_every_site_borrows(model: nn.Module, plan: Plan, adapter_name: str) -> None:
-    borrowing = {
-        module.borrowed[adapter_name].site_key
-        for module in model.modules()
-        if isinstance(module, PyramidLayer) and adapter_name in module.borrowed
-    }
-    missing = sorted({*plan.pairs_of, *dict(plan.tied)} - borrowing)
-    if missing:
-        raise TargetError(
-            f"PEFT adapted {len(borrowing)} of the {len(plan.sites)} planned sites; without an "
-            f"adapter stayed {missing[:5]}. Please report this, with the model and the config."
-        )
-
-
-def _roll_back(
-    model: nn.Module, before: Mapping[str, nn.Module], store: Store, adapter_name: str
-) -> None:
-    """Put the modules back that a failed injection replaced, and forget its pairs."""
-    for path, module in before.items():
-        parent_path, _, name = path.rpartition(".")
-        parent = before.get(parent_path)
-        if path and parent is not None and parent._modules.get(name) is not module:
-            parent._modules[name] = module
-    for module in before.values():
-        if isinstance(module, PyramidLayer) and adapter_name in module.borrowed:
-            module.delete_adapter(adapter_name)
-    store.delete(adapter_name)
-    if not store.plans and getattr(model, STORE_NAME, None) is store:
-        delattr(model, STORE_NAME)
-
-
-def _model_type(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
-    if isinstance(config, Mapping):
-        return config.get("model_type")
-    return getattr(config, "model_type", None)

@@ -1,8 +1,9 @@
-"""The plan as text: what `print(plan)` and `msplora plan` show."""
+"""The plan as text and as JSON: what `print(plan)` and `msplora plan` show."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .pyramid import PER_LAYER, Kind, Level, Plan
 
@@ -26,6 +27,55 @@ def plan_text(plan: Plan) -> str:
         *(f"Note: {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Everything the plan holds, as JSON can write it."""
+    return {
+        "levels": [
+            {
+                "name": level.name,
+                "groups": level.groups,
+                "rank": level.rank,
+                "alpha": level.alpha,
+                "scale": level.scale,
+                "parameters": plan.parameters_per_level[level.name],
+            }
+            for level in plan.levels
+        ],
+        "kinds": [
+            {
+                "kind": kind.name,
+                "stack": kind.stack,
+                "shape": str(kind.shape),
+                "layout": kind.shape.layout,
+                "rank": kind.rank,
+                "ranks": [level.rank for level in kind.levels],
+                "scales": [level.scale for level in kind.levels],
+                "layers": kind.layers,
+                "blocks": [site.block for site in kind.sites],
+                "sites": [site.key for site in kind.sites],
+                "parameters": kind.parameters,
+            }
+            for kind in plan.kinds
+        ],
+        "pairs": [
+            {
+                "address": pair.address,
+                "rank": pair.rank,
+                "scale": pair.scale,
+                "parameters": pair.parameters,
+                "blocks": list(pair.blocks),
+                "sites": list(pair.sites),
+            }
+            for pair in plan.pairs
+        ],
+        "parameters": plan.parameters,
+        "magnitude_parameters": plan.magnitude_parameters,
+        "lora_parameters": plan.lora_parameters,
+        "fingerprint": plan.fingerprint,
+        "notes": list(plan.notes),
+    }
 
 
 def total_line(plan: Plan) -> str:

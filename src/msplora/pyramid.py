@@ -219,51 +219,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the plan holds, as JSON can write it."""
-        return {
-            "levels": [
-                {
-                    "name": level.name,
-                    "groups": level.groups,
-                    "rank": level.rank,
-                    "alpha": level.alpha,
-                    "scale": level.scale,
-                    "parameters": self.parameters_per_level[level.name],
-                }
-                for level in self.levels
-            ],
-            "kinds": [
-                {
-                    "kind": kind.name,
-                    "stack": kind.stack,
-                    "shape": str(kind.shape),
-                    "layout": kind.shape.layout,
-                    "rank": kind.rank,
-                    "ranks": [level.rank for level in kind.levels],
-                    "scales": [level.scale for level in kind.levels],
-                    "layers": kind.layers,
-                    "blocks": [site.block for site in kind.sites],
-                    "sites": [site.key for site in kind.sites],
-                    "parameters": kind.parameters,
-                }
-                for kind in self.kinds
-            ],
-            "pairs": [
-                {
-                    "address": pair.address,
-                    "rank": pair.rank,
-                    "scale": pair.scale,
-                    "parameters": pair.parameters,
-                    "blocks": list(pair.blocks),
-                    "sites": list(pair.sites),
-                }
-                for pair in self.pairs
-            ],
-            "parameters": self.parameters,
-            "magnitude_parameters": self.magnitude_parameters,
-            "lora_parameters": self.lora_parameters,
-            "fingerprint": self.fingerprint,
-            "notes": list(self.notes),
-        }
+        from .plan_text import plan_dict
+
+        return plan_dict(self)
 
     def __str__(self) -> str:
         from .plan_text import plan_text

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, MSPLoraError
-from .planning import STORE_NAME
+from .matching import STORE_NAME
 from .pyramid import Pair, Plan
 
 A, B, MAGNITUDE = "msplora_A", "msplora_B", "msplora_magnitude"

@@ -1,0 +1,294 @@
+"""Which weights of a model a config selects, where they lie, and what it names in vain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import _peft
+from .config import MSPLoraConfig
+from .errors import TargetError, nearest
+from .pyramid import Shape
+
+STORE_NAME = "pyramid_store"
+"""The attribute of the wrapped base model under which the store is registered."""
+
+# What PEFT adds to `modules_to_save` of a classifier by itself, whether the model has it or not.
+_HEADS = ("classifier", "score", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Target:
+    key: str
+    path: str
+    """The module that is adapted, or that holds the parameter."""
+    module: nn.Module
+    shape: Shape
+
+
+def find_targets(model: nn.Module, config: MSPLoraConfig) -> list[Target]:
+    found = []
+    for path, module in own_modules(model):
+        if path and _peft.is_target(config, path):
+            found += _module_targets(model, path, _peft.unwrapped(module))
+    for path, module in own_modules(model):
+        base = _peft.unwrapped(module)
+        for name, _ in base.named_parameters(recurse=False):
+            key = f"{path}.{name}"
+            if _parameter_matches(config, key):
+                found.append(Target(key, path, base, _parameter_shape(base, path, name)))
+    return found
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The base model's modules: not what lies inside adapter layers, nor the store."""
+    inside: tuple[str, ...] = (f"{STORE_NAME}.",)
+    for path, module in model.named_modules():
+        if path == STORE_NAME or path.startswith(inside):
+            continue
+        if isinstance(module, (_peft.BaseTunerLayer, _peft.AuxiliaryTrainingWrapper)):
+            inside += (f"{path}.",)
+        yield path, module
+
+
+def _parameter_matches(config: MSPLoraConfig, key: str) -> bool:
+    return any(
+        key == target or key.endswith(f".{target}") for target in config.target_parameters or ()
+    )
+
+
+def _module_targets(model: nn.Module, path: str, module: nn.Module) -> list[Target]:
+    if inside_attention(model, path):
+        parent = path.rpartition(".")[0]
+        raise TargetError(
+            f"{path!r} lies in an nn.MultiheadAttention, which reads its weight directly, so an "
+            f"adapter on it would never act. Target the attention itself ({parent!r}): both its "
+            f"projections are adapted then."
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        size = module.embed_dim
+        return [
+            Target(path, path, module, Shape("linear", 3 * size, size)),
+            Target(f"{path}.out_proj", path, module, Shape("linear", size, size)),
+        ]
+    return [Target(path, path, module, _module_shape(path, module))]
+
+
+def trained_whole(config: MSPLoraConfig, key: str) -> str | None:
+    """The entry of `modules_to_save` that takes `key` too: PEFT goes by how a name ends."""
+    return next((name for name in config.modules_to_save or () if key.endswith(name)), None)
+
+
+def _module_shape(path: str, module: nn.Module) -> Shape:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        for name, usual in (("dilation", {1}), ("padding_mode", {"zeros"})):
+            value = getattr(module, name)
+            if not usual.issuperset(value if isinstance(value, tuple) else (value,)):
+                raise TargetError(
+                    f"{path!r} is a convolution with {name}={value!r}, which PEFT's LoRA does not "
+                    f"apply to its own convolution. Leave it out with exclude_modules."
+                )
+        return Shape(
+            "conv", module.out_channels, module.in_channels, module.kernel_size, module.groups
+        )
+    in_features, out_features = _peft.in_out_features(module)
+    if in_features is None or out_features is None:
+        inner = [f"{path}.{name}" for name, _ in module.named_children()]
+        hint = f" Inside it are {some(inner)}." if inner else ""
+        raise TargetError(
+            f"{path!r} is a {type(module).__name__}, which has no weight that LoRA can adapt. "
+            f"Target linear layers, convolutions, embeddings or nn.MultiheadAttention.{hint}"
+        )
+    layout = "embedding" if isinstance(module, nn.Embedding) else "linear"
+    return Shape(layout, out_features, in_features)
+
+
+def _parameter_shape(module: nn.Module, path: str, name: str) -> Shape:
+    parameter = getattr(module, name)
+    if parameter.ndim not in (2, 3):
+        raise TargetError(
+            f"target_parameters matches '{path}.{name}', which has {parameter.ndim} dimensions; "
+            f"parameters of 2 (a weight) or 3 (experts) can be adapted."
+        )
+    experts, out_features, in_features = _peft.parameter_shape(module, name)
+    return Shape("experts", out_features, in_features, blocks=experts)
+
+
+def place(
+    model: nn.Module, key: str, layers_pattern: list[str] | str | None = None
+) -> tuple[str, int | None, str]:
+    """Where a site lies: the path of its list of blocks, its block's number, the path inside it.
+
+    The list is the outermost `ModuleList` or `Sequential` with numbered children on the way, or
+    what `layers_pattern` names. A site outside every list is a stack of its own.
+    """
+    names = key.split(".")
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
+    module: Any = model
+    for place_, name in enumerate(names):
+        if name.isdigit():
+            path = ".".join(names[:place_])
+            if patterns:
+                is_list = any(re.search(rf"(^|\.){pattern}$", path) for pattern in patterns)
+            else:
+                is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+            if is_list:
+                return path, int(name), ".".join(names[place_ + 1 :]) or "self"
+        module = _peft.unwrapped(getattr(module, name)) if hasattr(module, name) else None
+    return key, None, key
+
+
+def pattern_matches(pattern: str, key: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", key) is not None
+
+
+def check_everything_matched(
+    model: nn.Module, config: MSPLoraConfig, targets: list[Target]
+) -> None:
+    """Refuse every entry of the config that selects nothing, naming the nearest that would."""
+    paths = [path for path, _ in own_modules(model) if path]
+    _check_layers(model, config, paths)
+    for name in ("target_modules", "exclude_modules"):
+        _check_names(name, getattr(config, name, None), paths)
+    if config.target_parameters:
+        names = [
+            f"{path}.{name}"
+            for path, module in own_modules(model)
+            for name, _ in _peft.unwrapped(module).named_parameters(recurse=False)
+        ]
+        _check_names("target_parameters", config.target_parameters, names)
+    for name in config.modules_to_save or ():
+        if name not in _HEADS and not any(path.endswith(name) for path in paths):
+            raise TargetError(
+                f"modules_to_save names {name!r}, but this model has nothing of that name."
+                f"{nearest(name, [*_leaves(paths), *paths])}"
+            )
+    _check_tokens(model, config)
+    if not targets:
+        raise TargetError(
+            f"target_modules = {_shown(config.target_modules)} matches modules, but every one of "
+            f"them is left out by exclude_modules = {_shown(config.exclude_modules)}, "
+            f"layers_to_transform = {config.layers_to_transform} or modules_to_save = "
+            f"{_shown(config.modules_to_save)}. Nothing would be trained."
+        )
+    for target in targets:
+        whole = trained_whole(config, target.key)
+        if whole is not None:
+            raise TargetError(
+                f"target_modules matches {target.key!r}, which modules_to_save names too, because "
+                f"it ends in {whole!r}: it would be trained whole. Leave it out of one of them."
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name) or {}:
+            if not any(pattern_matches(pattern, target.key) for target in targets):
+                raise TargetError(
+                    f"{name} has a key {pattern!r} that matches none of the adapted modules."
+                    f"{nearest(pattern, {target.key.rpartition('.')[2] for target in targets})}"
+                )
+
+
+def _check_names(field: str, wanted: Any, names: list[str]) -> None:
+    if not wanted:
+        return
+    if isinstance(wanted, str):
+        if not any(re.fullmatch(wanted, name) for name in names):
+            raise TargetError(
+                f"{field} = {wanted!r} is a regular expression that matches none of this model's "
+                f"names in full. Names look like {some(names[-3:])}.{nearest(wanted, names, 1)}"
+            )
+        return
+    for entry in sorted(wanted):
+        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+            last = {name.rpartition(".")[2] for name in names}
+            known = [*sorted(name for name in last if not name.isdigit()), *names]
+            raise TargetError(
+                f"{field} names {entry!r}, but this model has nothing of that name."
+                f"{nearest(entry, known) or f' It has {some(_leaves(names))}.'}"
+            )
+
+
+def _check_layers(model: nn.Module, config: MSPLoraConfig, paths: list[str]) -> None:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return
+    lists: dict[str, set[int]] = {}
+    for path in paths:
+        stack, block, _ = place(model, path, config.layers_pattern)
+        if block is not None:
+            lists.setdefault(stack, set()).add(block)
+    if config.layers_pattern and not lists:
+        stacks = {stack for path in paths if (stack := place(model, path)[0]) != path}
+        raise TargetError(
+            f"layers_pattern = {config.layers_pattern!r} names no list of blocks of this model. "
+            f"Its lists are {some(sorted(stacks))}."
+        )
+    known = set().union(*lists.values()) if lists else set()
+    missing = sorted({wanted} - known if isinstance(wanted, int) else set(wanted) - known)
+    if missing:
+        described = ", ".join(
+            f"{stack!r} has blocks 0 to {max(blocks)}" for stack, blocks in lists.items()
+        )
+        raise TargetError(
+            f"layers_to_transform asks for {missing}, which no list of blocks has: "
+            f"{described or 'this model has no list of blocks'}."
+        )
+
+
+def inside_attention(model: nn.Module, path: str) -> bool:
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(parent, nn.MultiheadAttention)
+
+
+def _leaves(names: list[str]) -> list[str]:
+    return sorted({leaf for name in names if not (leaf := name.rpartition(".")[2]).isdigit()})
+
+
+def some(names: list[str], count: int = 12) -> str:
+    shown = ", ".join(repr(name) for name in names[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _shown(value: Any) -> str:
+    return str(sorted(value)) if isinstance(value, (set, list, tuple)) else repr(value)
+
+
+def model_type_of(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)
+
+
+def input_embedding(model: Any) -> tuple[str, Tensor] | None:
+    try:
+        module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    base: Any = _peft.unwrapped(module)
+    if not isinstance(base, nn.Embedding):
+        return None
+    path = next(path for path, its in model.named_modules() if its is module)
+    return path, base.weight
+
+
+def _check_tokens(model: nn.Module, config: MSPLoraConfig) -> None:
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return
+    embedding = input_embedding(model)
+    by_name = wanted if isinstance(wanted, dict) else {embedding[0]: wanted} if embedding else {}
+    for name, indices in by_name.items():
+        for path, module in own_modules(model):
+            base = _peft.unwrapped(module)
+            if not path.endswith(name) or not isinstance(base, nn.Embedding):
+                continue
+            beyond = [index for index in indices if not 0 <= index < base.num_embeddings]
+            if beyond:
+                raise TargetError(
+                    f"trainable_token_indices asks for {beyond}, but {path!r} has the tokens 0 to "
+                    f"{base.num_embeddings - 1}."
+                )
