@@ -76,7 +76,7 @@ class MSPLoraModel(LoraModel):
         config.target_modules = spelled_out.target_modules
         for note in plan.notes:
             if "outside every list" in note:
-                warnings.warn(note, stacklevel=2)
+                warnings.warn(note, stacklevel=3)
 
         modules_before = dict(model.named_modules())
         store = find_store(model) or new_store(model)

@@ -10,6 +10,7 @@ import typer
 
 from msplora import __version__
 from msplora.errors import MSPLoraError
+
 from . import convert, demo, evaluate, generate, plan, predict, train
 
 app = typer.Typer(
