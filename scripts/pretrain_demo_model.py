@@ -2,8 +2,8 @@
 
     python scripts/pretrain_demo_model.py --output src/msplora/demo/model
 
-A Llama of 12 layers learns the corpus of `msplora.demo.corpus`, which a grammar writes from a seed. It
-needs torch, transformers and tokenizers. The weights are stored in float16 and load as float32.
+A Llama of 12 layers learns the corpus of `msplora.demo.corpus`, which a grammar writes from a seed.
+It needs torch, transformers and tokenizers. The weights are stored in float16 and load as float32.
 """
 
 from __future__ import annotations
@@ -208,10 +208,11 @@ language: en
 
 # The demo's language model
 
-A Llama of 12 layers, hidden size 96, {parameters:,} parameters, one token per word. It was pretrained
-from random weights on {lines:,} lines ({tokens:,} tokens) that `msplora/demo/corpus.py` writes from a
-seed: tiny stories, and games with lists of words (copy, first, last, after, before, repeat, count).
-No text of anyone else's is in it. It is for the demo and for tests, and good for nothing else.
+A Llama of 12 layers, hidden size 96, {parameters:,} parameters, one token per word. It was
+pretrained from random weights on {lines:,} lines ({tokens:,} tokens) that `msplora/demo/corpus.py`
+writes from a seed: tiny stories, and games with lists of words (copy, first, last, after, before,
+repeat, count). No text of anyone else's is in it. It is for the demo and for tests, and good for
+nothing else.
 
 It continues its stories and plays its games. It has never seen a list reversed, which is what
 `msplora demo` teaches it.

@@ -22,6 +22,10 @@ class AdapterFileError(MSPLoraError):
     """An adapter's tensors are missing, left over, misshapen or not finite."""
 
 
+class BaseModelError(MSPLoraError):
+    """A base model or tokenizer cannot be loaded, or not all of its weights can."""
+
+
 class UnsupportedError(MSPLoraError):
     """Something PEFT offers for plain LoRA that has no meaning, or none yet, for a pyramid."""
 

@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import AdapterFileError, MSPLoraError, nearest
+from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -132,7 +132,7 @@ def load_base_of(config: PeftConfig, tensors: Mapping[str, Tensor], base: BaseOp
     """Load the base model of an adapter with the class it was adapted with."""
     source = base.source or config.base_model_name_or_path
     if not source:
-        raise MSPLoraError("the adapter does not name its base model; pass it with --base.")
+        raise BaseModelError("the adapter does not name its base model; pass it with --base.")
     source = resolve_source(source)
     options: dict[str, Any] = {
         "revision": base.revision or (None if base.source else getattr(config, "revision", None)),
@@ -159,7 +159,7 @@ def _base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
         name = (architectures or ["AutoModel"])[0]
     found = getattr(transformers, name, None)
     if found is None:
-        raise MSPLoraError(
+        raise BaseModelError(
             f"the adapter's base is a {name}, which transformers {transformers.__version__} does "
             f"not have. Load it yourself and use msplora.to_lora(..., model=...)."
         )
@@ -179,13 +179,13 @@ def resolve_source(name: str, what: str = "model") -> str:
     """Return a hub id as it is and a folder as its absolute path; refuse a path to nothing.
 
     Raises:
-        MSPLoraError: `name` looks like a path, and there is no such folder.
+        BaseModelError: `name` looks like a path, and there is no such folder.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path.resolve())
     if path.exists():
-        raise MSPLoraError(f"{what} {name!r} is a file; give the folder that holds config.json.")
+        raise BaseModelError(f"{what} {name!r} is a file; give the folder that holds config.json.")
     first = Path(path.parts[0]) if path.parts else path
     looks_like_path = (
         name.startswith((".", "~", os.sep))
@@ -197,7 +197,7 @@ def resolve_source(name: str, what: str = "model") -> str:
         hint = nearest(str(path), siblings, count=1) or (
             " Give a folder with config.json, or a hub id such as org/name."
         )
-        raise MSPLoraError(f"{what} {name!r}: there is no such folder.{hint}")
+        raise BaseModelError(f"{what} {name!r}: there is no such folder.{hint}")
     return name
 
 
@@ -235,7 +235,10 @@ def loading_errors_explained(source: str, what: str = "the model") -> Iterator[N
         if "trust_remote_code" in reason:
             advice = "It brings its own Python code: opt in with trust_remote_code if you trust it."
         elif (folder / CONFIG_FILE).exists():
-            advice = "The folder is an adapter; name its base model instead."
+            advice = (
+                "The folder is an adapter: name its base as the model (and in a run's config, the "
+                "folder as init_from)."
+            )
         elif folder.is_dir():
             advice = f"The folder holds: {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}."
         else:
@@ -243,7 +246,7 @@ def loading_errors_explained(source: str, what: str = "the model") -> Iterator[N
                 "It is neither a folder here nor to be had from the hub. Check the name, the "
                 "network and, for a gated model, `hf auth login`."
             )
-        raise MSPLoraError(
+        raise BaseModelError(
             f"cannot load {what} {source!r}: {advice} ({type(error).__name__}: {reason[:300]})"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The main job in small: a language model of our own, adapted with a pyramid and with plain LoRA."""
+"""The main job in small: a language model of our own, adapted with a pyramid and with LoRA."""
 
 from __future__ import annotations
 

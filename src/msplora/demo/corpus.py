@@ -10,157 +10,32 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-GIRLS = [
-    "anna",
-    "clara",
-    "ella",
-    "ida",
-    "lena",
-    "mira",
-    "nora",
-    "olga",
-    "rosa",
-    "sara",
-    "tilda",
-    "vera",
-]
-BOYS = [
-    "adam",
-    "boris",
-    "carl",
-    "emil",
-    "felix",
-    "hugo",
-    "ivan",
-    "leo",
-    "max",
-    "oskar",
-    "paul",
-    "tom",
-]
-ANIMALS = [
-    "bear",
-    "cat",
-    "cow",
-    "dog",
-    "duck",
-    "fox",
-    "frog",
-    "goat",
-    "hen",
-    "horse",
-    "mouse",
-    "owl",
-    "pig",
-    "rabbit",
-    "sheep",
-    "wolf",
-]
-THINGS = [
-    "apple",
-    "ball",
-    "bell",
-    "book",
-    "boat",
-    "box",
-    "bread",
-    "cake",
-    "chair",
-    "coin",
-    "cup",
-    "drum",
-    "flower",
-    "hat",
-    "key",
-    "kite",
-    "lamp",
-    "map",
-    "nut",
-    "pear",
-    "pen",
-    "plate",
-    "ring",
-    "rope",
-    "shell",
-    "shoe",
-    "spoon",
-    "stone",
-    "sword",
-    "toy",
-    "watch",
-    "wheel",
-]
-PLACES = [
-    "barn",
-    "beach",
-    "bridge",
-    "castle",
-    "field",
-    "forest",
-    "garden",
-    "hill",
-    "house",
-    "lake",
-    "market",
-    "mill",
-]
-COLOURS = ["black", "blue", "brown", "green", "grey", "pink", "red", "white", "yellow"]
-QUALITIES = ["big", "clean", "little", "long", "new", "old", "round", "small", "soft", "warm"]
-MOODS = ["angry", "happy", "hungry", "kind", "proud", "sad", "sleepy", "tired"]
-MOVES = ["drove", "hurried", "jumped", "ran", "swam", "walked", "went"]
-FINDS = ["bought", "found", "got", "saw", "took", "wanted"]
-GIVES = ["brought", "gave", "lent", "showed"]
-FEELS = ["cried", "danced", "laughed", "sang", "smiled", "waited"]
-TIMES = ["today", "yesterday", "then", "later"]
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+GIRLS = "anna clara ella ida lena mira nora olga rosa sara tilda vera".split()
+BOYS = "adam boris carl emil felix hugo ivan leo max oskar paul tom".split()
+ANIMALS = "bear cat cow dog duck fox frog goat hen horse mouse owl pig rabbit sheep wolf".split()
+THINGS = (
+    "apple ball bell book boat box bread cake chair coin cup drum flower hat key kite lamp map "
+    "nut pear pen plate ring rope shell shoe spoon stone sword toy watch wheel"
+).split()
+PLACES = "barn beach bridge castle field forest garden hill house lake market mill".split()
+COLOURS = "black blue brown green grey pink red white yellow".split()
+QUALITIES = "big clean little long new old round small soft warm".split()
+MOODS = "angry happy hungry kind proud sad sleepy tired".split()
+MOVES = "drove hurried jumped ran swam walked went".split()
+FINDS = "bought found got saw took wanted".split()
+GIVES = "brought gave lent showed".split()
+FEELS = "cried danced laughed sang smiled waited".split()
+TIMES = "today yesterday then later".split()
+NUMBERS = "one two three four five six seven eight".split()
 SYLLABLES = [a + b + c for a in "bdfklmt" for b in "aiou" for c in "nrs"]
 
 LISTED = (*ANIMALS, *THINGS, *PLACES, *SYLLABLES)
 """The words that the games, and the demo's task, are played with."""
 
-_OTHERS = [
-    "a",
-    "an",
-    "and",
-    "at",
-    "because",
-    "but",
-    "copy",
-    "first",
-    "last",
-    "after",
-    "before",
-    "repeat",
-    "count",
-    "for",
-    "found",
-    "gone",
-    "had",
-    "he",
-    "her",
-    "his",
-    "in",
-    "into",
-    "lost",
-    "on",
-    "reverse",
-    "said",
-    "she",
-    "so",
-    "the",
-    "there",
-    "to",
-    "too",
-    "very",
-    "was",
-    "where",
-    "with",
-    "->",
-    ":",
-    ".",
-    ",",
-    "?",
-]
+_OTHERS = (
+    "a an and at because but copy first last after before repeat count for found gone had he her "
+    "his in into lost on reverse said she so the there to too very was where with -> : . , ?"
+).split()
 
 
 def vocabulary() -> list[str]:
@@ -210,8 +85,8 @@ def _found_and_given(source: random.Random) -> str:
     other = _person(source)[0]
     thing, place = source.choice(THINGS), source.choice(PLACES)
     return (
-        f"{name} {source.choice(FINDS)} {_with_article(_described(source, thing))} at the {place} . "
-        f"{pronoun} {source.choice(GIVES)} the {thing} to {other} . "
+        f"{name} {source.choice(FINDS)} {_with_article(_described(source, thing))} "
+        f"at the {place} . {pronoun} {source.choice(GIVES)} the {thing} to {other} . "
         f"{other} {source.choice(FEELS)} ."
     )
 

@@ -64,8 +64,8 @@ def rows(examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int
 def exact_match(model: Any, encoded: Sequence[dict[str, list[int]]], batch: int = 250) -> float:
     """The share of answers that greedy decoding gets right from the first word to the end.
 
-    One forward pass per batch tells: greedy decoding writes the whole answer exactly if the likeliest
-    token after each beginning of it is the next one.
+    One forward pass per batch tells: greedy decoding writes the whole answer exactly if the
+    likeliest token after each beginning of it is the next one.
     """
     training = model.training
     model.eval()

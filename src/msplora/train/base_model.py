@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,21 +10,16 @@ import torch
 import transformers
 from torch import nn
 
-from msplora.errors import ConfigError, MSPLoraError, nearest
+from msplora.errors import BaseModelError, ConfigError
+from msplora.loading import (
+    dtype_argument,
+    loading_errors_explained,
+    quiet_loading,
+    resolve_source,
+)
 
 from .data_classification import Classes
 from .settings import Settings
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPE_ARGUMENT = (
-    "dtype"
-    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
-    else "torch_dtype"
-)
-
-
-class BaseModelError(MSPLoraError):
-    """The base model cannot be loaded, or not all of its weights can."""
 
 
 @dataclass
@@ -46,32 +37,10 @@ class Base:
     notes: list[str] = field(default_factory=list)
 
 
-def resolve_source(name: str, key: str = "model") -> str:
-    """Return a hub id as it is and a folder as its absolute path; refuse a path to nothing."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if path.exists():
-        raise BaseModelError(f"{key} {name!r} is a file; give the folder that holds config.json.")
-    first = Path(path.parts[0]) if path.parts else path
-    looks_like_path = (
-        name.startswith((".", "~", os.sep))
-        or not _HUB_ID.fullmatch(name)
-        or (len(path.parts) > 1 and first.is_dir())
-    )
-    if looks_like_path:
-        siblings = [str(its) for its in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(str(path), siblings, count=1) or (
-            " Give a folder with config.json, or a hub id such as org/name."
-        )
-        raise BaseModelError(f"{key} {name!r}: there is no such folder.{hint}")
-    return name
-
-
 def load_tokenizer(settings: Settings) -> Any:
     """Load the tokenizer of the run, with a token to pad with."""
     source = resolve_source(settings.tokenizer or settings.model, "tokenizer")
-    with _explained(source, "the tokenizer of"):
+    with loading_errors_explained(source, "the tokenizer of"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source,
             revision=None if settings.tokenizer else settings.revision,
@@ -97,14 +66,14 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
     source = resolve_source(settings.model)
     tokenizer = load_tokenizer(settings)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    with _explained(source):
+    with loading_errors_explained(source):
         config = transformers.AutoConfig.from_pretrained(source, **hub)
     arithmetic = _arithmetic(settings, config)
     everything_trains = settings.method == "full" and for_training
     options: dict[str, Any] = {
         **hub,
         "config": config,
-        _DTYPE_ARGUMENT: torch.float32 if everything_trains else arithmetic,
+        dtype_argument(): torch.float32 if everything_trains else arithmetic,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, and refused but in a head
     }
@@ -117,7 +86,7 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         config.problem_type = "regression" if classes.regression else "single_label_classification"
     else:
         loader = transformers.AutoModelForCausalLM
-    with _explained(source), _quiet():
+    with loading_errors_explained(source), quiet_loading():
         model, loading = loader.from_pretrained(source, **options)
     if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -186,46 +155,3 @@ def _pooler(parameter: str) -> str | None:
     """The pooler a parameter belongs to: checkpoints of language models often have none."""
     parts = parameter.split(".")
     return ".".join(parts[: parts.index("pooler") + 1]) if "pooler" in parts else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the loader's bar and report: what matters of it is checked and said by us."""
-    bar, verbosity = (
-        transformers.utils.logging.is_progress_bar_enabled(),
-        (transformers.utils.logging.get_verbosity()),
-    )
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
-
-
-@contextmanager
-def _explained(source: str, what: str = "the model") -> Iterator[None]:
-    """Turn a loader's error into one line that says what was asked and what to do."""
-    try:
-        yield
-    except MSPLoraError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            advice = "It brings its own Python code: set trust_remote_code: true if you trust it."
-        elif Path(source).is_dir() and (Path(source) / "adapter_config.json").exists():
-            advice = (
-                "The folder is an adapter: name its base as model, and the folder as init_from."
-            )
-        elif Path(source).is_dir():
-            found = ", ".join(sorted(os.listdir(source))[:8]) or "nothing"
-            advice = f"The folder holds: {found}."
-        else:
-            advice = "It is neither a folder here nor to be had from the hub. Check the name, the "
-            advice += "network and, for a gated model, `hf auth login`."
-        raise BaseModelError(
-            f"cannot load {what} {source}: {advice} ({type(error).__name__}: {reason[:300]})"
-        ) from error

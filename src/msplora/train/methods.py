@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import msplora
 from msplora.errors import ConfigError, TargetError, nearest
+from msplora.loading import adapter_folder
 
 from .base_model import Base
 from .settings import PYRAMID_KEYS, AdapterSettings, Settings
@@ -127,7 +128,7 @@ def _without_adapter(base: Base, settings: Settings) -> Adapted:
 
 
 def _from_adapter(base: Base, settings: Settings, config: Any) -> Any:
-    folder = adapter_folder(settings.init_from or "", "init_from")
+    folder = adapter_folder(Path(settings.init_from or ""))
     found = peft.PeftConfig.from_pretrained(str(folder))
     if found.peft_type != config.peft_type:
         raise ConfigError(
@@ -150,17 +151,6 @@ def _from_adapter(base: Base, settings: Settings, config: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, list, tuple)) else value
-
-
-def adapter_folder(path: str, key: str) -> Path:
-    """Return the adapter folder at `path`: itself, or the one in a run folder."""
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise ConfigError(
-        f"{key} {path!r} holds no adapter_config.json; give an adapter folder, or the run folder "
-        f"of a run with an adapter."
-    )
 
 
 def _count(model: nn.Module, modules_to_save: bool = False) -> int:

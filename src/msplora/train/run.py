@@ -12,8 +12,8 @@ import transformers
 from rich.console import Console
 
 from msplora.errors import MSPLoraError
+from msplora.loading import resolve_source
 
-from .base_model import resolve_source
 from .job import Job
 from .loss_plot import draw_loss
 from .model_card import model_card
