@@ -12,19 +12,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from provenance import provenance
 from rich.console import Console
 
 from msplora.train.run import train_run
 from msplora.train.settings import Settings
-from msplora.train.versions import versions
 
 METHODS = {
     "lora": {"method": "lora"},
@@ -99,27 +95,8 @@ def one_run(given: argparse.Namespace, name: str, rate: float, seed: int) -> dic
         "batch_size": 32,
         "dtype": given.dtype,
         "seconds": round(seconds, 1),
-        "hardware": hardware(),
-        "commit": commit(),
-        "versions": versions(),
+        **provenance(),
     }
-
-
-def hardware() -> str:
-    """The GPU's name, or the processor's and its threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit this ran on; $COMMIT says it where the files are a copy without their history."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from provenance import provenance
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import msplora
-from msplora.train.versions import versions
 
 LENGTH, SYMBOLS, TRAINING_INPUTS = 6, 3, 500
 
@@ -49,7 +49,7 @@ def main() -> None:
         row = adapt(given.model, name, rate, given.epochs, train, held_out)
         rows.append(row)
         print(row)
-    content = {"before": before, "runs": rows, "epochs": given.epochs, "versions": versions()}
+    content = {"before": before, "runs": rows, "epochs": given.epochs, **provenance()}
     given.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
