@@ -5,13 +5,21 @@ The descriptions are the documentation: docs/training.md is checked against them
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["msplora", "lora", "full", "frozen"]
 Task = Literal["classification", "sft"]
 GlueTask = Literal["mrpc", "cola", "rte", "sst2", "qnli", "stsb"]
+
+
+def _name_of_class(value: Any) -> Any:
+    """YAML reads the classes 0 and 1 as numbers; they are names all the same."""
+    return str(value) if type(value) in (int, float) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_name_of_class)]
 
 
 class _Section(BaseModel):
@@ -50,7 +58,7 @@ class DataSettings(_Section):
         description="One or two columns of text to classify; usual names are found by themselves.",
     )
     label_column: str = Field("label", description="Column of the label.")
-    labels: list[str] | None = Field(
+    labels: list[ClassName] | None = Field(
         None,
         min_length=2,
         description="The classes, in order; those of the training rows if unset.",
@@ -194,6 +202,12 @@ class Settings(_Section):
     data: DataSettings = Field(default_factory=DataSettings)  # pyright: ignore[reportArgumentType]
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)  # pyright: ignore
     training: TrainingSettings = Field(default_factory=TrainingSettings)  # pyright: ignore
+
+    @field_validator("data", "adapter", "training", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """A section whose every key is commented out is there, and holds nothing."""
+        return {} if value is None else value
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved settings, as they are written to config.yaml."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,10 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 
-from .settings import Settings
+from .settings import DataSettings, Settings
+
+# A GLUE task has files, columns and classes of its own.
+_DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,9 +32,14 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
+    seen: dict[str, int] = {}
     for key_node, _ in node.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(
+                problem="a key must be a word, not a list or a mapping",
+                problem_mark=key_node.start_mark,
+            )
+        key, line = key_node.value, key_node.start_mark.line + 1
         if key in seen:
             raise yaml.MarkedYAMLError(
                 problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}"
@@ -56,13 +65,21 @@ def read_settings(
         ConfigError: the file cannot be read, or says something no run can do.
     """
     file = Path(file)
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; give the path of the YAML file in it.")
     if not file.is_file():
         beside = [str(file.parent / its.name) for its in file.parent.glob("*.y*ml")]
         raise ConfigError(
             f"the config file {file} does not exist."
             + (nearest(str(file), beside) or " Give the path of a YAML file.")
         )
-    content = _parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it first."
+        ) from None
+    content = _parse(text, str(file))
     if content is None:
         raise ConfigError(f"{file} is empty; it needs at least model, task, output and data.")
     if not isinstance(content, dict):
@@ -152,18 +169,19 @@ def _explain(error: ValidationError, source: str) -> str:
 
 
 def _nearest_key(path: list[str]) -> str:
-    """The key that was meant: of the same section if one is near, else of any."""
+    """The key that was meant: the same word in another section, or a similar one in this."""
     known = known_keys()
-    section = ".".join(path[:-1])
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
-    near = nearest(".".join(path), siblings, count=1)
-    if near:
-        return near
-    elsewhere = [key for key in known if key.rpartition(".")[2] == path[-1]]
+    section, name = ".".join(path[:-1]), path[-1]
+    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
     if elsewhere:
         return f" Did you mean {elsewhere[0]!r}?"
-    names = ", ".join(key.rpartition(".")[2] for key in siblings)
-    return nearest(path[-1], known, count=1) or f" Known here: {names}."
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    # By the last part alone: under one long section every key looks like every other.
+    names = {key.rpartition(".")[2]: key for key in siblings}
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f" Did you mean {names[near[0]]!r}?"
+    return nearest(name, known, count=1) or f" Known here: {', '.join(names)}."
 
 
 def _nearest_value(problem: Any) -> str:
@@ -176,6 +194,10 @@ def _nearest_value(problem: Any) -> str:
 def _check(settings: Settings, source: str) -> None:
     """Refuse combinations that each key alone allows."""
     data = settings.data
+
+    def default(key: str) -> Any:
+        return DataSettings.model_fields[key].get_default(call_default_factory=True)
+
     if settings.task == "sft" and settings.method == "frozen":
         raise ConfigError(
             f"in {source}: method 'frozen' trains a classifier's head only, and task 'sft' has "
@@ -194,6 +216,17 @@ def _check(settings: Settings, source: str) -> None:
         raise ConfigError(
             f"in {source}: data.glue = {data.glue!r} needs data.path, the folder with train.tsv "
             f"and dev.tsv."
+        )
+    decided = [f"data.{key}" for key in _DECIDED_BY_GLUE if getattr(data, key) != default(key)]
+    if data.glue and decided:
+        raise ConfigError(
+            f"in {source}: data.glue = {data.glue!r} decides {', '.join(decided)} by itself. Leave "
+            f"it out, or name the files in data.train and data.validation instead of data.glue."
+        )
+    if not data.hub and data.validation_split:
+        raise ConfigError(
+            f"in {source}: data.validation_split is a split of a hub dataset, and there is no "
+            f"data.hub. Name a held-out file in data.validation."
         )
     if data.regression and data.labels:
         raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")
