@@ -1,4 +1,4 @@
-"""What tests of `msplora train` and of its verbs share: tiny bases on disk, data, and the command."""
+"""What tests of `msplora train` and its verbs share: tiny bases on disk, rows, the command."""
 
 from __future__ import annotations
 

@@ -175,13 +175,14 @@ def _nearest_key(path: list[str]) -> str:
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
     if elsewhere:
         return f" Did you mean {elsewhere[0]!r}?"
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
     # By the last part alone: under one long section every key looks like every other.
-    names = {key.rpartition(".")[2]: key for key in siblings}
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f" Did you mean {names[near[0]]!r}?"
-    return nearest(name, known, count=1) or f" Known here: {', '.join(names)}."
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    everywhere = {key.rpartition(".")[2]: key for key in known}
+    for candidates, cutoff in ((siblings, 0.75), (everywhere, 0.75), (siblings, 0.5)):
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        if near:
+            return f" Did you mean {candidates[near[0]]!r}?"
+    return f" Known here: {', '.join(siblings)}."
 
 
 def _nearest_value(problem: Any) -> str:
