@@ -36,9 +36,11 @@ def options(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Results, warnings and errors only.")
+    ] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Debugging messages too.")
+        bool, typer.Option("-v", "--verbose", help="What the libraries underneath say too.")
     ] = False,
 ) -> None:
     """Options of every verb."""

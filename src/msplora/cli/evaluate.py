@@ -31,9 +31,10 @@ def evaluate(
         typer.echo(json.dumps(found, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("metric", "value", title=str(run))
+    table = Table("metric", "value", title=escape(str(run)))
     table.columns[1].justify = "right"
     for name, value in found.items():
         if name != "run":

@@ -13,8 +13,10 @@ def generate(
     run: Annotated[Path, typer.Argument(help="Run folder, or adapter folder.")],
     prompt: Annotated[str, typer.Option(help="What to continue or answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among this share of probability.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Sample among this share of probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     base: Annotated[
         str | None, typer.Option(help="Base model, where the recorded one has moved.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +31,12 @@ def train(
     from msplora.train.extra import train_extra
 
     with train_extra():
+        from rich.console import Console
+
         from msplora.train.run import train_run
         from msplora.train.settings_file import read_settings
 
         flags = {"output": str(output) if output else None, "method": method, "seed": seed}
         settings = read_settings(config, set_ or (), flags)
-        train_run(settings, resume=resume, force=force)
+        console = Console(quiet=not logging.getLogger("msplora").isEnabledFor(logging.INFO))
+        train_run(settings, resume=resume, force=force, console=console)

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from .base_model import Base, load_base
 from .data_classification import Classes, read_classification
 from .job import Job
-from .lengths import Limit, positions_of
+from .lengths import row_limit
 from .methods import adapt
 from .metrics import metrics_for, predictions
 from .settings import Settings
@@ -27,7 +27,7 @@ def prepare(settings: Settings) -> Job:
     train, held_out, classes = read_classification(settings.data, settings.seed)
     best = best_metric(settings, classes)
     base = load_base(settings, classes)
-    limit = row_limit(settings, base)
+    limit = row_limit(settings, base.model)
     train_rows, train_report = tokenise_examples(train, base.tokenizer, limit, "training")
     held_rows, held_report = tokenise_examples(held_out, base.tokenizer, limit, "held-out")
     adapted = adapt(base, settings)
@@ -83,13 +83,6 @@ def best_metric(settings: Settings, classes: Classes) -> str:
 
     names = ["loss", *compute(np.array([0, 1]), np.array([0, 1]))]
     return check_metric(settings, usual, names)
-
-
-def row_limit(settings: Settings, base: Base) -> Limit:
-    """The limit on a row's tokens, refused where the model cannot hold it."""
-    limit = Limit(positions_of(base.model), settings.data.max_length, settings.data.too_long)
-    limit.refuse_beyond_positions()
-    return limit
 
 
 def _labels(label_ids: Any) -> Any:

@@ -41,7 +41,7 @@ def read_glue(task: str, folder: Path | str, split: str) -> list[Row]:
     if not folder.is_dir():
         raise DataError(f"data.path {folder} is not a folder; give the one that holds {split}.tsv.")
     file = folder / f"{split}.tsv"
-    rows = _cola(file) if task == "cola" else read_rows(file)
+    rows = read_glue_file(task, file)
     wanted = (*GLUE[task].text_columns, GLUE[task].label_column)
     missing = [column for column in wanted if column not in rows[0].values]
     if missing:
@@ -50,6 +50,18 @@ def read_glue(task: str, folder: Path | str, split: str) -> list[Row]:
             f"{', '.join(rows[0].values)}. Is data.path the folder of {task}?"
         )
     return rows
+
+
+def read_glue_file(task: str | None, file: Path | str) -> list[Row]:
+    """Return the rows of one file, which may be of CoLA's form where the task is CoLA.
+
+    CoLA's train.tsv and dev.tsv have no header, but its test.tsv has one.
+    """
+    file = Path(file)
+    if task != "cola" or file.suffix.lower() != ".tsv":
+        return read_rows(file)
+    _, first = split_tsv(read_text(file))[0]
+    return read_rows(file) if "sentence" in first else _cola(file)
 
 
 def _cola(file: Path) -> list[Row]:

@@ -23,6 +23,8 @@ _FORMS: dict[Form, tuple[str, ...]] = {
     "text": ("text",),
 }
 
+_ANSWERS = ("completion", "output")
+
 # The names that chat data goes by -> the roles that chat templates know.
 _ROLES = {
     "system": "system",
@@ -131,17 +133,19 @@ def samples(
     rows: list[Row], form: Form, columns: Mapping[str, str], unanswered: bool = False
 ) -> list[Sample]:
     """Return the samples of `rows`, without those that have nothing to learn."""
-    found = [_sample(_named(row, columns), form, unanswered) for row in rows]
+    found = [_sample(_named(row, columns, unanswered), form, unanswered) for row in rows]
     return [
         sample for sample in found if unanswered or sample.messages or sample.completion.strip()
     ]
 
 
-def _named(row: Row, columns: Mapping[str, str]) -> Row:
+def _named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
     """The row with its columns renamed to the form's fields, and sharegpt's list to `messages`."""
     values = dict(row.values)
     for name, column in columns.items():
         if column not in values:
+            if unanswered and name in _ANSWERS:
+                continue
             raise DataError(
                 f"{row.place}: no column {column!r} (data.columns.{name}). It has: "
                 f"{', '.join(map(str, values)) or 'none'}.{nearest(column, map(str, values), 1)}"

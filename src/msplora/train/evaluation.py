@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .classification import classification_trainer, row_limit
+from .classification import classification_trainer
 from .data_classification import Example, examples, read_classification
 from .data_files import DataError, read_rows
+from .data_glue import read_glue_file
 from .data_sft import Form, Sample, detect_form, read_more_sft, read_sft
 from .held_out_loss import held_out_loss
+from .lengths import row_limit
 from .progress import plain_metrics
 from .quiet import quiet_libraries
 from .saved_run import SavedRun, open_run
@@ -41,18 +43,18 @@ def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[st
     assert classes
     held_out: list[Example]
     if data:
-        held_out = examples(read_rows(data), classes)
+        held_out = examples(read_glue_file(settings.data.glue, data), classes)
     else:
         _, held_out, _ = read_classification(settings.data, settings.seed)
-    limit = row_limit(settings, run.base)
-    rows, _ = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
+    limit = row_limit(settings, run.base.model)
+    rows, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
         arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
         arguments["per_device_eval_batch_size"] = batch_size
         trainer = classification_trainer(
             settings, run.base, classes, run.model, arguments, held_rows=rows
         )
-        return {"rows": len(rows), **plain_metrics(trainer.evaluate())}
+        return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
 
 
 def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
@@ -67,18 +69,19 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
         held_out = read_sft(settings.data, settings.seed).held_out
         if not held_out:
             raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
-    rows, _ = tokenise_samples(
+    rows, report = tokenise_samples(
         held_out,
         form,
         run.base.tokenizer,
-        row_limit(settings, run.base),
+        row_limit(settings, run.base.model),
         "held-out",
         settings.training.completion_only_loss,
+        None if data else settings.data.max_rows,
     )
     found = held_out_loss(
         run.model, rows, padding_id(run.base.tokenizer), batch_size, run.base.arithmetic
     )
-    return {"rows": len(rows), **found}
+    return {"rows": len(rows), **report.left_out(), **found}
 
 
 def _form_of_file(file: str) -> Form:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from msplora.errors import ConfigError
 
 from .data_files import DataError
+from .settings import Settings
 
 TooLong = Literal["truncate", "drop", "error"]
 
@@ -40,7 +41,14 @@ class LengthReport:
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
+    empty: int = 0
+    """Left out because no token of them would be learnt: the prompt fills the row, say."""
     longest: int = 0
+
+    def left_out(self) -> dict[str, int]:
+        """What did not stay whole, by name; nothing where every row did."""
+        counts = {"truncated": self.truncated, "dropped": self.dropped, "empty": self.empty}
+        return {name: count for name, count in counts.items() if count}
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows, the longest of {self.longest} tokens"]
@@ -48,7 +56,16 @@ class LengthReport:
             parts.append(f"{self.truncated} truncated")
         if self.dropped:
             parts.append(f"{self.dropped} dropped as too long")
+        if self.empty:
+            parts.append(f"{self.empty} left out, with no token to learn within the length")
         return ", ".join(parts)
+
+
+def row_limit(settings: Settings, model: Any) -> Limit:
+    """The limit on a row's tokens, refused where the model cannot hold it."""
+    limit = Limit(positions_of(model), settings.data.max_length, settings.data.too_long)
+    limit.refuse_beyond_positions()
+    return limit
 
 
 def positions_of(model: Any) -> int | None:

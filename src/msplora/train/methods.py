@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import msplora
-from msplora.errors import ConfigError, TargetError, nearest
-from msplora.loading import adapter_folder
+from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetError, nearest
+from msplora.loading import adapter_folder, read_config
 
 from .base_model import Base
 from .settings import PYRAMID_KEYS, AdapterSettings, Settings
@@ -49,14 +50,17 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if settings.method in ("full", "frozen"):
         return _without_adapter(base, settings)
     config = adapter_config(settings, base)
+    notes = _inapplicable(settings)
+    folder = adapter_folder(Path(settings.init_from)) if settings.init_from else None
+    if folder:
+        config = _config_to_start_from(folder, base, settings, config)
+        notes.append(f"starts from the adapter {folder}: its ranks, alphas and dropout hold")
     plan = None
     if isinstance(config, msplora.MSPLoraConfig):
         plan = msplora.plan(base.model, config)
     base_numbers = sum(parameter.numel() for parameter in base.model.parameters())
-    notes = _inapplicable(settings)
-    if settings.init_from:
-        model = _from_adapter(base, settings, config)
-        notes.append(f"started from the adapter {settings.init_from}")
+    if folder:
+        model = load_adapter(base.model, folder, is_trainable=True)
     else:
         try:
             model = peft.get_peft_model(base.model, config)
@@ -64,7 +68,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
             raise _explain(error, base.model, config) from error
     head = _count(model, modules_to_save=True)
     adapter = _count(model) - head
-    rank = sum(config.ranks) if plan and config.ranks else config.r
+    rank = sum(config.ranks or ()) if plan else config.r
     lora = plan.lora_parameters if plan else adapter
     return Adapted(model, Trainable(adapter, head, base_numbers, lora), plan, rank, notes)
 
@@ -127,26 +131,74 @@ def _without_adapter(base: Base, settings: Settings) -> Adapted:
     return Adapted(base.model, trainable, None, None, _inapplicable(settings))
 
 
-def _from_adapter(base: Base, settings: Settings, config: Any) -> Any:
-    folder = adapter_folder(Path(settings.init_from or ""))
-    found = peft.PeftConfig.from_pretrained(str(folder))
+def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> Any:
+    """Put a saved adapter on its base; all of it must be there and fit.
+
+    Raises:
+        MSPLoraError: a tensor of the adapter, or of its head, is missing or misshapen.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    except MSPLoraError:
+        raise
+    except (RuntimeError, ValueError, UserWarning) as error:
+        raise AdapterFileError(
+            f"the adapter {folder} does not fit {type(model).__name__}: "
+            f"{' '.join(str(error).split())[:400]} Use the base and the "
+            f"classes it was trained with."
+        ) from error
+
+
+def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: Any) -> Any:
+    """The config of the adapter in `folder`, refused where the run's own asks for another."""
+    found = read_config(folder)
     if found.peft_type != config.peft_type:
         raise ConfigError(
             f"init_from {folder} is a {str(found.peft_type).rpartition('.')[2]} adapter, but the "
             f"method is {settings.method!r}. Set method to match, or start from another adapter."
         )
+    default = AdapterSettings()  # pyright: ignore[reportCallIssue]
     unlike = [
         name
-        for name in ("r", "ranks", "groups", "target_modules")
-        if name in settings.adapter.model_fields_set
-        and _plain(getattr(found, name, None)) != _plain(getattr(config, name, None))
+        for name in AdapterSettings.model_fields
+        if name not in ("init_lora_weights", "modules_to_save")  # neither shapes an old adapter
+        and getattr(settings.adapter, name) != getattr(default, name)
+        and not _alike(name, getattr(found, name, None), getattr(config, name, None), base)
     ]
     if unlike:
-        raise ConfigError(
-            f"init_from {folder} has another {' and '.join(unlike)} than the config asks for. The "
-            f"adapter's shape comes from the folder: leave these keys out."
+        told = "; ".join(
+            f"adapter.{name} is {_plain(getattr(config, name, None))!r} and the adapter's "
+            f"{_plain(getattr(found, name, None))!r}"
+            for name in unlike
         )
-    return peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+        raise ConfigError(
+            f"init_from {folder}: {told}. The adapter decides these: leave the keys out, or start "
+            f"from another adapter."
+        )
+    return found
+
+
+def _alike(name: str, found: Any, wanted: Any, base: Base) -> bool:
+    if name == "target_modules" and wanted == "all-linear" and not isinstance(found, str):
+        # Saved adapters list what "all-linear" was.
+        there = {target.rpartition(".")[2] for target in found or ()}
+        encoder = getattr(base.model, base.model.base_model_prefix, base.model)
+        return there >= set(_linear_names(encoder))
+    return _plain(found) == _plain(wanted)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of linear layers, each once."""
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        )
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -165,13 +217,7 @@ def _explain(error: ValueError, model: nn.Module, config: Any) -> Exception:
     """PEFT names what it did not find, not what there is; our own errors say it already."""
     if not str(error).startswith(("Target modules", "No modules were targeted", "Please specify")):
         return error
-    leaves = list(
-        dict.fromkeys(
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        )
-    )
+    leaves = _linear_names(model)
     wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
     hints = "".join(nearest(name, leaves, count=1) for name in names if name not in leaves)

@@ -35,7 +35,7 @@ def model_card(
         "| | numbers |",
         "|---|---|",
         f"| base | {trainable.base:,} |",
-        f"| adapter | {trainable.adapter:,} |",
+        f"| {'adapter' if has_adapter else 'of it, trained'} | {trainable.adapter:,} |",
         f"| head | {trainable.head:,} |",
     ]
     if adapted.plan and trainable.lora:

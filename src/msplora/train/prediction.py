@@ -11,13 +11,13 @@ import torch
 
 from msplora.errors import ConfigError
 
-from .classification import row_limit
 from .data_classification import examples
 from .data_files import DataError, read_rows
+from .data_glue import read_glue_file
 from .data_sft import detect_form, samples
 from .generation import continue_sample
 from .held_out_loss import autocast
-from .lengths import Limit
+from .lengths import Limit, row_limit
 from .quiet import quiet_libraries
 from .saved_run import SavedRun, open_run
 from .tokenise_classification import tokenise_examples
@@ -33,10 +33,11 @@ def predict_file(
     max_new_tokens: int = 128,
 ) -> list[Prediction]:
     """Return one prediction for each row of `file`, in its order; labels in it are not read."""
-    rows = read_rows(file)
+    rows = read_rows(file)  # first, so that a bad file costs no loading
     with quiet_libraries():
         run = open_run(path, base)
         if run.record.classes:
+            rows = read_glue_file(run.settings.data.glue, file)
             return list(_classify(run, rows, batch_size))
         form = run.record.form or detect_form(rows, {})
         if form in ("text", "text-file"):
@@ -80,7 +81,7 @@ def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Predi
     classes = run.record.classes
     assert classes
     # Every row gets its line, so none is dropped here.
-    limit = row_limit(run.settings, run.base)
+    limit = row_limit(run.settings, run.base.model)
     limit = Limit(limit.positions, limit.length, "truncate")
     data, _ = tokenise_examples(
         examples(rows, classes, labelled=False), run.base.tokenizer, limit, "given"

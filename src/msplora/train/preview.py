@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .job import Job
@@ -14,7 +15,7 @@ from .methods import Adapted
 def show_preview(job: Job, console: Console) -> None:
     """Print what the run is about to do."""
     settings = job.record.settings
-    console.rule(f"{settings.method} · {settings.task} · {settings.model}")
+    console.rule(escape(f"{settings.method} · {settings.task} · {settings.model}"))
     if job.adapted.plan:
         console.print(str(job.adapted.plan), highlight=False, markup=False, soft_wrap=True)
     console.print(_trainable_table(job.adapted))
@@ -44,10 +45,13 @@ def plan_text(adapted: Adapted, method: str) -> str:
     """The plan as plan.txt holds it."""
     trainable = adapted.trainable
     lines = [str(adapted.plan), ""] if adapted.plan else []
-    lines.append(
-        f"method {method}: {trainable.total:,} numbers train ({trainable.adapter:,} in the "
-        f"adapter, {trainable.head:,} in the head) beside a base of {trainable.base:,}"
-    )
+    if method == "full":
+        lines.append(f"method full: all {trainable.total:,} numbers of the model train")
+    else:
+        lines.append(
+            f"method {method}: {trainable.total:,} numbers train ({trainable.adapter:,} in the "
+            f"adapter, {trainable.head:,} in the head) beside a base of {trainable.base:,}"
+        )
     if adapted.plan and trainable.lora:
         lines.append(
             f"plain LoRA on the same layers: {trainable.lora:,} in the adapter; this one has "

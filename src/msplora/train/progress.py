@@ -50,25 +50,41 @@ class ShowProgress(TrainerCallback):
         if loss is None:
             return
         if not math.isfinite(loss):
-            self.stop()
-            raise TrainingDiverged(
-                f"the training loss is {loss} at step {state.global_step}. Lower "
-                f"training.learning_rate (now {args.learning_rate:g}) or raise "
-                f"training.warmup_ratio, and start anew with --force."
-            )
+            raise self._diverged(f"the training loss is {loss}", args, state)
         if self.bar:
             self.bar.update(self.task, shown=f"epoch {state.epoch:.2f} · loss {loss:.4f}")
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
     ) -> None:
-        """Print what the evaluation found."""
+        """Print what the evaluation found, and stop where it is no number."""
+        loss = (metrics or {}).get("eval_loss", 0.0)
+        if self.bar and not math.isfinite(loss):
+            raise self._diverged(f"the held-out loss is {loss}", args, state)
         if self.bar:
             self.console.print(f"epoch {state.epoch or 0:.2f}  {show_metrics(metrics or {})}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the bar away."""
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Take the bar away. The last step may have spoilt weights no loss was computed with."""
+        bad = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not bool(parameter.isfinite().all())
+        ]
+        if bad:
+            raise self._diverged(
+                f"{len(bad)} tensors hold no numbers, such as {bad[0]},", args, state
+            )
         self.stop()
+
+    def _diverged(self, what: str, args: Any, state: Any) -> TrainingDiverged:
+        self.stop()
+        return TrainingDiverged(
+            f"{what} at step {state.global_step}. Lower training.learning_rate (now "
+            f"{args.learning_rate:g}) or raise training.warmup_ratio, and start anew with --force."
+        )
 
     def stop(self) -> None:
         """Take the bar away, also where training was interrupted."""

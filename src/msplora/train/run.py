@@ -15,17 +15,14 @@ from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
 
 from .job import Job
-from .loss_plot import draw_loss
 from .model_card import model_card
 from .next_steps import next_steps
 from .preview import plan_record, plan_text, show_preview
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
-from .run_folder import METRICS, RunFolder
+from .run_folder import BEFORE, METRICS, RunFolder
 from .settings import Settings
 from .versions import versions
-
-_BEFORE = "before.json"
 
 
 class Interrupted(MSPLoraError):
@@ -51,10 +48,16 @@ def train_run(
         job = _prepare(settings)
         show_preview(job, console)
         folder.begin()
-        trainer = job.make_trainer(folder.checkpoints)
-        _train(trainer, job, folder, console)
-        metrics = _metrics(trainer.state, job, folder)
-        _write(folder, job, trainer, metrics)
+        try:
+            trainer = job.make_trainer(folder.checkpoints)
+            _train(trainer, job, folder, console)
+            metrics = _metrics(trainer.state, job, folder)
+            _write(folder, job, trainer, metrics)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped by hand. What was saved is in {folder.working}: the same command with "
+                f"--resume continues from there."
+            ) from None
     run = folder.finish()
     _report(console, settings, run, job, metrics)
     return run
@@ -94,16 +97,11 @@ def _train(trainer: Any, job: Job, folder: RunFolder, console: Console) -> None:
     checkpoint = folder.last_checkpoint()
     if checkpoint is None and job.held_out:
         before = plain_metrics(trainer.evaluate())
-        folder.write_json(_BEFORE, {"epoch": 0.0, "step": 0, **before})
+        folder.write_json(BEFORE, {"epoch": 0.0, "step": 0, **before})
     # Again, so that what was measured before leaves no trace in the random numbers.
     transformers.set_seed(job.record.settings.seed)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped by hand. What was saved is in {folder.working}: the same command with "
-            f"--resume continues from there."
-        ) from None
     finally:
         progress.stop()
 
@@ -115,14 +113,14 @@ def _metrics(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
         for entry in state.log_history
         if "eval_loss" in entry and entry["step"] > 0
     ]
-    before_file = folder.working / _BEFORE
+    before_file = folder.working / BEFORE
     before = None
     if before_file.is_file():
         before = json.loads(before_file.read_text(encoding="utf-8"))
-        before_file.unlink()
     best: dict[str, Any] = {"epoch": state.epoch, "step": state.global_step}
     if job.held_out:
-        step = state.best_global_step
+        # Not `best_global_step`, which older versions of transformers lack.
+        step = int(state.best_model_checkpoint.rpartition("-")[2])
         best = next(entry for entry in evaluations if entry["step"] == step)
     return {
         "metric_for_best": job.best if job.held_out else None,
@@ -134,6 +132,8 @@ def _metrics(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
 
 
 def _write(folder: RunFolder, job: Job, trainer: Any, metrics: dict[str, Any]) -> None:
+    from .loss_plot import draw_loss  # matplotlib takes a second to import
+
     settings, adapted, here = job.record.settings, job.adapted, folder.working
     history = [
         {key: value for key, value in entry.items() if not key.startswith("eval_")}
@@ -174,6 +174,6 @@ def _report(
         console.print(
             f"Best {name}: [bold]{best[name]:.4f}[/] at epoch {best['epoch']:.2f}{change}"
         )
-    console.print(f"The run is in {run}", highlight=False, soft_wrap=True)
+    console.print(f"The run is in {run}", markup=False, highlight=False, soft_wrap=True)
     for what, command in next_steps(settings, run, job.adapted.rank):
         console.print(f"  {what:9}", command, markup=False, highlight=False, soft_wrap=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from .settings_file import read_settings, write_settings
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+BEFORE = "before.json"
+"""What was measured before the first step, kept for a run that is resumed."""
 
 # Settings that change no number of the result, so a run may be resumed under others.
 _FREE_TO_CHANGE = frozenset({"output", "training.eval_batch_size", "training.save_limit"})
@@ -40,15 +44,13 @@ class RunFolder:
             raise RunFolderError("--resume continues a run and --force discards it; give one.")
         if self.path.is_file():
             raise RunFolderError(f"the output {self.path} is a file; name a folder.")
+        self._check_writable()
         if resume:
             self._check_resumable()
         elif not force:
             self._check_free()
-        elif _holds_something(self.path) and not (self.path / CONFIG).is_file():
-            raise RunFolderError(
-                f"{self.path} holds files but no {CONFIG}, so it is not a run, and --force does "
-                f"not delete it. Name another output."
-            )
+        else:
+            self._check_discardable()
 
     @property
     def checkpoints(self) -> Path:
@@ -89,15 +91,35 @@ class RunFolder:
     def finish(self) -> Path:
         """Drop the checkpoints and give the folder its name; return where the run now is."""
         shutil.rmtree(self.checkpoints)
-        replaced = self.path.with_name(self.path.name + ".replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        (self.working / BEFORE).unlink(missing_ok=True)
         if self.path.exists():
-            self.path.rename(replaced)
-        self.working.rename(self.path)
-        if replaced.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            self.path.rename(replaced / self.path.name)
+            self.working.rename(self.path)
             shutil.rmtree(replaced)
+        else:
+            self.working.rename(self.path)
         return self.path
+
+    def _check_writable(self) -> None:
+        parent = self.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RunFolderError(
+                f"the output {self.path} cannot be made: {parent} is no folder "
+                f"that can be written to."
+            )
+
+    def _check_discardable(self) -> None:
+        """Of what --force would delete: it must be what a run left, and nothing else."""
+        for folder, marks in ((self.path, (CONFIG, METRICS)), (self.working, (CONFIG,))):
+            missing = [mark for mark in marks if not (folder / mark).is_file()]
+            if _holds_something(folder) and missing:
+                raise RunFolderError(
+                    f"{folder} holds files but no {missing[0]}, so it is not a run, and --force "
+                    f"does not delete it. Name another output."
+                )
 
     def _check_free(self) -> None:
         if _holds_something(self.path):

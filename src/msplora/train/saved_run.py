@@ -13,6 +13,7 @@ import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
 from msplora.errors import MSPLoraError
 
 from .base_model import Base, load_base
+from .methods import load_adapter
 from .settings import Settings
 from .settings_file import make_settings
 from .task_record import TaskRecord
@@ -47,22 +48,23 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
     record = TaskRecord.load(weights) or _record_of_foreign_adapter(weights, base_override)
     settings = record.settings.model_copy(deep=True)
     adapted = (weights / "adapter_config.json").is_file()
-    if adapted:
-        settings.model = base_override or settings.model
-    elif base_override:
+    if base_override and not adapted:
         raise SavedRunError(
             f"{weights} holds a whole model (method {settings.method}), not an adapter; leave "
             f"--base out."
         )
-    else:
+    if not adapted:
         settings.model = str(weights)
+    elif base_override:
+        # The recorded revision is one of the recorded base.
+        settings.model, settings.revision = base_override, None
     # The tokenizer was saved with the weights, and with it what the run set on it.
     settings.tokenizer = str(weights) if (weights / "tokenizer_config.json").is_file() else None
     settings.data.chat_template = None
     base = load_base(settings, record.classes, for_training=settings.method == "full")
     model = base.model
     if adapted:
-        model = peft.PeftModel.from_pretrained(model, str(weights))
+        model = load_adapter(model, weights)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return SavedRun(path, base, model, record)
 

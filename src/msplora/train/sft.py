@@ -14,16 +14,16 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from msplora.errors import ConfigError
 
 from .base_model import load_base
-from .classification import row_limit
 from .data_sft import read_sft
 from .held_out_loss import held_out_loss
 from .job import Job
+from .lengths import row_limit
 from .methods import adapt
 from .settings import Settings
 from .settings_file import check_metric
 from .task_record import TaskRecord
 from .tokenise_sft import DEFAULT_CHUNK, IGNORED, Tokens, tokenise_samples
-from .trainer_arguments import optimizer, quieten, trainer_arguments
+from .trainer_arguments import optimizer, quieten, trainer_arguments, warmup_steps
 
 METRICS = ("loss", "perplexity", "token_accuracy")
 
@@ -64,16 +64,17 @@ def prepare(settings: Settings) -> Job:
     data = read_sft(settings.data, settings.seed)
     best = check_metric(settings, "loss", METRICS)
     base = load_base(settings, None)
-    limit = row_limit(settings, base)
+    limit = row_limit(settings, base.model)
     tokenizer, completions = base.tokenizer, settings.training.completion_only_loss
+    rows = settings.data.max_rows
     train, report = tokenise_samples(
-        data.train, data.form, tokenizer, limit, "training", completions
+        data.train, data.form, tokenizer, limit, "training", completions, rows
     )
     notes = [f"form: {data.form}", f"training: {report}"]
     held_out: list[Tokens] = []
     if data.held_out:
         held_out, report = tokenise_samples(
-            data.held_out, data.form, tokenizer, limit, "held-out", completions
+            data.held_out, data.form, tokenizer, limit, "held-out", completions, rows
         )
         notes.append(f"held out: {report}")
     if data.left_out:
@@ -103,6 +104,9 @@ def prepare(settings: Settings) -> Job:
             ),
             optimizers=(optimizer(adapted.model, settings, base.head), None),
         )
+        # Only now is it known how many rows are left once they are packed.
+        packed: Any = trainer.train_dataset
+        trainer.args.warmup_steps = warmup_steps(settings, len(packed))
         trainer.held_out, trainer.pad_token_id = held_out, pad
         trainer.arithmetic = base.arithmetic
         quieten(trainer)

@@ -32,12 +32,17 @@ def tokenise_samples(
     limit: Limit,
     what: str,
     completion_only: bool = True,
+    max_chunks: int | None = None,
 ) -> tuple[list[Tokens], LengthReport]:
-    """Return the rows to learn from, and what became of those that were too long."""
+    """Return the rows to learn from, and what became of those that were too long.
+
+    `max_chunks` bounds the rows of a text file, which only become rows here.
+    """
     report = LengthReport()
     if form == "text-file":
         length = limit.length or min(DEFAULT_CHUNK, limit.positions or DEFAULT_CHUNK)
         rows = [chunk for sample in samples for chunk in _chunks(sample, tokenizer, length)]
+        rows = rows[:max_chunks]
         report.rows, report.longest = len(rows), max(len(row.input_ids) for row in rows)
         return rows, report
     rows = []
@@ -47,13 +52,13 @@ def tokenise_samples(
             continue
         if not completion_only:
             row = Tokens(row.place, row.input_ids, list(row.input_ids))
-        row = Tokens(row.place, row.input_ids[: limit.length], row.labels[: limit.length])
+        cut = Tokens(row.place, row.input_ids[: limit.length], row.labels[: limit.length])
         # A prompt that fills the row leaves nothing to learn; the first label is never predicted.
-        if any(label != IGNORED for label in row.labels[1:]):
-            rows.append(row)
+        if any(label != IGNORED for label in cut.labels[1:]):
+            rows.append(cut)
         else:
-            report.truncated -= 1
-            report.dropped += 1
+            report.truncated -= len(cut.input_ids) < len(row.input_ids)
+            report.empty += 1
     refuse_if_none_left(rows, limit, what)
     return rows, report
 
@@ -128,13 +133,20 @@ def _chat(sample: Sample, tokenizer: Any) -> Tokens:
             f"{sample.place}: the chat template renders the assistant's turn differently when it "
             f"is alone, so the loss mask cannot be found. Name another data.chat_template."
         )
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{sample.place} is a chat, and the tokenizer {type(tokenizer).__name__} cannot say "
+            f"which characters a token covers, so the loss mask cannot be found. Name a fast one "
+            f"(with a tokenizer.json) as tokenizer."
+        )
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     labels = [
         its
-        if any(start < end and start >= low and start < high for low, high in learnt)
+        # Not the end: some tokenizers take spaces off a token's span, down to an empty one.
+        if any(low <= start < high for low, high in learnt)
         else IGNORED
-        for its, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+        for its, (start, _) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     return Tokens(sample.place, ids, labels)
 

@@ -23,8 +23,6 @@ def trainer_arguments(
     """
     training = settings.training
     by = "steps" if training.eval_steps else "epoch"
-    batches = math.ceil(rows / training.batch_size)
-    steps = math.ceil(batches / training.gradient_accumulation) * training.epochs
     return {
         "output_dir": str(checkpoints),
         "num_train_epochs": training.epochs,
@@ -33,7 +31,7 @@ def trainer_arguments(
         "per_device_eval_batch_size": training.eval_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
         "learning_rate": training.learning_rate,
-        "warmup_steps": math.ceil((training.max_steps or steps) * training.warmup_ratio),
+        "warmup_steps": warmup_steps(settings, rows),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "lr_scheduler_type": training.scheduler,
@@ -62,14 +60,23 @@ def trainer_arguments(
     }
 
 
+def warmup_steps(settings: Settings, rows: int) -> int:
+    """The steps that warm up, of a run over `rows` rows (packed ones, where they are packed)."""
+    training = settings.training
+    batches = math.ceil(rows / training.batch_size)
+    steps = math.ceil(batches / training.gradient_accumulation) * training.epochs
+    return math.ceil((training.max_steps or steps) * training.warmup_ratio)
+
+
 def optimizer(model: nn.Module, settings: Settings, head: tuple[str, ...]) -> torch.optim.Optimizer:
     """AdamW with no decay on biases and norms, and the head at its own rate."""
     training = settings.training
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore
+    heads = tuple(f"{name}." for name in head)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_head = ".modules_to_save." in name or name.startswith(tuple(f"{h}." for h in head))
+            in_head = name.removeprefix("base_model.model.").startswith(heads)
             groups.setdefault((in_head, name in decayed), []).append(parameter)
     rate = training.learning_rate
     return torch.optim.AdamW(
