@@ -1,0 +1,230 @@
+"""What docs/training.md shows is run, and its tables of keys are those of the settings.
+
+A block that follows "`NAME`:" is a file of that name. Every other YAML block is a part of a config:
+it is put over a config that has the rest, and trained for two steps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from msplora.cli.app import app
+from msplora.errors import MSPLoraError
+from msplora.train import run as run_module
+from settings_tables import PAGE, SECTIONS, table, tables
+from tiny_saved import save_encoder, save_language_model
+
+TEXT = PAGE.read_text(encoding="utf-8")
+SHORT = ["--set", "training.max_steps=2", "--set", "training.batch_size=2"]
+LANGUAGE_MODEL, CLASSIFIER = "Qwen/Qwen3-0.6B", "FacebookAI/roberta-base"
+_FILE = r"`([\w/-]+\.\w+)`(?:, and `([\w/-]+\.\w+)` alike)?:\n\n```\w+\n(.*?)```"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+FILES = {
+    name: content
+    for *names, content in re.findall(_FILE, TEXT, flags=re.DOTALL)
+    for name in names
+    if name
+}
+PARTS = [block for block in blocks("yaml") if "model:" not in block]
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for block in blocks("sh")
+    for line in block.splitlines()
+    if line.startswith("msplora")
+]
+
+
+def grown(name: str, content: str) -> str:
+    """The rows of a shown file several times over: two rows are too few to hold some out."""
+    if name.endswith(".json"):
+        return json.dumps(json.loads(content) * 4)
+    if name.endswith((".tsv", ".csv")):
+        header, _, rows = content.partition("\n")
+        return f"{header}\n{rows * 4}"
+    return content * 4 if name.endswith(".jsonl") else content
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with every file, model and data set that the page names."""
+    save_language_model(tmp_path / LANGUAGE_MODEL)
+    save_encoder(tmp_path / CLASSIFIER)
+    shown = {name: grown(name, content) for name, content in FILES.items()}
+    shown |= {
+        "story.txt": "Once upon a time there was a fox.\n" * 20,
+        "some-user/instructions/train.jsonl": shown["train.jsonl"],
+    }
+    for name, content in shown.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def run(*arguments: str) -> None:
+    app(list(arguments), standalone_mode=False)
+
+
+def config_with(part: str) -> dict[str, Any]:
+    """A whole config that says what a part of one says."""
+    content: dict[str, Any] = yaml.safe_load(part)
+    task = content.setdefault("task", "sft")
+    content.setdefault("model", LANGUAGE_MODEL if task == "sft" else CLASSIFIER)
+    content.setdefault("data", {"train": "train.jsonl"})
+    content.setdefault("output", "runs/part")
+    return content
+
+
+def test_the_tables_have_every_key_its_default_and_its_meaning() -> None:
+    found = tables(TEXT)
+    for name, section in SECTIONS.items():
+        assert found[name] == table(section), "run: python tests/settings_tables.py"
+
+
+def test_the_links_lead_somewhere() -> None:
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+        for line in TEXT.splitlines()
+        if line.startswith("#")
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        file, _, anchor = target.partition("#")
+        assert (PAGE.parent / file).exists(), target
+        assert not anchor or anchor in headings, target
+
+
+def test_every_block_is_run_by_one_of_these_tests() -> None:
+    languages = re.findall(r"^```(\w+)$", TEXT, flags=re.MULTILINE)
+    assert set(languages) == {"yaml", "json", "text", "sh", "python"}
+    assert set(FILES) >= {"train.jsonl", "sft.yaml", "reviews.yaml", "glue/RTE/dev.tsv", "new.csv"}
+    assert len(PARTS) == len(blocks("yaml")) - 2  # sft.yaml and reviews.yaml
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_config_trains(part: str, workspace: Path) -> None:
+    if "init_from" in part:
+        run("train", "sft.yaml", *SHORT)
+    content = config_with(part)
+    (workspace / "part.yaml").write_text(yaml.safe_dump(content))
+    run("train", "part.yaml", *SHORT)
+    assert (workspace / content["output"] / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in COMMANDS:
+        if command[0] != "train":
+            run(*command)
+            continue
+        if "--resume" in command:
+            stopped = [word for word in command if word != "--resume"] + ["--force"]
+            with monkeypatch.context() as context:
+                context.setattr(run_module, "_write", _stop)
+                with pytest.raises(InterruptedError):
+                    run(*stopped, *SHORT)
+            assert (workspace / "runs/first.unfinished/checkpoints").is_dir()
+        run(*command, *SHORT)
+    assert (workspace / "out/lora/adapter_config.json").is_file()
+    assert (workspace / "out/merged/config.json").is_file()
+    assert len((workspace / "answers.jsonl").read_text().splitlines()) == 8
+
+
+def _stop(*_: Any) -> None:
+    raise InterruptedError
+
+
+def test_the_python_blocks_run(workspace: Path) -> None:
+    run("train", "sft.yaml", *SHORT)
+    for block in blocks("python"):
+        exec(compile(block, str(PAGE), "exec"), {})
+    assert (workspace / "runs/python/adapter").is_dir()
+
+
+def test_a_training_row_is_shown_as_the_page_says(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = config_with("data: {train: alpaca.json}")
+    (workspace / "part.yaml").write_text(yaml.safe_dump(content))
+    run("train", "part.yaml", *SHORT)
+    shown = re.search(r"```text\n(<s>###.*?)```", TEXT, flags=re.DOTALL)
+    assert shown is not None
+    assert shown.group(1) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["msplora", "full"])
+def test_a_run_leaves_the_files_of_the_table(method: str, workspace: Path) -> None:
+    run("train", "sft.yaml", *SHORT, "--method", method)
+    run_folder = workspace / "runs/first"
+    found = {str(file.relative_to(run_folder)) for file in run_folder.rglob("*") if file.is_file()}
+    section = TEXT.partition("## What a run leaves behind")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    files = set(re.findall(r"`([\w./]+\w)`", " ".join(cells)))
+    if method == "msplora":
+        assert found == files
+    else:
+        whole = {name for name in found if not name.startswith("model/")}
+        assert whole == {name for name in files if not name.startswith("adapter/")}
+        assert (run_folder / "model/model.safetensors").is_file()
+
+
+# The message as the page has it -> what provokes it, and with which files.
+MIXED = '{"prompt": "a", "completion": "b"}\n{"text": "c"}\n'
+LONG = '{"text": "%s"}\n' % ("word " * 200)
+ERRORS: dict[str, list[str]] = {
+    "unknown key 'training.lr'": ["sft.yaml", "training.lr=1e-3"],
+    "say where the data is with one of data.glue": ["sft.yaml", "data.hub=some-user/instructions"],
+    "the columns question, answer fit no form": ["sft.yaml", "data.train=questions.jsonl"],
+    "mixed forms": ["sft.yaml", "data.train=mixed.jsonl", "data.validation_fraction=0"],
+    "the tokenizer has no chat template": ["sft.yaml", "data.train=chats.jsonl"],
+    "but the model has 512 positions": ["sft.yaml", "data.train=long.jsonl"],
+    "names 'query', but this model has nothing of that name": [
+        "sft.yaml",
+        "adapter.target_modules=[query]",
+    ],
+    "r must be at least 4": ["sft.yaml", "adapter.r=2"],
+    "is none of the classes": ["reviews.yaml", "data.validation=strange.tsv"],
+    "it needs held-out rows": ["reviews.yaml", "data.validation_fraction=0"],
+    "is not empty": ["sft.yaml", "output=taken"],
+    "an unfinished run is in": ["sft.yaml", "output=stopped"],
+    "there is nothing to resume": ["sft.yaml", "output=complete"],
+}
+
+
+def test_the_errors_of_the_table_are_these() -> None:
+    section = TEXT.partition("## Errors you may meet")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \| ", section, flags=re.MULTILINE)
+    assert rows[1:] == list(ERRORS)
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_an_error_of_the_table(message: str, workspace: Path) -> None:
+    config, *changes = ERRORS[message]
+    (workspace / "mixed.jsonl").write_text(MIXED)
+    (workspace / "long.jsonl").write_text(LONG * 4)
+    (workspace / "strange.tsv").write_text("review\tsentiment\nOdd.\tbaffled\n")
+    (workspace / "taken").mkdir()
+    (workspace / "taken/notes.txt").write_text("mine")
+    shutil.copytree(workspace / "taken", workspace / "stopped.unfinished")
+    (workspace / "complete").mkdir()
+    (workspace / "complete/metrics.json").write_text("{}")
+    flags = [word for change in changes for word in ("--set", change)]
+    resume = ["--resume"] if "output=complete" in changes else []
+    with pytest.raises(MSPLoraError, match=re.escape(message)):
+        run("train", config, *flags, *SHORT, *resume)
+    assert (workspace / "taken/notes.txt").read_text() == "mine"
