@@ -162,7 +162,8 @@ def _form_of(row: Row, columns: Mapping[str, str]) -> Form:
         if all(values.get(field) is not None for field in fields):
             return form
     known = [field for fields in _FORMS.values() for field in fields]
-    hints = {nearest(str(name), known, count=1) for name in values} - {""}
+    unknown = [str(name) for name in values if name not in known]
+    hints = {nearest(name, known, count=1) for name in unknown} - {""}
     raise DataError(
         f"{row.place}: the columns {', '.join(map(str, values)) or '(none)'} fit no form. Known: "
         f"text; prompt and completion; instruction, input and output; messages (or conversations). "

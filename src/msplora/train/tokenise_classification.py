@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 
+from msplora.errors import ConfigError
+
 from .data_classification import Example
 from .lengths import LengthReport, Limit, keep, refuse_if_none_left
 
@@ -16,6 +18,12 @@ def tokenise_examples(
     """Return model inputs with labels, and what became of rows that were too long."""
     texts = [example.texts for example in examples]
     pairs = tuple([*column] for column in zip(*texts, strict=True))
+    around = tokenizer.num_special_tokens_to_add(pair=len(pairs) == 2)
+    if limit.length and limit.length < around + len(pairs):
+        raise ConfigError(
+            f"data.max_length = {limit.length} leaves no room for text: the tokenizer puts {around} "
+            f"tokens around each row. Raise it."
+        )
     full = tokenizer(*pairs, truncation=False, verbose=False)
     report = LengthReport()
     kept, cut = [], False
