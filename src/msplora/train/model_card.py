@@ -42,7 +42,7 @@ def model_card(
         lines.append(f"| plain LoRA of the same r, for comparison | {trainable.lora:,} |")
     lines += ["", "## Results", "", *_results(metrics), "", "## Use", ""]
     if has_adapter:
-        lines += _loading(settings)
+        lines += _loading(settings, adapted)
     lines += [
         "```sh",
         *(f"{command}  # {what}" for what, command in next_steps(settings, run, adapted.rank)),
@@ -88,16 +88,18 @@ def _results(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _loading(settings: Settings) -> list[str]:
+def _loading(settings: Settings, adapted: Adapted) -> list[str]:
     classifies = settings.task == "classification"
     auto = "AutoPeftModelForSequenceClassification" if classifies else "AutoPeftModelForCausalLM"
+    # The base alone would get a head of two outputs, which another number of classes does not fit.
+    outputs = f", num_labels={adapted.model.get_base_model().num_labels}" if classifies else ""
     first = ["import msplora  # makes the adapter's type known to PEFT"]
     return [
         "```python",
         *(first if settings.method == "msplora" else []),
         f"from peft import {auto}",
         "",
-        f'model = {auto}.from_pretrained("adapter")',
+        f'model = {auto}.from_pretrained("adapter"{outputs})',
         "```",
         "",
     ]

@@ -21,8 +21,8 @@ def tokenise_examples(
     around = tokenizer.num_special_tokens_to_add(pair=len(pairs) == 2)
     if limit.length and limit.length < around + len(pairs):
         raise ConfigError(
-            f"data.max_length = {limit.length} leaves no room for text: the tokenizer puts {around} "
-            f"tokens around each row. Raise it."
+            f"data.max_length = {limit.length} leaves no room for text: the tokenizer puts "
+            f"{around} tokens around each row. Raise it."
         )
     full = tokenizer(*pairs, truncation=False, verbose=False)
     report = LengthReport()
