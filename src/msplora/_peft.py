@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import warnings
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from packaging.version import Version
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
     _get_in_out_features,
@@ -32,6 +34,9 @@ __all__ = [
 VERSION = Version(importlib.metadata.version("peft"))
 
 NAME = "msplora"
+GOES_BY_NAMES = not hasattr(BaseTuner, "_get_adapter_state_dict")
+"""Whether this PEFT tells an adapter's tensors by their names alone; 0.21 asks the method."""
+
 PREFIX = "msplora_"
 """Marks the adapter's tensors in state dicts; transformers derives it from the type's name."""
 
@@ -69,6 +74,17 @@ def register_method() -> None:
     if register_type() in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name=NAME, config_cls=MSPLoraConfig, model_cls=MSPLoraModel, prefix=PREFIX)
+    if GOES_BY_NAMES:
+        from . import _peft_older
+
+        _peft_older.install()
+
+
+def dora_variant(layer: Any, config: Any) -> Any:
+    """How PEFT computes DoRA on this kind of layer."""
+    if "config" in inspect.signature(layer.resolve_lora_variant).parameters:
+        return layer.resolve_lora_variant(config=config)
+    return layer.resolve_lora_variant(use_dora=True, use_alora=False, arrow_config=None)
 
 
 def is_target(config: Any, key: str) -> bool:

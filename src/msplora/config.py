@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from . import _peft
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, UnsupportedError, nearest
 from .pyramid import PER_LAYER, Level
 
 FORMAT_VERSION = 1
@@ -40,6 +40,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "monteclora_config": ((None,), "it samples around one LoRA pair"),
 }
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_REWRITE_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
 
 
 @dataclass
@@ -160,6 +161,7 @@ class MSPLoraConfig(LoraConfig):
         )
 
     def _fill_in_levels(self) -> None:
+        given = [name for name in ("groups", "alphas", "levels") if getattr(self, name) is not None]
         if self.ranks is None:
             self.r = DEFAULT_RANK if self.r is None else self.r
             _check_rank("r", self.r)
@@ -172,7 +174,7 @@ class MSPLoraConfig(LoraConfig):
                     f"groups=[1, 3, 0], ...)."
                 )
         else:
-            self.ranks = list(self.ranks)
+            self.ranks = _as_list("ranks", self.ranks)
             for rank in self.ranks:
                 _check_rank("ranks", rank)
             if not self.ranks:
@@ -192,7 +194,7 @@ class MSPLoraConfig(LoraConfig):
                     f"each has (1 = shared by all layers, k = k groups, 0 = one pair per layer)."
                 )
             self.groups = list(PAPER_GROUPS)
-        self.groups = list(self.groups)
+        self.groups = _as_list("groups", self.groups)
         for groups in self.groups:
             if not _is_int(groups) or groups < 0:
                 raise ConfigError(
@@ -202,14 +204,9 @@ class MSPLoraConfig(LoraConfig):
         self._fill_in_alphas(count)
         if self.levels is None:
             self.levels = _level_names(self.groups)
-        self.levels = list(self.levels)
+        self.levels = _as_list("levels", self.levels)
 
-        lengths = {
-            "ranks": count,
-            "groups": len(self.groups),
-            "alphas": len(self.alphas or ()),
-            "levels": len(self.levels),
-        }
+        lengths = {name: len(getattr(self, name)) for name in ("ranks", *given)}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
             raise ConfigError(f"the lists must have one entry per level, but {found}.")
@@ -229,7 +226,7 @@ class MSPLoraConfig(LoraConfig):
             share = self.lora_alpha / count if self.split_alpha else self.lora_alpha
             self.alphas = [share] * count
             return
-        self.alphas = list(self.alphas)
+        self.alphas = _as_list("alphas", self.alphas)
         for alpha in self.alphas:
             _check_alpha("alphas", alpha)
         if not self.alphas:
@@ -255,20 +252,31 @@ class MSPLoraConfig(LoraConfig):
             value = getattr(self, name, neutral[0])
             if not any(value is its or value == its for its in neutral):
                 raise UnsupportedError(f"MSPLoRA does not support {name}={value!r}: {reason}.")
-        if self.init_lora_weights not in _INITIALISATIONS:
-            raise UnsupportedError(
-                f"MSPLoRA does not support init_lora_weights={self.init_lora_weights!r}: "
-                f"{_ADAPT_THE_BASE}. Use one of {list(_INITIALISATIONS)}."
+        init = self.init_lora_weights
+        if init not in _INITIALISATIONS:
+            if str(init).lower().startswith(_REWRITE_THE_BASE):
+                raise UnsupportedError(
+                    f"MSPLoRA does not support init_lora_weights={init!r}: {_ADAPT_THE_BASE}. Use "
+                    f"one of {list(_INITIALISATIONS)}."
+                )
+            raise ConfigError(
+                f"init_lora_weights={init!r}: use one of {list(_INITIALISATIONS)}."
+                f"{nearest(str(init), ['gaussian', 'orthogonal'])}"
             )
         if self.bias not in ("none", "all", "lora_only", "msplora_only"):
             raise ConfigError(
                 f"bias={self.bias!r}: use 'none', 'all', 'lora_only' or 'msplora_only' (the last "
                 f"two mean the same: the biases of the adapted layers)."
             )
-        if not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout = {self.lora_dropout!r}: a probability from 0 to below 1."
             )
+        for rank in (self.rank_pattern or {}).values():
+            _check_rank("rank_pattern", rank)
+        for alpha in (self.alpha_pattern or {}).values():
+            _check_alpha("alpha_pattern", alpha)
+        self._check_names()
         if self.target_parameters:
             for name, neutral in (("lora_dropout", 0), ("use_dora", False)):
                 if getattr(self, name) != neutral:
@@ -277,6 +285,24 @@ class MSPLoraConfig(LoraConfig):
                         f"PEFT's LoRA neither): the delta is added to the parameter itself. Set "
                         f"{name}={neutral}."
                     )
+
+    def _check_names(self) -> None:
+        """Refuse names that could not be meant: a pattern that is none, a word taken for a list."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            for pattern in [value] if isinstance(value, str) else []:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(
+                        f"{name} = {pattern!r} is one string, so it is read as a regular "
+                        f"expression, and it is none: {error}. Correct it, or give a list of names."
+                    ) from error
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"modules_to_save = {self.modules_to_save!r}: give a list of names, "
+                f"[{self.modules_to_save!r}]."
+            )
 
 
 def _halved(rank: int) -> list[int]:
@@ -294,6 +320,16 @@ def _level_names(groups: list[int]) -> list[str]:
     ]
 
 
+def _as_list(name: str, value: Any) -> list:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name} = {value!r}: give a list with one entry per level.")
+    return list(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -304,10 +340,5 @@ def _check_rank(name: str, rank: object) -> None:
 
 
 def _check_alpha(name: str, alpha: object) -> None:
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, (int, float))
-        or not math.isfinite(alpha)
-        or alpha <= 0
-    ):
+    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:  # pyright: ignore
         raise ConfigError(f"{name} holds {alpha!r}; an alpha is a finite number above 0.")

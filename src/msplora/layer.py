@@ -230,7 +230,7 @@ class PyramidLayer:
 
     def _add_magnitude(self, adapter_name: str, config: Any, site_key: str) -> None:
         layer: Any = self
-        variant = layer.resolve_lora_variant(config=config)
+        variant = _peft.dora_variant(layer, config)
         layer.lora_variant[adapter_name] = variant
         variant.init(layer, adapter_name=adapter_name, config=config)
         self.store.add_magnitude(site_key, adapter_name, layer.lora_magnitude_vector[adapter_name])

@@ -21,6 +21,22 @@ STORE_NAME = "pyramid_store"
 _HEADS = ("classifier", "score", "qa_outputs")
 
 
+# Where releases of transformers name the same weights differently.
+_RENAMES = (
+    ("query", "q_proj"),
+    ("key", "k_proj"),
+    ("value", "v_proj"),
+    ("w1", "gate_up_proj"),
+    ("w3", "gate_up_proj"),
+    ("w2", "down_proj"),
+    ("block_sparse_moe", "mlp"),
+)
+_RENAMED: dict[str, list[str]] = {}
+for _one, _other in _RENAMES:
+    _RENAMED.setdefault(_one, []).append(_other)
+    _RENAMED.setdefault(_other, []).append(_one)
+
+
 @dataclass(frozen=True)
 class Target:
     key: str
@@ -34,7 +50,7 @@ def find_targets(model: nn.Module, config: MSPLoraConfig) -> list[Target]:
     found = []
     for path, module in own_modules(model):
         if path and _peft.is_target(config, path):
-            found += _module_targets(model, path, _peft.unwrapped(module))
+            found += _module_targets(model, path, _peft.unwrapped(module), config.use_dora)
     for path, module in own_modules(model):
         base = _peft.unwrapped(module)
         for name, _ in base.named_parameters(recurse=False):
@@ -61,7 +77,7 @@ def _parameter_matches(config: MSPLoraConfig, key: str) -> bool:
     )
 
 
-def _module_targets(model: nn.Module, path: str, module: nn.Module) -> list[Target]:
+def _module_targets(model: nn.Module, path: str, module: nn.Module, use_dora: bool) -> list[Target]:
     if inside_attention(model, path):
         parent = path.rpartition(".")[0]
         raise TargetError(
@@ -70,6 +86,11 @@ def _module_targets(model: nn.Module, path: str, module: nn.Module) -> list[Targ
             f"projections are adapted then."
         )
     if isinstance(module, nn.MultiheadAttention):
+        if use_dora:
+            raise TargetError(
+                f"{path!r} is an nn.MultiheadAttention, for which PEFT has no DoRA. Leave it out "
+                f"with exclude_modules, or set use_dora=False."
+            )
         size = module.embed_dim
         return [
             Target(path, path, module, Shape("linear", 3 * size, size)),
@@ -151,16 +172,15 @@ def check_everything_matched(
 ) -> None:
     """Refuse every entry of the config that selects nothing, naming the nearest that would."""
     paths = [path for path, _ in own_modules(model) if path]
+    parameters = [
+        f"{path}.{name}" if path else name
+        for path, module in own_modules(model)
+        for name, _ in _peft.unwrapped(module).named_parameters(recurse=False)
+    ]
     _check_layers(model, config, paths)
-    for name in ("target_modules", "exclude_modules"):
-        _check_names(name, getattr(config, name, None), paths)
-    if config.target_parameters:
-        names = [
-            f"{path}.{name}"
-            for path, module in own_modules(model)
-            for name, _ in _peft.unwrapped(module).named_parameters(recurse=False)
-        ]
-        _check_names("target_parameters", config.target_parameters, names)
+    _check_names("target_modules", config.target_modules, paths, parameters)
+    _check_names("exclude_modules", config.exclude_modules, paths, [])
+    _check_names("target_parameters", config.target_parameters, parameters, paths)
     for name in config.modules_to_save or ():
         if name not in _HEADS and not any(path.endswith(name) for path in paths):
             raise TargetError(
@@ -168,6 +188,11 @@ def check_everything_matched(
                 f"{nearest(name, [*_leaves(paths), *paths])}"
             )
     _check_tokens(model, config)
+    if not targets and not config.target_modules and not config.target_parameters:
+        raise TargetError(
+            f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
+            f"of this model's modules, such as {some(linear_names(model))}; or use 'all-linear'."
+        )
     if not targets:
         raise TargetError(
             f"target_modules = {_shown(config.target_modules)} matches modules, but every one of "
@@ -191,24 +216,43 @@ def check_everything_matched(
                 )
 
 
-def _check_names(field: str, wanted: Any, names: list[str]) -> None:
+def _check_names(field: str, wanted: Any, names: list[str], others: list[str]) -> None:
+    """Refuse what matches none of `names`; `others` are what another field would match."""
     if not wanted:
         return
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name in names):
+            words = [word for word in re.findall(r"\w+", wanted) if not word.isdigit()]
             raise TargetError(
                 f"{field} = {wanted!r} is a regular expression that matches none of this model's "
-                f"names in full. Names look like {some(names[-3:])}.{nearest(wanted, names, 1)}"
+                f"names in full, such as {names[-1]!r}."
+                f"{_instead_of(words[-1] if words else wanted, field, names, others)}"
             )
         return
     for entry in sorted(wanted):
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            last = {name.rpartition(".")[2] for name in names}
-            known = [*sorted(name for name in last if not name.isdigit()), *names]
             raise TargetError(
                 f"{field} names {entry!r}, but this model has nothing of that name."
-                f"{nearest(entry, known) or f' It has {some(_leaves(names))}.'}"
+                f"{_instead_of(entry, field, names, others)}"
             )
+
+
+def _instead_of(entry: str, field: str, names: list[str], others: list[str]) -> str:
+    """What to name instead of `entry`: its name in another release, or the nearest there is."""
+    parts = entry.split(".")
+    last = parts[-1]
+    here, elsewhere = _leaves(names), _leaves(others)
+    for name in (last, *_RENAMED.get(last, ())):
+        if name in here and name != last:
+            return f" Releases of transformers differ in names: here it may be {name!r}."
+        if name in elsewhere and field == "target_modules":
+            return f" There is a parameter {name!r}, no module: name it in target_parameters."
+        if name in elsewhere and field == "target_parameters":
+            return f" There is a module {name!r}, no parameter: name it in target_modules."
+    if last in here:  # under another parent
+        alike = {".".join(name.split(".")[-len(parts) :]) for name in names if name.endswith(last)}
+        return f" There is {some(sorted(alike), 3)}."
+    return nearest(entry, [*here, *names]) or f" It has {some(here)}."
 
 
 def _check_layers(model: nn.Module, config: MSPLoraConfig, paths: list[str]) -> None:
@@ -241,6 +285,12 @@ def _check_layers(model: nn.Module, config: MSPLoraConfig, paths: list[str]) -> 
 def inside_attention(model: nn.Module, path: str) -> bool:
     parent = model.get_submodule(path.rpartition(".")[0])
     return isinstance(parent, nn.MultiheadAttention)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """What a user could name: the last parts of linear layers' names, or all of them if numbers."""
+    paths = [path for path, module in own_modules(model) if isinstance(module, nn.Linear)]
+    return _leaves(paths) or paths
 
 
 def _leaves(names: list[str]) -> list[str]:
@@ -281,7 +331,13 @@ def _check_tokens(model: nn.Module, config: MSPLoraConfig) -> None:
         return
     embedding = input_embedding(model)
     by_name = wanted if isinstance(wanted, dict) else {embedding[0]: wanted} if embedding else {}
+    paths = [path for path, _ in own_modules(model) if path]
     for name, indices in by_name.items():
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise TargetError(
+                f"trainable_token_indices names {name!r}, but this model has nothing of that name."
+                f"{nearest(name, [*_leaves(paths), *paths])}"
+            )
         for path, module in own_modules(model):
             base = _peft.unwrapped(module)
             if not path.endswith(name) or not isinstance(base, nn.Embedding):

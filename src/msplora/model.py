@@ -80,6 +80,8 @@ class MSPLoraModel(LoraModel):
 
         modules_before = dict(model.named_modules())
         store = find_store(model) or new_store(model)
+        # Older releases freeze the first adapter when a second is loaded for inference.
+        trainable = [(its, its.requires_grad) for its in store.parameters()]
         try:
             self._create_pairs(model, store, plan, adapter_name, config, low_cpu_mem_usage)
             check_not_trained_whole(store, config)
@@ -91,6 +93,8 @@ class MSPLoraModel(LoraModel):
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
             check_every_site_borrows(model, plan, adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
         except BaseException:
             roll_back(model, modules_before, store, adapter_name)
             raise
@@ -114,7 +118,10 @@ class MSPLoraModel(LoraModel):
             device = _peft.device_of(base) or torch.device("cpu")
             if low_cpu_mem_usage:
                 device = torch.device("meta")
-            where[pair.address] = (_peft.new_adapter_dtype(base), device)
+            # Also where PEFT would take the base's half precision: it casts afterwards, except on
+            # the roads past `PeftModel`, which would round a saved adapter.
+            dtype = _peft.new_adapter_dtype(base)
+            where[pair.address] = (torch.float32 if dtype in _HALF else dtype, device)
         store.add(plan, adapter_name, init=config.init_lora_weights, dtype_and_device=where)
 
     def _create_and_replace(
@@ -174,6 +181,10 @@ class MSPLoraModel(LoraModel):
         # train.
         store = find_store(model)
         trainable = {} if store is None else {p: p.requires_grad for p in store.parameters()}
+        if _peft.GOES_BY_NAMES:  # and spares a base's own tensors if they are named like ours
+            for name, parameter in model.named_parameters():
+                if self.prefix in name:
+                    parameter.requires_grad_(False)
         with self._bias_as_peft_spells_it():
             super()._mark_only_adapters_as_trainable(model)
         for parameter, requires_grad in trainable.items():
@@ -194,8 +205,16 @@ class MSPLoraModel(LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         store = find_store(self.model)
-        if store is not None and autocast_adapter_dtype:
-            store.cast(adapter_name, {torch.float16, torch.bfloat16}, torch.float32)
+        if store is None or adapter_name not in store.plans:
+            return
+        if autocast_adapter_dtype:
+            store.cast(adapter_name, set(_HALF), torch.float32)
+            return
+        plan = store.plans[adapter_name]
+        for pair in plan.pairs:
+            dtype = _peft.new_adapter_dtype(base_of(self.model, pair.sites[0], plan))
+            for factor in store.pair(pair.address, adapter_name):
+                factor.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -250,7 +269,7 @@ class MSPLoraModel(LoraModel):
                 new_a.factor.copy_(a)
                 new_b.factor.copy_(b)
 
-    # What PEFT saves and loads (these two hooks are new in PEFT 0.21; older releases go by names).
+    # What PEFT saves and loads: hooks that are new in PEFT 0.21 (see `_peft_older.py`).
 
     @classmethod
     def _get_adapter_state_dict(
@@ -261,10 +280,24 @@ class MSPLoraModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        keys = set(_store_keys(model, adapter_name))
-        selected = {key: value for key, value in state_dict.items() if key in keys}
+        selected = cls.tensors_of_adapter(model, adapter_name, state_dict)
         selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return selected
+
+    @staticmethod
+    def tensors_of_adapter(
+        model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a state dict of the whole model holds of one adapter's pairs."""
+        keys = set(_store_keys(model, adapter_name))
+        return {key: value for key, value in state_dict.items() if key in keys}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        parts = key.split(".")  # … . msplora_A . <adapter> . factor
+        if len(parts) > 2 and parts[-2] == adapter_name and parts[-3].startswith(_peft.PREFIX):
+            del parts[-2]
+        return ".".join(parts)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -289,6 +322,7 @@ class MSPLoraModel(LoraModel):
         return remapped
 
 
+_HALF = (torch.float16, torch.bfloat16)
 _WRAPPED = "base_model.model."
 
 

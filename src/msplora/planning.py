@@ -10,13 +10,14 @@ from torch import nn
 
 from . import _peft
 from .config import MSPLoraConfig
-from .errors import TargetError
+from .errors import ConfigError, TargetError
 from .matching import (
     Target,
     check_everything_matched,
     find_targets,
     input_embedding,
     inside_attention,
+    linear_names,
     model_type_of,
     own_modules,
     pattern_matches,
@@ -43,7 +44,14 @@ def plan(model: Any, config: MSPLoraConfig) -> Plan:
         TargetError: a target, layer index or pattern that matches nothing, or that cannot be
             adapted.
     """
+    if not isinstance(config, MSPLoraConfig):
+        raise ConfigError(f"plan needs an MSPLoraConfig, not a {type(config).__name__}.")
     if not isinstance(model, nn.Module):
+        if not hasattr(model, "model_type"):
+            raise TargetError(
+                f"plan needs a model, or a transformers config such as "
+                f"AutoConfig.from_pretrained(...) gives; this is a {type(model).__name__}."
+            )
         model = on_meta(model)
     model = _base_model(model)
     return make_plan(model, prepared(model, config))
@@ -74,7 +82,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
             raise TargetError(
                 f"target_modules is not set, and PEFT has no default for "
                 f"{model_type or type(model).__name__!r}. Name some of this model's modules: "
-                f"{some(_leaf_names(model))}; or use 'all-linear'."
+                f"{some(linear_names(model))}; or use 'all-linear'."
             )
         config.target_modules = default if isinstance(default, str) else set(default)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -199,13 +207,3 @@ def _gaps(sites: list[Site]) -> list[str]:
 def _base_model(model: Any) -> nn.Module:
     """The wrapped base model, under a `PeftModel` or a tuner."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _leaf_names(model: nn.Module) -> list[str]:
-    return sorted(
-        {
-            path.rpartition(".")[2]
-            for path, module in own_modules(model)
-            if path and isinstance(module, nn.Linear) and not path.rpartition(".")[2].isdigit()
-        }
-    )

@@ -181,6 +181,8 @@ def _initial_factors(pair: Pair, init: bool | str, device: torch.device) -> tupl
     b = torch.empty(pair.shape.b(pair.rank), device=device, dtype=torch.float32)
     if device.type == "meta":
         return a, b
+    if init == "orthogonal":
+        return _orthogonal(pair, a, b)
     if pair.shape.layout == "embedding":
         # As PEFT has it: the rows of A are looked up, so A is zero at the start and B is not.
         if init is False:
@@ -189,8 +191,6 @@ def _initial_factors(pair: Pair, init: bool | str, device: torch.device) -> tupl
             nn.init.zeros_(a)
         nn.init.normal_(b)
         return a, b
-    if init == "orthogonal":
-        return _orthogonal(pair, a, b)
     if init == "gaussian":
         nn.init.normal_(a, std=1 / pair.rank)
     else:
