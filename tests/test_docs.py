@@ -1,4 +1,4 @@
-"""What docs/training.md shows is run, and its tables of keys are those of the settings.
+"""What docs/training.md and docs/data.md show is run; the tables of keys are those of the settings.
 
 A block that follows "`NAME`:" is a file of that name. Every other YAML block is a part of a config:
 it is put over a config that has the rest, and trained for two steps.
@@ -23,7 +23,8 @@ from msplora.train import run as run_module
 from settings_tables import PAGE, SECTIONS, table, tables
 from tiny_saved import save_encoder, save_language_model
 
-TEXT = PAGE.read_text(encoding="utf-8")
+PAGES = {page: page.read_text(encoding="utf-8") for page in (PAGE, PAGE.with_name("data.md"))}
+TEXT = "\n".join(PAGES.values())
 SHORT = ["--set", "training.max_steps=2", "--set", "training.batch_size=2"]
 LANGUAGE_MODEL, CLASSIFIER = "Qwen/Qwen3-0.6B", "FacebookAI/roberta-base"
 _FILE = r"`([\w/-]+\.\w+)`(?:, and `([\w/-]+\.\w+)` alike)?:\n\n```\w+\n(.*?)```"
@@ -96,16 +97,22 @@ def test_the_tables_have_every_key_its_default_and_its_meaning() -> None:
         assert found[name] == table(section), "run: python tests/settings_tables.py"
 
 
-def test_the_links_lead_somewhere() -> None:
-    headings = {
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), target
+
+
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a page end in."""
+    return {
         re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
-        for line in TEXT.splitlines()
+        for line in text.splitlines()
         if line.startswith("#")
     }
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        file, _, anchor = target.partition("#")
-        assert (PAGE.parent / file).exists(), target
-        assert not anchor or anchor in headings, target
 
 
 def test_every_block_is_run_by_one_of_these_tests() -> None:
