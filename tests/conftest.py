@@ -27,3 +27,12 @@ def _two_workers_share_two_cores() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of an adapter of a tiny Llama."""
+    from adapted_llama import adapted
+
+    adapted().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"

@@ -1,0 +1,217 @@
+"""An adapter's file that does not fit is an error that lists what is wrong (trap 10)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapted_llama import LLAMA, adapted, logits
+from msplora.errors import (
+    AdapterFileError,
+    MSPLoraError,
+)
+from oracle import (
+    same_tensors,
+    snapshot,
+    tensors_of,
+)
+from tiny import MODELS, llama
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def first_key(tensors: dict[str, Tensor]) -> str:
+    return next(key for key in sorted(tensors) if "msplora_B" in key)
+
+
+def missing(tensors: dict[str, Tensor]) -> None:
+    del tensors[first_key(tensors)]
+
+
+def left_over(tensors: dict[str, Tensor]) -> None:
+    tensors[first_key(tensors).replace("q_proj", "x_proj")] = torch.zeros(2, 2)
+
+
+def misshapen(tensors: dict[str, Tensor]) -> None:
+    tensors[first_key(tensors)] = tensors[first_key(tensors)][:, :1].contiguous()
+
+
+def transposed(tensors: dict[str, Tensor]) -> None:
+    tensors[first_key(tensors)] = tensors[first_key(tensors)].t().contiguous()
+
+
+def not_a_number(tensors: dict[str, Tensor]) -> None:
+    tensors[first_key(tensors)][0, 0] = float("nan")
+
+
+def infinite(tensors: dict[str, Tensor]) -> None:
+    tensors[first_key(tensors)][0, 0] = float("inf")
+
+
+def nothing(tensors: dict[str, Tensor]) -> None:
+    tensors.clear()
+
+
+def of_a_lora(tensors: dict[str, Tensor]) -> None:
+    tensors.clear()
+    for part in "AB":
+        key = f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"
+        tensors[key] = torch.zeros(8, 32)
+
+
+BROKEN = {
+    missing: "is missing",
+    left_over: "not one of this adapter's",
+    misshapen: "has shape",
+    transposed: "has shape",
+    not_a_number: "not finite",
+    infinite: "not finite",
+    nothing: "is missing",
+    of_a_lora: "is missing",
+}
+
+
+ROADS = ["peft", "low memory", "second", "second, low memory"]
+
+
+def load(road: str, base: Any, folder: Path) -> None:
+    """Load an adapter's folder onto `base`, which for the second adapter is adapted already."""
+    if road == "transformers":
+        base.load_adapter(str(folder))
+    elif "second" in road:
+        model = base if isinstance(base, PeftModel) else adapted(base)
+        model.load_adapter(folder, "second", low_cpu_mem_usage="low" in road)
+    else:
+        PeftModel.from_pretrained(base, folder, low_cpu_mem_usage="low" in road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    ("damage", "says"), BROKEN.items(), ids=lambda its: getattr(its, "__name__", "")
+)
+def test_trap_10_a_file_that_does_not_fit_is_an_error(
+    damage: Any, says: str, road: str, saved: Path
+) -> None:
+    change_tensors(saved, damage)
+    with pytest.raises(AdapterFileError, match=says) as caught:
+        load(road, LLAMA.model(), saved)
+    if damage in (missing, misshapen, not_a_number):
+        assert "q_proj" in str(caught.value)  # the tensor is named
+
+
+@pytest.mark.parametrize("damage", [missing, misshapen, nothing])
+def test_trap_10_transformers_own_loader_reports_what_does_not_fit(
+    damage: Any, saved: Path
+) -> None:
+    # It reads the file without PEFT and without us, and leaves the decision to its caller.
+    change_tensors(saved, damage)
+    model: Any = LLAMA.model()
+    try:
+        report = model.load_adapter(str(saved))
+    except RuntimeError as error:
+        assert "mismatch" in str(error)  # noqa: PT017
+    else:
+        assert any("q_proj" in key for key in report.missing_keys)
+
+
+@pytest.mark.parametrize("road", [*ROADS, "transformers"])
+def test_trap_10_a_file_that_is_cut_short_is_an_error(road: str, saved: Path) -> None:
+    content = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(Exception, match=r"(?i)incomplete|invalid|safetensors|deserializ"):
+        load(road, LLAMA.model(), saved)
+
+
+def test_trap_10_a_failed_load_leaves_the_first_adapter_as_it_was(saved: Path) -> None:
+    model = adapted()
+    expected, before = logits(model), snapshot(model)
+    whole = (saved / WEIGHTS).read_bytes()
+    change_tensors(saved, missing)
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(saved, "second")
+    assert torch.equal(logits(model), expected)
+    # PEFT has made room for "second" before it reads the file; deleting it leaves no trace.
+    model.delete_adapter("second")
+    assert snapshot(model) == before
+    (saved / WEIGHTS).write_bytes(whole)
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model.eval()), expected)
+
+
+def test_trap_10_loading_a_state_dict_checks_as_well() -> None:
+    model = adapted()
+    state_dict = peft.get_peft_model_state_dict(model)
+    del state_dict[first_key(state_dict)]
+    before = tensors_of(model)
+    with pytest.raises(AdapterFileError, match="is missing"):
+        peft.set_peft_model_state_dict(model, state_dict)
+    assert same_tensors(tensors_of(model), before)
+
+
+# Another base
+
+
+@pytest.mark.parametrize("road", [*ROADS, "transformers"])
+def test_an_adapter_for_another_shape_is_refused(road: str, saved: Path) -> None:
+    wider = llama(4, hidden_size=48, num_attention_heads=6)
+    model: Any = adapted(wider) if "second" in road else wider
+    before, adapters = snapshot(model), list(getattr(model, "peft_config", {}))
+    with pytest.raises(AdapterFileError, match=r"another base.*hash"):
+        load(road, model, saved)
+    assert snapshot(model) == before
+    assert list(getattr(model, "peft_config", {})) == adapters
+
+
+def test_an_adapter_for_another_depth_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterFileError, match="another base"):
+        PeftModel.from_pretrained(llama(5), saved)
+
+
+def test_an_adapter_for_another_architecture_is_refused(saved: Path) -> None:
+    with pytest.raises(MSPLoraError, match=r"'llama'.*'bert'"):
+        PeftModel.from_pretrained(MODELS["bert"].model(), saved)
+
+
+def test_another_path_of_the_same_base_only_warns(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        LLAMA.model().save_pretrained(tmp_path / name)
+    from transformers import AutoModelForCausalLM
+
+    def load(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+    adapted(load("here")).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"here.*there"):
+        PeftModel.from_pretrained(load("there"), tmp_path / "adapter")
+
+
+def test_a_config_of_a_newer_format_is_refused(saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"format_version": 2}))
+    with pytest.raises(MSPLoraError, match="format_version 2"):
+        PeftModel.from_pretrained(LLAMA.model(), saved)
+
+
+def test_a_config_that_was_edited_to_other_ranks_is_refused(saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"ranks": [8, 4, 1]}))
+    with pytest.raises(AdapterFileError, match="has shape"):
+        PeftModel.from_pretrained(LLAMA.model(), saved)

@@ -1,0 +1,164 @@
+"""Several adapters on one model: added, switched, combined, deleted, mixed in a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import msplora
+from adapted_llama import (
+    BATCH,
+    LLAMA,
+    adapted,
+    base_logits,
+    close,
+    config,
+    delta_model,
+    logits,
+    step,
+    two_adapters,
+)
+from oracle import (
+    assert_shared,
+    plan_of,
+    same_tensors,
+    tensors_of,
+    trainable,
+)
+
+
+def test_an_added_adapter_shares_within_itself_and_with_no_other() -> None:
+    model = two_adapters(r=6, target_modules=["q_proj", "o_proj"])
+    assert_shared(model, plan_of(model))
+    assert_shared(model, plan_of(model, "second"), "second")
+    names = ("default", "second")
+    first, second = (
+        {its.data_ptr() for pair in msplora.factors(model, name).values() for its in pair[:2]}
+        for name in names
+    )
+    assert not first & second
+
+
+def test_only_the_active_adapter_trains() -> None:
+    model = two_adapters(r=6)
+    for name, other in (("default", "second"), ("second", "default")):
+        model.set_adapter(name)
+        assert trainable(model) == plan_of(model, name).parameters
+        before, untouched = tensors_of(model, name), tensors_of(model, other)
+        step(model)
+        assert not same_tensors(tensors_of(model, name), before)
+        assert same_tensors(tensors_of(model, other), untouched)
+
+
+def test_switching_adapters_switches_the_output() -> None:
+    model = two_adapters()
+    for name in ("default", "second", "default"):
+        model.set_adapter(name)
+        assert close(logits(model), logits(delta_model(model, {name: 1.0})))
+
+
+def test_two_active_adapters_add_their_deltas() -> None:
+    model = two_adapters(r=5, target_modules=["v_proj", "o_proj"])
+    model.base_model.set_adapter(["default", "second"])
+    expected = logits(delta_model(model, {"default": 1.0, "second": 1.0}))
+    assert close(logits(model), expected)
+    merged = model.merge_and_unload(adapter_names=["default", "second"])
+    assert close(logits(merged), expected)
+
+
+def test_deleting_an_adapter_leaves_nothing_of_it() -> None:
+    model = two_adapters()
+    alone = adapted()
+    model.delete_adapter("second")
+    assert sorted(model.state_dict()) == sorted(alone.state_dict())
+    assert torch.equal(logits(model), logits(alone))
+    with pytest.raises(msplora.MSPLoraError, match=r"no MSPLoRA adapter 'second'.*default"):
+        msplora.factors(model, "second")
+    model.add_adapter("second", config(r=6))
+    assert plan_of(model, "second").levels[0].rank == 6
+
+
+def test_deleting_the_only_adapter_restores_the_output_of_the_base() -> None:
+    model = adapted()
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model.model), base_logits())
+    assert not [name for name in model.state_dict() if "msplora_" in name]
+
+
+def test_disabling_gives_the_base() -> None:
+    model = adapted()
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base_logits())
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_mixed_batch_gives_each_row_its_own_adapter() -> None:
+    model = two_adapters(r=6)
+    rows = {"input_ids": torch.cat([BATCH["input_ids"]] * 2)[:3]}
+    names = ["__base__", "second", "default"]
+    mixed = logits(model, rows, adapter_names=names)
+    with model.disable_adapter():
+        assert close(mixed[0], logits(model, rows)[0])
+    for row, name in ((1, "second"), (2, "default")):
+        model.set_adapter(name)
+        assert close(mixed[row], logits(model, rows)[row])
+
+
+def test_a_mixed_batch_is_refused_in_training() -> None:
+    model = two_adapters().train()
+    with pytest.raises(ValueError, match="training mode"):
+        model(**BATCH, adapter_names=["default", "second"])
+
+
+def test_a_mixed_batch_with_an_unknown_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        adapted()(**BATCH, adapter_names=["default", "nonsense"])
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear"])
+def test_a_weighted_adapter(combination: str) -> None:
+    model = two_adapters(r=6 if combination == "cat" else 8)
+    weights = {"default": 0.7, "second": -0.3}
+    model.add_weighted_adapter(
+        list(weights), list(weights.values()), "sum", combination_type=combination
+    )
+    model.set_adapter("sum")
+    assert_shared(model, plan_of(model, "sum"), "sum")
+    if combination == "cat":  # exact
+        assert close(logits(model), logits(delta_model(model, weights)))
+        return
+    for address, (a, b, scale) in msplora.factors(model, "sum").items():
+        parts = [msplora.factors(model, name)[address] for name in weights]
+        roots = [
+            abs(weight * part[2]) ** 0.5
+            for part, weight in zip(parts, weights.values(), strict=True)
+        ]
+        signs = [1 if weight > 0 else -1 for weight in weights.values()]
+        expected_a = sum(root * part[0] for root, part in zip(roots, parts, strict=True))
+        expected_b = sum(
+            s * root * part[1] for s, root, part in zip(signs, roots, parts, strict=True)
+        )
+        assert torch.allclose(scale * b @ a, expected_b @ expected_a, atol=1e-5)
+
+
+def test_a_weighted_adapter_saves_and_reloads(tmp_path: Path) -> None:
+    model = two_adapters(r=6)
+    model.add_weighted_adapter(["default", "second"], [0.5, 2.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path / "sum").eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("combination", ["svd", "ties", "dare_linear", "magnitude_prune"])
+def test_other_combinations_are_refused(combination: str) -> None:
+    model = two_adapters()
+    with pytest.raises(msplora.MSPLoraError, match=r"shared.*'linear' or 'cat'"):
+        model.add_weighted_adapter(
+            ["default", "second"], [1.0, 1.0], "sum", combination_type=combination
+        )
+    assert sorted(model.peft_config) == ["default", "second"]
