@@ -341,6 +341,12 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"adapter": {"target_modules": ["q_prj"]}}, "Did you mean"),
     ("sft", {"method": "lora", "adapter": {"target_modules": ["q_prj"]}}, "mean 'q_proj'"),
     ("sft", {"adapter": {"r": 2}}, "ranks"),
+    (
+        "sft",
+        {"adapter": {"target_modules": "all-linear", "layers_to_transform": [0]}},
+        "layers_to_transform",
+    ),
+    ("sft", {"method": "lora", "adapter": {"layers_pattern": "layers"}}, "layers_to_transform"),
     ("sft", {"training": {"metric_for_best": "accuracy"}}, "Did you mean 'token_accuracy'?"),
     ("classification", {"training": {"metric_for_best": "f1"}}, "this task has loss, accuracy"),
     ("sft", {"data": {"chat_template": "none.jinja"}}, "none.jinja does not exist"),

@@ -44,6 +44,7 @@ def plan(
 
     from msplora import MSPLoraConfig
     from msplora import plan as make_plan
+    from msplora.errors import ConfigError, MSPLoraError
     from msplora.loading import loading_errors_explained, resolve_source
 
     source = resolve_source(model)
@@ -52,17 +53,22 @@ def plan(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
     names = None if target_modules is None else target_modules.split(",")
-    config = MSPLoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        split_alpha=split_alpha,
-        ranks=_numbers(ranks),
-        groups=_numbers(groups),
-        layers_to_transform=_numbers(layers),
-        use_dora=dora,
-        target_modules="all-linear" if names == ["all-linear"] else names,
-    )
-    found = make_plan(model_config, config)
+    try:
+        config = MSPLoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            split_alpha=split_alpha,
+            ranks=_numbers(ranks),
+            groups=_numbers(groups),
+            layers_to_transform=_numbers(layers),
+            use_dora=dora,
+            target_modules="all-linear" if names == ["all-linear"] else names,
+        )
+        found = make_plan(model_config, config)
+    except MSPLoraError:
+        raise
+    except ValueError as error:  # PEFT's own checks of a config
+        raise ConfigError(str(error)) from None
     if json:
         import json as json_format
 

@@ -33,10 +33,12 @@ def train(
     with train_extra():
         from rich.console import Console
 
-        from msplora.train.run import train_run
         from msplora.train.settings_file import read_settings
 
         flags = {"output": str(output) if output else None, "method": method, "seed": seed}
         settings = read_settings(config, set_ or (), flags)
+        # Only now: a mistake in the config should not wait for torch to be imported.
+        from msplora.train.run import train_run
+
         console = Console(quiet=not logging.getLogger("msplora").isEnabledFor(logging.INFO))
         train_run(settings, resume=resume, force=force, console=console)

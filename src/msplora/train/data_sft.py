@@ -188,7 +188,8 @@ def _sample(row: Row, form: Form, unanswered: bool) -> Sample:
 def _string(row: Row, field: str) -> str:
     value = row.values.get(field)
     if value is None:
-        raise DataError(f"{row.place}: no {field!r}.")
+        has = [str(name) for name, its in row.values.items() if its is not None]
+        raise DataError(f"{row.place}: no {field!r}. It has: {', '.join(has) or 'nothing'}.")
     if not isinstance(value, str):
         raise DataError(
             f"{row.place}: {field!r} holds a {type(value).__name__}, not text. Chat turns go under "

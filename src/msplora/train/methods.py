@@ -74,7 +74,20 @@ def adapt(base: Base, settings: Settings) -> Adapted:
 
 
 def adapter_config(settings: Settings, base: Base) -> Any:
-    """Return the PEFT config of the run: the adapter's settings, and the head's modules."""
+    """Return the PEFT config of the run: the adapter's settings, and the head's modules.
+
+    Raises:
+        ConfigError: PEFT, or the pyramid, does not know what to do with the settings together.
+    """
+    try:
+        return _config_of(settings, base)
+    except MSPLoraError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"adapter: {error}") from error
+
+
+def _config_of(settings: Settings, base: Base) -> Any:
     classifies = settings.task == "classification"
     common = {
         "task_type": peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,

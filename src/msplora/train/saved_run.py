@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
     base = load_base(settings, record.classes, for_training=settings.method == "full")
     model = base.model
     if adapted:
-        model = load_adapter(model, weights)
+        with warnings.catch_warnings():
+            if base_override:  # that it is not the recorded path is what was asked for
+                warnings.filterwarnings("ignore", message="the adapter names")
+            model = load_adapter(model, weights)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return SavedRun(path, base, model, record)
 
