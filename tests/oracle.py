@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -85,7 +87,9 @@ def weight_delta(site: Site, base: nn.Module, a: Tensor, b: Tensor, scale: float
         columns = torch.stack([b[:, place * experts + expert] for place in range(rank)], dim=1)
         deltas.append(scale * columns @ rows)
     delta = torch.stack(deltas)
-    delta = delta.transpose(1, 2) if getattr(base, "is_transposed", False) else delta
+    # PEFT 0.18 takes all experts for (experts, in, out).
+    in_first = Version(peft.__version__) < Version("0.19") or getattr(base, "is_transposed", False)
+    delta = delta.transpose(1, 2) if in_first and delta.shape[0] > 1 else delta
     return delta[0] if getattr(base, site.key.rpartition(".")[2]).ndim == 2 else delta
 
 

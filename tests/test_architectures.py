@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -334,6 +335,8 @@ def test_reloaded_is_saved_bit_for_bit(name: str, options: dict[str, Any], tmp_p
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_reloaded_under_another_name(name: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     tiny = MODELS[name]
+    if tiny.parameters and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("older releases of PEFT take one adapter on parameters only")
     model = adapted(tiny)
     model.save_pretrained(tmp_path)
     expected = logits(model, tiny.batch())

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import msplora
-from msplora.errors import TargetError
+from msplora.errors import MSPLoraError, TargetError
 from oracle import (
     Untied,
     assert_shared,
@@ -23,7 +23,7 @@ from oracle import (
     watched,
 )
 from plain_models import Bag, check_roads, clone, close, run, wrapped
-from tiny import MODELS, VOCABULARY, llama
+from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 
@@ -150,6 +150,14 @@ def test_an_embedding_and_blocks_that_are_the_layers_themselves(tmp_path: Path) 
     check_roads(model, base, x, tmp_path)
 
 
+def test_an_embedding_cannot_start_orthogonal() -> None:
+    with (
+        pytest.warns(UserWarning, match="outside every list"),
+        pytest.raises(MSPLoraError, match=r"'orthogonal' needs.*linear.*'embedding'"),
+    ):
+        wrapped(Bag(), target_modules=["embedding"], init_lora_weights="orthogonal")
+
+
 def test_the_embedding_of_a_language_model() -> None:
     torch.manual_seed(0)
     base = llama(3).eval()
@@ -227,6 +235,11 @@ def test_the_fused_kernel_of_an_encoder_layer_does_not_pass_an_adapter_by(target
     assert not [module for module in plain.modules() if module._forward_pre_hooks]
 
 
+def test_an_attention_with_dora_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"self_attn.*no DoRA.*use_dora=False"):
+        wrapped(Attentive(), target_modules=["self_attn"], use_dora=True)
+
+
 def test_inside_a_multihead_attention_nothing_can_be_adapted() -> None:
     with pytest.raises(TargetError, match=r"nn.MultiheadAttention.*'layers.0.self_attn'"):
         wrapped(Attentive(), target_modules=["out_proj"])
@@ -238,6 +251,11 @@ def test_all_linear_leaves_the_inside_of_a_multihead_attention_alone() -> None:
 
 
 # nn.Parameter
+
+
+on_expert_parameters = pytest.mark.skipif(
+    not EXPERTS_ARE_PARAMETERS, reason="before transformers 5, experts were linear layers"
+)
 
 
 def test_a_linear_layers_parameter_as_a_target() -> None:
@@ -257,6 +275,7 @@ def test_a_linear_layers_parameter_as_a_target() -> None:
         assert not close(expected, base(**batch).logits)
 
 
+@on_expert_parameters
 def test_experts_share_per_parameter_and_keep_their_own_row_per_expert() -> None:
     tiny = MODELS["mixtral"]
     model = get_peft_model(
@@ -272,6 +291,7 @@ def test_experts_share_per_parameter_and_keep_their_own_row_per_expert() -> None
     assert trainable(model) == plan.parameters
 
 
+@on_expert_parameters
 def test_a_second_adapter_on_experts() -> None:
     tiny = MODELS["mixtral"]
     config = {"target_modules": ["q_proj"], "target_parameters": list(tiny.parameters)}
@@ -296,6 +316,7 @@ def test_a_second_adapter_on_experts() -> None:
         assert torch.equal(model(**tiny.batch()).logits, first)
 
 
+@on_expert_parameters
 def test_a_mixed_batch_over_experts_is_refused() -> None:
     tiny = MODELS["mixtral"]
     model = get_peft_model(

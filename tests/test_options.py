@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -151,6 +152,8 @@ def test_autocast_adapter_dtype(autocast_adapter_dtype: bool, dtype: torch.dtype
     expected = torch.float32 if autocast_adapter_dtype else dtype
     assert {a.dtype for a, _, _ in msplora.factors(model).values()} == {expected}
     assert {b.dtype for _, b, _ in msplora.factors(model).values()} == {expected}
+    if Version(peft.__version__) < Version("0.21"):
+        return  # there `add_adapter` takes no dtype
     model.add_adapter("second", config(), autocast_adapter_dtype=autocast_adapter_dtype)
     assert {a.dtype for a, _, _ in msplora.factors(model, "second").values()} == {expected}
     assert_shared(model, plan_of(model))

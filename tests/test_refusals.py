@@ -27,7 +27,7 @@ from oracle import (
     plan_of,
     snapshot,
 )
-from tiny import llama
+from tiny import EXPERTS_ARE_PARAMETERS, MODELS, llama
 
 
 def reversed_inject(model: Any, wanted: Any) -> Any:
@@ -144,6 +144,12 @@ BAD_TARGETS = {
     "a module to save": ({"modules_to_save": ["lm_haed"]}, r"'lm_haed'.*'lm_head'"),
     "a norm": ({"target_modules": ["input_layernorm"]}, r"input_layernorm.*LlamaRMSNorm"),
     "a block": ({"target_modules": ["self_attn"]}, r"self_attn.*Inside.*q_proj"),
+    "no target": ({"target_modules": []}, r"names nothing.*'q_proj'"),
+    "a parent": ({"target_modules": ["attention.q_proj"]}, r"There is 'self_attn.q_proj'"),
+    "a token's embedding": (
+        {"trainable_token_indices": {"embed_token": [1]}},
+        r"'embed_token'.*'embed_tokens'",
+    ),
     "a token": ({"trainable_token_indices": [3, 999]}, r"999.*0 to 63"),
 }
 
@@ -160,6 +166,34 @@ def test_a_target_that_matches_nothing(name: str, wrap: Any) -> None:
     assert torch.equal(logits(model), expected)
     # And the right config still works on the same model.
     wrap(model, config())
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "says"),
+    [
+        ("mixtral", {"target_modules": ["gate_up_proj"]}, r"parameter.*target_parameters"),
+        ("mixtral", {"target_modules": ["w1"]}, r"parameter 'gate_up_proj'.*target_parameters"),
+        ("mixtral", {"target_parameters": ["q_proj"]}, r"module 'q_proj'.*target_modules"),
+        ("llama", {"target_modules": ["query"]}, r"differ in names.*'q_proj'"),
+        ("bert", {"target_modules": ["q_proj"]}, r"differ in names.*'query'"),
+    ],
+)
+def test_a_name_from_another_release_or_field(model: str, changes: dict, says: str) -> None:
+    if model == "mixtral" and not EXPERTS_ARE_PARAMETERS:
+        pytest.skip("before transformers 5, experts were linear layers")
+    with pytest.raises(TargetError, match=says):
+        msplora.plan(MODELS[model].model(1), msplora.MSPLoraConfig(**changes))
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, {}])
+def test_a_plan_of_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(TargetError, match=rf"AutoConfig.*{type(model).__name__}"):
+        msplora.plan(model, config())
+
+
+def test_a_plan_of_another_methods_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match="LoraConfig"):
+        msplora.plan(LLAMA.model(), LoraConfig())  # pyright: ignore[reportArgumentType]
 
 
 def test_no_targets_for_an_unknown_model() -> None:
@@ -214,6 +248,17 @@ def test_a_tied_embedding_or_head_is_refused(targets: list[str]) -> None:
         ({"bias": "some"}, r"msplora_only"),
         ({"lora_dropout": 1.5}, r"lora_dropout.*0.*1"),
         ({"lora_dropout": -0.1}, r"lora_dropout.*0.*1"),
+        ({"lora_dropout": "0.1"}, r"lora_dropout.*0.*1"),
+        ({"ranks": 8}, r"ranks = 8.*a list"),
+        ({"groups": 3}, r"groups = 3.*a list"),
+        ({"levels": "abc"}, r"levels = 'abc'.*a list"),
+        ({"rank_pattern": {"q_proj": "4"}}, r"rank_pattern holds '4'"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern holds 0"),
+        ({"alpha_pattern": {"q_proj": -4}}, r"alpha_pattern holds -4"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern.*finite"),
+        ({"modules_to_save": "lm_head"}, r"\['lm_head'\]"),
+        ({"target_modules": r".*\.(q_proj"}, r"target_modules.*regular expression.*none"),
+        ({"init_lora_weights": "gausian"}, r"Did you mean 'gaussian'"),
         ({"format_version": 99}, r"format_version 99"),
     ],
     ids=str,

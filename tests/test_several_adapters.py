@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import msplora
 from adapted_llama import (
@@ -51,6 +52,24 @@ def test_only_the_active_adapter_trains() -> None:
         step(model)
         assert not same_tensors(tensors_of(model, name), before)
         assert same_tensors(tensors_of(model, other), untouched)
+
+
+def test_each_adapter_saves_its_own_numbers_only(tmp_path: Path) -> None:
+    model = two_adapters(r=4)
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert sum(its.numel() for its in tensors.values()) == plan_of(model, name).parameters
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(LLAMA.model(), folder).eval()
+        assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_an_adapter_loaded_for_inference_leaves_the_first_one_trainable(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second")
+    assert trainable(model) == plan_of(model).parameters
 
 
 def test_switching_adapters_switches_the_output() -> None:

@@ -133,7 +133,7 @@ def test_trap_6_adapter_names_and_target_parameters_work() -> None:
         rows = model(**BATCH, adapter_names=["__base__", "default"]).logits
     assert torch.allclose(rows[1], logits(model)[1], atol=1e-5)
     assert not torch.allclose(rows[0], logits(model)[0], atol=1e-2)
-    tiny = MODELS["mixtral"]
+    tiny = MODELS["gpt-oss"]
     parts = msplora.MSPLoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
     plan = msplora.plan(tiny.model(), parts)
     assert {site.key.rpartition(".")[2] for site in plan.sites} == {"gate_up_proj"}

@@ -11,6 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 VOCABULARY = 64
+# Since transformers 5 a layer's experts are one parameter; before, they were linear layers.
+EXPERTS_ARE_PARAMETERS = int(hf.__version__.split(".")[0]) >= 5
 IMAGE_TOKEN = VOCABULARY - 1
 
 
@@ -215,7 +217,9 @@ MODELS = {
     "llava": Tiny(_llava, ["q_proj", "v_proj"], inputs="text-and-image"),
     "mixtral": Tiny(
         _mixtral, ["q_proj"], parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    ),
+    )
+    if EXPERTS_ARE_PARAMETERS
+    else Tiny(_mixtral, ["q_proj", "w1", "w2"]),
     "gpt-oss": Tiny(
         _gpt_oss, ["o_proj"], parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     ),

@@ -95,7 +95,7 @@ def _deleting(original: Callable[..., Any]) -> Callable[..., Any]:
         active: Any = None
         for layer in [its for its in model.modules() if isinstance(its, PyramidLayer)]:
             layer.delete_adapter(adapter_name)
-            active = layer.active_adapters[:] if active is None else active
+            active = active or list(layer.active_adapters)
         tuners_utils._delete_auxiliary_adapter(
             model, adapter_name=adapter_name, new_active_adapters=active
         )

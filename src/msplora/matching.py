@@ -289,7 +289,9 @@ def inside_attention(model: nn.Module, path: str) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """What a user could name: the last parts of linear layers' names, or all of them if numbers."""
-    paths = [path for path, module in own_modules(model) if isinstance(module, nn.Linear)]
+    paths = [
+        path for path, its in own_modules(model) if isinstance(_peft.unwrapped(its), nn.Linear)
+    ]
     return _leaves(paths) or paths
 
 
