@@ -22,7 +22,14 @@ from msplora.train.methods import adapt
 from msplora.train.settings import Settings
 from msplora.train.settings_file import make_settings
 from msplora.train.trainer_arguments import optimizer
-from runs import labelled_rows, save_encoder, tensors, write_config, write_jsonl
+from runs import (
+    labelled_rows,
+    save_encoder,
+    tensors,
+    word_tokenizer,
+    write_config,
+    write_jsonl,
+)
 from runs import msplora as command
 
 METHODS = ["msplora", "lora", "full", "frozen"]
@@ -317,6 +324,31 @@ def test_glue_by_name(place: Place, tmp_path: Path, task: str) -> None:
     assert len(predicted) == 8
     if task == "stsb":
         assert isinstance(json.loads(predicted[0])["prediction"], float)
+
+
+@pytest.mark.parametrize("method", ["msplora", "full"])
+def test_half_precision_trains_on_any_machine_and_keeps_what_trains_in_single(
+    place: Place, method: str
+) -> None:
+    run = place.train(f"half-{method}", dtype="bfloat16", method=method, training={"epochs": 1})
+    best = metrics_of(run)["best"]
+    found = command("eval", run, "--json").json()
+    assert found["loss"] == pytest.approx(best["loss"], rel=1e-5)
+    assert found["accuracy"] == best["accuracy"]
+    saved = tensors(run / ("model" if method == "full" else "adapter"))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused_before_the_first_step(
+    place: Place, tmp_path: Path
+) -> None:
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=word_tokenizer("<unk>"))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = place.config(tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "run"))
+    result = command("train", write_config(tmp_path / "a.yaml", config))
+    assert result.code == 1
+    assert "no token for padding" in result.error
+    assert not list(tmp_path.glob("run*"))
 
 
 # Bases that are not whole.

@@ -9,6 +9,8 @@ import datasets
 from rich.text import Text
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
+from msplora.errors import ConfigError
+
 from .base_model import Base, load_base
 from .data_classification import Classes, read_classification
 from .job import Job
@@ -27,6 +29,12 @@ def prepare(settings: Settings) -> Job:
     train, held_out, classes = read_classification(settings.data, settings.seed)
     best = best_metric(settings, classes)
     base = load_base(settings, classes)
+    if base.tokenizer.pad_token is None:
+        raise ConfigError(
+            f"the tokenizer of {settings.tokenizer or settings.model} has no token for padding, "
+            f"for the end or for unknown words, so rows cannot be put into batches. Name another "
+            f"as tokenizer."
+        )
     limit = row_limit(settings, base.model)
     train_rows, train_report = tokenise_examples(train, base.tokenizer, limit, "training")
     held_rows, held_report = tokenise_examples(held_out, base.tokenizer, limit, "held-out")

@@ -40,6 +40,8 @@ def trainer_arguments(
         "gradient_checkpointing_kwargs": (
             {"use_reentrant": False} if training.gradient_checkpointing else None
         ),
+        # Said outright, since bfloat16 is refused where a GPU is expected and there is none.
+        "use_cpu": not _has_accelerator(),
         "bf16": base.arithmetic == torch.bfloat16,
         "fp16": base.arithmetic == torch.float16,
         "logging_steps": training.logging_steps,
@@ -58,6 +60,12 @@ def trainer_arguments(
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _has_accelerator() -> bool:
+    return (
+        torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    )
 
 
 def warmup_steps(settings: Settings, rows: int) -> int:
