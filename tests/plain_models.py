@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import msplora
-from msplora.convert import lora_of
+from msplora.plain_lora import lora_of
 from oracle import (
     plan_of,
     same_tensors,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import msplora
 from msplora import loading
 from msplora.errors import AdapterFileError, MSPLoraError
-from msplora.folders import OutputError
+from msplora.folders import OutputError, new_folder
+from msplora.plain_lora import lora_of
 from msplora.verifying import VerificationError
 from tiny import MODELS, VOCABULARY, Tiny, llama
 
@@ -107,17 +109,53 @@ def test_other_dtypes_are_rounded_once(adapter: Path, tmp_path: Path, dtype: Any
         assert torch.equal(rounded[name], tensor.to(getattr(torch, dtype)))
 
 
-def test_only_the_adapted_blocks_are_named(tmp_path: Path) -> None:
+def test_holes_are_filled_with_zeros(tmp_path: Path) -> None:
+    """Servers with one tensor for all layers, or one for q, k and v, cannot leave any out."""
     adapter = save_adapter(
-        MODELS["llama"], tmp_path, layers_to_transform=[0, 2], task_type="CAUSAL_LM"
+        Tiny(llama, ["q_proj"]), tmp_path, layers_to_transform=[0, 2], task_type="CAUSAL_LM"
     )
-    msplora.to_lora(adapter, tmp_path / "lora")
+    result = msplora.to_lora(adapter, tmp_path / "lora")
+    assert result.comparison is not None
+    assert result.comparison.difference <= 1e-6
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert config["target_modules"] == [
-        f"model.layers.{layer}.self_attn.{kind}"
-        for layer in (0, 2)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    filled = {name for name, tensor in tensors.items() if not tensor.any()}
+    assert filled == {
+        f"base_model.model.model.layers.{layer}.self_attn.{kind}.lora_{factor}.weight"
+        for layer in range(4)
         for kind in ("q_proj", "v_proj")
-    ]
+        for factor in "AB"
+        if kind == "v_proj" or layer in (1, 3)
+    }
+
+
+def test_only_the_adapted_stack_is_filled(tmp_path: Path) -> None:
+    text_only = Tiny(
+        MODELS["llava"].build, r".*language_model.*\.[02]\..*(q|v)_proj", inputs="text-and-image"
+    )
+    model = get_peft_model(
+        text_only.model(), msplora.MSPLoraConfig(target_modules=text_only.targets)
+    )
+    tensors, config = lora_of(model)
+    assert not [name for name in tensors if "vision" in name]
+    assert len(tensors) == 2 * 2 * 4
+    assert len(config["target_modules"]) == 2 * 4
+    assert all("language_model" in name for name in config["target_modules"])
+
+
+def test_trained_tokens_survive(tmp_path: Path) -> None:
+    adapter = save_adapter(
+        MODELS["llama"], tmp_path, trainable_token_indices=[1, 2], task_type="CAUSAL_LM"
+    )
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tokens = next(name for name in tensors if "token" in name)
+    tensors[tokens] += 1
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    for convert in (msplora.to_lora, msplora.to_merged):
+        result = convert(adapter, tmp_path / convert.__name__)
+        assert result.comparison is not None
+        assert result.comparison.difference <= 1e-5
 
 
 def test_a_classifiers_head_survives(tmp_path: Path) -> None:
@@ -195,6 +233,77 @@ def test_a_full_disk_leaves_the_old_result(
         msplora.to_lora(adapter, out, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
+
+
+def test_a_result_that_cannot_be_put_in_place_leaves_the_old_one(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "lora"
+    out.mkdir()
+    (out / "precious").touch()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no such luck")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", failing)
+        with pytest.raises(OutputError, match="no such luck"):
+            msplora.to_lora(adapter, out, force=True)
+    assert os.listdir(out) == ["precious"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
+
+
+@pytest.mark.parametrize("killed_by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_kill_leaves_no_half_written_result(
+    adapter: Path, tmp_path: Path, killed_by: signal.Signals
+) -> None:
+    script = f"""
+import time
+import msplora.convert
+msplora.convert.compare = lambda *_: print("checking", flush=True) or time.sleep(100)
+msplora.to_lora({str(adapter)!r}, {str(tmp_path / "lora")!r})
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "checking\n" for line in process.stdout)
+        process.send_signal(killed_by)
+    assert not (tmp_path / "lora").exists()
+    msplora.to_lora(adapter, tmp_path / "lora")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".lora.old-x" / "lora").mkdir(parents=True)
+    (tmp_path / ".lora.old-x" / "lora" / "precious").touch()
+    with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "lora"):
+        pass
+    assert os.listdir(tmp_path) == ["lora"]
+    assert os.listdir(tmp_path / "lora") == ["precious"]
+
+
+def test_two_at_once_leave_each_others_folder_alone(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "lora") as late:
+        (late / "late").touch()
+        with new_folder(tmp_path / "lora") as quick:
+            (quick / "quick").touch()
+        assert late.exists()
+    assert os.listdir(tmp_path) == ["lora"]
+    assert os.listdir(tmp_path / "lora") == ["quick"]
+
+
+@pytest.mark.parametrize("convert", [msplora.to_lora, msplora.to_merged])
+def test_an_output_that_holds_the_adapter_or_its_base_is_refused(
+    adapter: Path, tmp_path: Path, convert: Any
+) -> None:
+    for out in (adapter, tmp_path / "base", tmp_path):
+        with pytest.raises(OutputError, match="would replace"):
+            convert(adapter, out, force=True)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+    assert (adapter / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "nan", "missing", "extra", "shape", "gone"])

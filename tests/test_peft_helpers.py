@@ -24,7 +24,7 @@ from adapted_llama import (
     logits,
     two_adapters,
 )
-from msplora.convert import lora_of
+from msplora.plain_lora import lora_of
 from oracle import (
     Untied,
     assert_shared,

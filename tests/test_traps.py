@@ -14,11 +14,11 @@ from torch import Tensor
 import msplora
 from adapted_llama import BATCH, LLAMA, adapted, config, logits
 from msplora import product
-from msplora.convert import lora_of
 from msplora.errors import (
     ConfigError,
     UnsupportedError,
 )
+from msplora.plain_lora import lora_of
 from oracle import (
     assert_shared,
     plan_of,

@@ -92,10 +92,11 @@ def _deleting(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[str] | None:
         if find_store(model) is None:
             return original(model, adapter_name, *args, **options)
-        active: Any = None
-        for layer in [its for its in model.modules() if isinstance(its, PyramidLayer)]:
+        active: Any = None  # the first layer speaks for all
+        layers: list[Any] = [its for its in model.modules() if isinstance(its, PyramidLayer)]
+        for layer in layers:
             layer.delete_adapter(adapter_name)
-            active = active or list(layer.active_adapters)
+            active = active or layer.active_adapters[:]
         tuners_utils._delete_auxiliary_adapter(
             model, adapter_name=adapter_name, new_active_adapters=active
         )

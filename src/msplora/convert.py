@@ -1,8 +1,7 @@
 """Conversion, files to files: an MSPLoRA adapter to a plain LoRA, or into the base's weights.
 
-Each site of a pyramid is one LoRA of rank R = sum of its ranks (`product.py`), so the plain LoRA is
-exact. It is written for the servers: one R for all sites, alpha = R (a factor of 1 in every
-engine), only long-known keys in its config.
+The result is written beside its place, compared with the adapter on the real model, and put in
+place only then.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import _peft
 from .config import MSPLoraConfig
 from .errors import ConfigError, UnsupportedError
-from .folders import check_output, new_folder
-from .layer import PyramidLayer
+from .folders import check_apart, check_output, new_folder
 from .loading import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -36,11 +33,10 @@ from .loading import (
     read_tensors,
     write_json,
 )
+from .plain_lora import lora_of
 from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
 
-_WRAPPED = "base_model.model."
-_ATTENTION_OUT = ".base_layer.out_proj"  # of an adapted nn.MultiheadAttention
 # What makes the adapter servable besides the adapter itself.
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -92,6 +88,7 @@ def to_lora(
     """
     folder, out = adapter_folder(Path(source)), Path(out)
     check_output(out, force)
+    check_apart(out, _read_from(folder, base))
     model = _load_pyramid(folder, base)
     tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
     tensors |= _other_tensors(read_tensors(folder))
@@ -136,6 +133,7 @@ def to_merged(
     """
     folder, out = adapter_folder(Path(source)), Path(out)
     check_output(out, force)
+    check_apart(out, _read_from(folder, base))
     model = load_adapted(folder, base)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
@@ -175,127 +173,10 @@ class _Probe:
         return compare(self.base, self.adapted, logits(converted, self.inputs), dtypes)
 
 
-def lora_of(
-    model: Any,
-    adapter_name: str = "default",
-    *,
-    dtype: torch.dtype = torch.float32,
-    pad_to: Literal["none", "pow2"] = "none",
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config of the plain LoRA that an adapter of a loaded model is.
-
-    The factors are assembled in float32 and rounded once, to `dtype`.
-
-    Returns:
-        Tensors by the names PEFT saves a LoRA's under, and the content of adapter_config.json.
-    """
-    peft_config: Any = model.peft_config[adapter_name]
-    root: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers: dict[str, Any] = {
-        path: module
-        for path, module in root.named_modules()
-        if isinstance(module, PyramidLayer) and adapter_name in module.borrowed
-    }
-    rank = max(layer.borrowed[adapter_name].rank for layer in layers.values())
-    if pad_to == "pow2":
-        rank = 1 << (rank - 1).bit_length()
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        tensors |= _layer_tensors(layer, adapter_name, f"{_WRAPPED}{path}", rank, dtype)
-    return tensors, _lora_config(root, peft_config, layers, rank)
-
-
-def _layer_tensors(
-    layer: Any, adapter_name: str, name: str, rank: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    borrowed = layer.borrowed[adapter_name]
-    with torch.no_grad():
-        a, b = (
-            assembled.stacked([factor().float().cpu() for factor in assembled.factors])
-            for assembled in (borrowed.a, borrowed.b)
-        )
-        if name.endswith(_ATTENTION_OUT) and _peft.lora_counts_out_proj_twice():
-            b = b / 2
-        blocks = getattr(layer, "num_experts", 1)
-        a, b = _padded(a, b, rank, blocks)
-        a, b = a.to(dtype).contiguous().clone(), b.to(dtype).contiguous().clone()
-    if len(layer.lora_embedding_A):
-        tensors = {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
-    else:
-        tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    if adapter_name in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().cpu()
-        tensors[f"{name}.lora_magnitude_vector"] = magnitude.to(dtype).clone()
-    return tensors
-
-
-def _padded(a: Tensor, b: Tensor, rank: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """Zero rows of A and columns of B up to `rank` (of each expert)."""
-    missing = rank - a.shape[0] // blocks
-    if not missing:
-        return a, b
-    rest = a.shape[1:]
-    rows = torch.zeros(blocks, missing, *rest)
-    a = torch.cat([a.reshape(blocks, -1, *rest), rows], dim=1).flatten(0, 1)
-    columns = torch.zeros(b.shape[0], missing * blocks, *b.shape[2:])
-    return a, torch.cat([b, columns], dim=1)
-
-
-def _lora_config(
-    root: nn.Module, config: Any, layers: Mapping[str, Any], rank: int
-) -> dict[str, Any]:
-    """Long-known keys only: servers read them with older releases of PEFT."""
-    task = config.task_type
-    content = {
-        "peft_type": "LORA",
-        "task_type": getattr(task, "value", task),
-        "auto_mapping": config.auto_mapping,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "target_modules": _target_modules(root, config),
-        "fan_in_fan_out": any(
-            getattr(layer, "fan_in_fan_out", False) and not len(layer.lora_embedding_A)
-            for layer in layers.values()
-        ),
-        "bias": "lora_only" if config.bias == "msplora_only" else config.bias,
-        "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "use_rslora": False,
-        "use_dora": config.use_dora,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    for name in ("target_parameters", "trainable_token_indices"):
-        if getattr(config, name, None):
-            content[name] = getattr(config, name)
-    if config.ensure_weight_tying:
-        content["ensure_weight_tying"] = True
-    return content
-
-
-def _target_modules(root: nn.Module, config: Any) -> list[str]:
-    """The names of the adapted modules' last parts, where those select just these modules."""
-    sites = {
-        path.removesuffix(".base_layer.out_proj")
-        for path, module in root.named_modules()
-        if isinstance(module, PyramidLayer) and type(module).__name__ != "ParamWrapper"
-    }
-    sites = {path for path in sites if ".base_layer" not in path}
-    leaves = sorted({path.rpartition(".")[2] for path in sites})
-    selected = {
-        path
-        for path, _ in root.named_modules()
-        if not path.startswith(STORE_NAME)
-        and ".base_layer" not in path
-        and path.rpartition(".")[2] in leaves
-    }
-    return leaves if selected == sites else sorted(sites)
+def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
+    """The folders a conversion reads, which its output must not replace."""
+    source = (base.source if base else None) or read_config(folder).base_model_name_or_path
+    return [folder, *([Path(source)] if source and Path(source).is_dir() else [])]
 
 
 def _load_pyramid(folder: Path, base: BaseOptions | None) -> PeftModel:

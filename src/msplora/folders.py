@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import MSPLoraError
 
@@ -36,31 +40,84 @@ def check_output(out: Path, force: bool) -> None:
         raise OutputError(f"the folder {str(parent)!r} is not writable.")
 
 
+def check_apart(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output folder that is, or holds, what it is made from: it would be lost.
+
+    Raises:
+        OutputError: `out` is one of `sources` or a folder above one.
+    """
+    for source in sources:
+        if out.resolve() in (source.resolve(), *source.resolve().parents) and out.exists():
+            raise OutputError(
+                f"the output folder {str(out)!r} would replace {str(source)!r}, which it is made "
+                f"from. Choose another folder."
+            )
+
+
 @contextmanager
 def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `out` that takes its place when the block succeeds.
 
-    Until then `out` stays as it was; after an error nothing of the new folder is left.
+    Until then `out` stays as it was; after an error nothing of the new folder is left. What a
+    process that was killed has left is cleared away by the next one.
     """
-    check_output(out, force)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
+    _clear_after_a_kill(out)
+    check_output(out, force)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # held until this process ends, however it ends
     try:
-        try:
+        with _explained(out):
             yield partial
-        except OSError as error:
-            raise OutputError(
-                f"writing {str(out)!r} failed: {error}. Nothing was changed; free some space or "
-                f"choose another place."
-            ) from error
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-            out.rename(old / out.name)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
+            partial.chmod(0o755)  # mkdtemp's folders are private
+            check_output(out, force)  # another process may have been quicker
+            _put_in_place(partial, out)
     finally:
+        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors' own errors hide a full disk
+        raise OutputError(
+            f"writing {str(out)!r} failed: {error}. Nothing was changed; free some space or choose "
+            f"another place."
+        ) from error
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        partial.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_after_a_kill(out: Path) -> None:
+    """Put back a result that was moved aside, and remove folders that nobody is writing."""
+    for old in out.parent.glob(f".{escape(out.name)}.old-*"):
+        if (old / out.name).exists() and not out.exists():
+            (old / out.name).rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    for partial in out.parent.glob(f".{escape(out.name)}.partial-*"):
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(lock)
