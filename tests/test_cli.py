@@ -181,54 +181,6 @@ def test_an_error_is_one_line_without_markup_lost(folder: Path) -> None:
     assert "Traceback" not in result.err
 
 
-# plan
-
-
-def test_plan_prints_a_table_or_json_that_agree(folder: Path) -> None:
-    base = folder / "decoder"
-    shown = command("plan", base, "-t", "q_proj,v_proj").out
-    found = command("plan", base, "-t", "q_proj,v_proj", "--json").json()
-    model = hf.AutoModelForCausalLM.from_pretrained(base)
-    expected = msplora.plan(model, msplora.MSPLoraConfig(target_modules=["q_proj", "v_proj"]))
-    assert found == json.loads(json.dumps(expected.to_dict()))
-    assert str(expected) in shown
-    assert f"{expected.parameters:,}" in shown
-
-
-def test_plan_takes_the_shape_of_the_pyramid(folder: Path) -> None:
-    arguments = ["-t", "q_proj", "--ranks", "8,2", "--groups", "1,0", "--layers", "0,2"]
-    found = command("plan", folder / "decoder", *arguments, "--json").json()
-    model = hf.AutoModelForCausalLM.from_pretrained(folder / "decoder")
-    config = msplora.MSPLoraConfig(
-        ranks=[8, 2], groups=[1, 0], layers_to_transform=[0, 2], target_modules=["q_proj"]
-    )
-    assert found == json.loads(json.dumps(msplora.plan(model, config).to_dict()))
-    assert command("plan", folder / "decoder", "--ranks", "8,x").code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["./nowhere"], "there is no such folder"),
-        (["decodr"], "cannot load"),
-        (["decoder", "-t", "q_prj"], "Did you mean"),
-        (["decoder", "-r", "2"], "ranks"),
-        (["decoder", "-t", "all-linear", "--layers", "0"], "layers_to_transform"),
-        (["decoder", "--layers", "9"], "9"),
-        (["decoder", "--ranks", "8,4", "--groups", "1"], "groups"),
-        (["empty"], "The folder holds: nothing"),
-    ],
-)
-def test_plan_refuses_with_the_reason(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
-) -> None:
-    monkeypatch.chdir(folder)
-    (folder / "empty").mkdir(exist_ok=True)
-    result = command("plan", *arguments)
-    assert result.code == 1
-    assert said in result.error
-
-
 # eval, predict, generate
 
 

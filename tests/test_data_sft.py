@@ -192,8 +192,7 @@ def test_an_end_token_is_not_put_twice_nor_left_in_the_middle() -> None:
     sample = Sample("x", "w1 w2", " w3")
     assert learnt(sample, closing) == ["<s>", "w1", "w2", "W3", "</S>"]
     assert closing.convert_ids_to_tokens(prompt_ids(sample, closing)) == ["<s>", "w1", "w2"]
-    written_out = Sample("x", "w1", " w2 </s>")
-    assert learnt(written_out, tokenizer_of()) == ["<s>", "w1", "W2", "</S>"]
+    assert learnt(Sample("x", "w1", " w2 </s>"), tokenizer_of()) == ["<s>", "w1", "W2", "</S>"]
 
 
 def test_text_is_learnt_whole() -> None:
@@ -248,9 +247,13 @@ def test_where_earlier_turns_change_later_only_the_last_is_learnt() -> None:
     template = CHAT.replace(
         "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split()[0] }}"
     )
-    sample = chat(("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5 w6"))
+    sample = chat(
+        *(("user", "w0"), ("assistant", "w1")),  # rendered alike, but not learnt either
+        *(("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5 w6")),
+    )
     assert learnt(sample, tokenizer_of(template=template)) == [
-        *("<s>", "[user]", "w1", "[assistant]", "w2", "</s>"),
+        *("<s>", "[user]", "w0", "[assistant]", "w1", "</s>"),
+        *("[user]", "w1", "[assistant]", "w2", "</s>"),
         *("[user]", "w4", "[assistant]", "W5", "W6", "</S>"),
     ]
 
