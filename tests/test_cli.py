@@ -342,6 +342,7 @@ def test_convert_keeps_a_classifier_s_head(folder: Path, tmp_path: Path) -> None
     shown = command("convert", folder / "labelled-run", out, "--to", "lora")
     assert shown.code == 0, shown.err
     assert "Checked" in shown.out
+    assert shown.err == ""
     heads = [
         {key: its for key, its in tensors(its).items() if "classifier" in key}
         for its in (folder / "labelled-run/adapter", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -73,33 +74,36 @@ def convert(
     from msplora.convert import to_lora, to_merged
     from msplora.loading import BaseOptions
 
-    if to is Target.lora:
-        result = to_lora(
-            source,
-            out,
-            base=BaseOptions(base, "auto", revision, trust_remote_code),
-            dtype=(dtype or DType.float32).value,
-            pad_to=pad_to.value,
-            verify=verify,
-            force=force,
-        )
-    else:
-        stored = "auto" if dtype is None else dtype.value
-        result = to_merged(
-            source,
-            out,
-            base=BaseOptions(base, stored, revision, trust_remote_code),
-            verify=verify,
-            allow_quantized=allow_quantized,
-            force=force,
-        )
+    with warnings.catch_warnings():
+        # Deprecations within the libraries are not for users to read.
+        warnings.simplefilter("ignore", FutureWarning)
+        if to is Target.lora:
+            result = to_lora(
+                source,
+                out,
+                base=BaseOptions(base, "auto", revision, trust_remote_code),
+                dtype=(dtype or DType.float32).value,
+                pad_to=pad_to.value,
+                verify=verify,
+                force=force,
+            )
+        else:
+            stored = "auto" if dtype is None else dtype.value
+            result = to_merged(
+                source,
+                out,
+                base=BaseOptions(base, stored, revision, trust_remote_code),
+                verify=verify,
+                allow_quantized=allow_quantized,
+                force=force,
+            )
     console = Console(soft_wrap=True, highlight=False)
     if result.comparison is None:
         console.print("[yellow]Not checked[/] (--no-verify).")
     else:
         console.print(f"[green]Checked[/]: {result.comparison}.")
     console.print(
-        f"Wrote {result.out} ({result.out_bytes:,} bytes; the pyramid has {result.source_bytes:,})."
+        f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
     if to is Target.lora:
         bucket = max(16, 1 << (result.rank - 1).bit_length())
