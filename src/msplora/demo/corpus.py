@@ -59,7 +59,7 @@ def _story(source: random.Random) -> str:
 
 
 def _game(source: random.Random) -> str:
-    return source.choice(_GAMES)(source)
+    return source.choice(list(GAMES.values()))(source)
 
 
 def _person(source: random.Random) -> tuple[str, str, str]:
@@ -180,5 +180,13 @@ _Maker = Callable[[random.Random], str]
 _STORIES: tuple[_Maker, ...] = (
     _found_and_given, _walk_with_animal, _lost, _two_people, _question,
 )  # fmt: skip
-# Copying is the hardest of the games to learn, so it comes more often.
-_GAMES: tuple[_Maker, ...] = (_copy, _copy, _first, _last, _after, _before, _repeat, _count)
+GAMES: dict[str, _Maker] = {
+    "copy": _copy,
+    "first": _first,
+    "last": _last,
+    "after": _after,
+    "before": _before,
+    "repeat": _repeat,
+    "count": _count,
+}
+"""The games by name; each makes one line, a question and its answer after the arrow."""
