@@ -1,0 +1,112 @@
+"""The numbers in benchmarks/README.md are those of the result files, which name their origin."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").iterdir())
+TEXT = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+NAMES = {"lora": "LoRA, r = 8", "lora, r = 6": "LoRA, r = 6"}
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    with (BENCHMARKS / "results" / name).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def spread(values: list[float]) -> str:
+    """A mean with the lowest and the highest, or the one value there is."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else ""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def table(rows: list[dict[str, Any]], value: str) -> list[str]:
+    """Methods against learning rates, as the README has them."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["name"]][row["learning_rate"]].append(row[value])
+    parameters = {row["name"]: row["trainable"] for row in rows}
+    shown = [f"lr {rate:.0e}".replace("e-0", "e-") for rate in rates]
+    lines = [f"| | parameters | {' | '.join(shown)} |", "|---|---:|" + "---|" * len(rates)]
+    for name, by_rate in found.items():
+        cells = " | ".join(spread(by_rate[rate]) for rate in rates)
+        lines.append(f"| {NAMES.get(name, name)} | {parameters[name]:,} | {cells} |")
+    return lines
+
+
+def section(heading: str) -> str:
+    """The text below a heading, up to the next."""
+    return TEXT.partition(f"## {heading}")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)
+def test_a_result_says_where_it_is_from_and_names_no_folder_of_a_machine(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else None
+    for record in records or [json.loads(text)]:
+        assert re.match(r"[0-9a-f]{7,}$", record["commit"])
+        assert record["hardware"]
+        assert {"torch", "transformers", "peft", "python"} <= set(record["versions"])
+    assert not re.search(r"/(work|tmp|root|home|Users)\b", text)
+    assert file.name in TEXT
+
+
+def test_the_readme_of_the_benchmarks_names_no_folder_of_a_machine() -> None:
+    assert not re.search(r"/(work|tmp|root|home|Users)\b", TEXT)
+    for script in re.findall(r"python benchmarks/(\w+\.py)", TEXT):
+        assert (BENCHMARKS / script).is_file()
+
+
+def test_mrpc() -> None:
+    text = section("MRPC")
+    rows = rows_of("mrpc-minilm.jsonl")
+    assert f"{len(rows)} runs" in text
+    best = []
+    for name in ("lora", "pyramid", "pyramid, split alpha"):
+        by_rate = defaultdict(list)
+        for row in rows:
+            if row["name"] == name:
+                by_rate[row["learning_rate"]].append(row["accuracy"])
+        best.append(f"{max(statistics.mean(found) for found in by_rate.values()):.3f}")
+    assert f"({', '.join(best)})" in text
+
+
+def test_sorting() -> None:
+    text = section("Sorting")
+    content = json.loads((BENCHMARKS / "results/sort-descending.json").read_text())
+    assert "\n".join(table(content["runs"], "descending")) in text
+    before = content["before"]
+    assert f"ascending {before['ascending']:.3f}, descending {before['descending']:.3f}" in text
+    for run in content["runs"]:
+        assert run["reloaded"] == run["descending"]
+        assert run.get("converted", run["descending"]) == run["descending"]
+
+
+@pytest.mark.parametrize("data", ["instruction-data.json", "tinyshakespeare.txt"])
+def test_stories(data: str) -> None:
+    text = section("Instructions and plain text")
+    rows = [row for row in rows_of("stories260k.jsonl") if row["data"] == data]
+    assert "\n".join(table(rows, "after")) in text
+    (before,) = {round(row["before"], 3) for row in rows}
+    assert f"before training {before:.3f}" in text
+
+
+def test_stories_reloaded_and_converted() -> None:
+    text = section("Instructions and plain text")
+    rows = rows_of("stories260k.jsonl")
+    pyramids = [row for row in rows if "converted" in row]
+    reloaded = max(abs(row["reloaded"] - row["after"]) for row in rows)
+    converted = max(abs(row["converted"] - row["after"]) for row in pyramids)
+    logits = max(row["largest_logit_difference"] for row in pyramids)
+    assert f"{len(rows)} runs, {len(pyramids)} of them pyramids" in text
+    assert f"reloaded: {reloaded:.1e}; converted: {converted:.1e}; logits: {logits:.1e}" in text
