@@ -10,11 +10,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapted_llama import LLAMA, adapted, logits
+import msplora
+from adapted_llama import LLAMA, adapted, config, logits
 from msplora.errors import (
     AdapterFileError,
     MSPLoraError,
@@ -183,6 +184,39 @@ def test_every_road_gives_the_same_logits_whatever_the_base(
     plain: Any = LLAMA.model(dtype=dtype)
     plain.load_adapter(str(tmp_path))
     assert torch.equal(logits(plain.eval()), expected)
+
+
+@pytest.mark.parametrize("saved_in", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_low_memory_loads_into_the_same_dtype(
+    saved_in: torch.dtype, autocast_adapter_dtype: bool, tmp_path: Path
+) -> None:
+    adapted().to(saved_in).save_pretrained(tmp_path)
+    plain, low = (
+        PeftModel.from_pretrained(
+            LLAMA.model(dtype=torch.bfloat16),
+            tmp_path,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        ).eval()
+        for low_cpu_mem_usage in (False, True)
+    )
+    expected = torch.float32 if autocast_adapter_dtype else torch.bfloat16
+    for model in (plain, low):
+        assert {its.dtype for a, b, _ in msplora.factors(model).values() for its in (a, b)} == {
+            expected
+        }
+    assert torch.equal(logits(low), logits(plain))
+
+
+def test_low_memory_keeps_the_dtype_where_peft_does_not_cast() -> None:
+    state_dict = peft.get_peft_model_state_dict(adapted().to(torch.bfloat16))
+    for low_cpu_mem_usage in (False, True):
+        model: Any = inject_adapter_in_model(
+            config(), LLAMA.model(), low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        peft.set_peft_model_state_dict(model, dict(state_dict), low_cpu_mem_usage=low_cpu_mem_usage)
+        assert {a.dtype for a, _, _ in msplora.factors(model).values()} == {torch.float32}
 
 
 # Another base

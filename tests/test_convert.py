@@ -286,11 +286,15 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_two_at_once_leave_each_others_folder_alone(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "lora") as late:
-        (late / "late").touch()
-        with new_folder(tmp_path / "lora") as quick:
-            (quick / "quick").touch()
-        assert late.exists()
+    def write_while_another_does() -> None:
+        with new_folder(tmp_path / "lora") as late:
+            (late / "late").touch()
+            with new_folder(tmp_path / "lora") as quick:
+                (quick / "quick").touch()
+            assert late.exists()
+
+    with pytest.raises(OutputError, match="not empty"):
+        write_while_another_does()
     assert os.listdir(tmp_path) == ["lora"]
     assert os.listdir(tmp_path / "lora") == ["quick"]
 
