@@ -270,6 +270,22 @@ def test_eval_of_another_file_is_counted_by_hand(runs: dict[str, Path], tmp_path
     assert found["loss"] == pytest.approx(sum(loss) / 9, rel=1e-5)
 
 
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_a_converted_classifier_keeps_its_classes_and_evaluates_alike(
+    runs: dict[str, Path], tmp_path: Path, to: str
+) -> None:
+    run, out = runs["msplora"], tmp_path / to
+    done = command("convert", run, out, "--to", to)
+    assert "vllm" not in done.out  # which serves language models
+    if to == "merged":
+        config = json.loads((out / "config.json").read_text())
+        assert config["id2label"] == {"0": "bad", "1": "good"}
+    expected = command("eval", run, "--json").json()
+    found = command("eval", out, "--json").json()
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["accuracy"] == expected["accuracy"]
+
+
 def test_the_model_card_loads_three_classes(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from .errors import ConfigError, UnsupportedError
 from .folders import check_apart, check_output, new_folder
 from .loading import (
     CONFIG_FILE,
+    TASK_FILE,
     WEIGHTS_FILE,
     BaseOptions,
     adapter_folder,
@@ -37,8 +38,9 @@ from .plain_lora import lora_of
 from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
 
-# What makes the adapter servable besides the adapter itself.
-_TOKENIZER_FILES = (
+# What goes along: the tokenizer, and what `msplora eval` and its kin must know of the task.
+_COMPANIONS = (
+    TASK_FILE,
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -60,6 +62,10 @@ class Converted:
     out_bytes: int
     comparison: Comparison | None
     """`None` if the check was skipped."""
+    base: str | None = None
+    """The base model's path or hub id."""
+    generates: bool = False
+    """Whether it is a language model, which LoRA servers take."""
 
 
 def to_lora(
@@ -96,7 +102,7 @@ def to_lora(
     with new_folder(out, force) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, config)
-        _copy_tokenizer(folder, partial)
+        _copy_companions(folder, partial)
         comparison = None
         if verify:
             probe = _Probe(model)
@@ -105,7 +111,13 @@ def to_lora(
             dtypes = {base_model.dtype, getattr(torch, dtype)}
             comparison = probe.compare_with(converted, dtypes)
     return Converted(
-        out, config["r"], _size(folder / WEIGHTS_FILE), _size(out / WEIGHTS_FILE), comparison
+        out,
+        config["r"],
+        _size(folder / WEIGHTS_FILE),
+        _size(out / WEIGHTS_FILE),
+        comparison,
+        base=config["base_model_name_or_path"],
+        generates=config["task_type"] == "CAUSAL_LM",
     )
 
 
@@ -148,7 +160,7 @@ def to_merged(
     with new_folder(out, force) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
-        _copy_tokenizer(folder, partial)
+        _copy_companions(folder, partial)
         comparison = None
         if probe is not None:
             with quiet_loading():
@@ -199,8 +211,8 @@ def _ranks(model: Any) -> list[int]:
     return list(getattr(config, "ranks", None) or [config.r])
 
 
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
+def _copy_companions(source: Path, out: Path) -> None:
+    for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if not (out / file.name).exists():
                 shutil.copy2(file, out / file.name)

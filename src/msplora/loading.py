@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TASK_FILE = "task.json"
+"""What `msplora train` leaves beside an adapter: its settings, and the classes of its data."""
 
 # PEFT's task type -> the transformers class that loads its base.
 _AUTO_CLASSES = {
@@ -112,7 +114,7 @@ def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
     """
     tensors = read_tensors(folder)
     config = read_config(folder)
-    model = load_base_of(config, tensors, base or BaseOptions())
+    model = load_base_of(config, tensors, base or BaseOptions(), class_names(folder))
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
@@ -128,7 +130,21 @@ def read_config(folder: Path) -> PeftConfig:
         ) from error
 
 
-def load_base_of(config: PeftConfig, tensors: Mapping[str, Tensor], base: BaseOptions) -> nn.Module:
+def class_names(folder: Path) -> list[str]:
+    """The classes that an adapter was trained to tell apart, where they are known."""
+    try:
+        content = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+        return [str(label) for label in (content["classes"] or {"labels": []})["labels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # not from `msplora train`; its classes have no names then
+
+
+def load_base_of(
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    base: BaseOptions,
+    classes: Sequence[str] = (),
+) -> nn.Module:
     """Load the base model of an adapter with the class it was adapted with."""
     source = base.source or config.base_model_name_or_path
     if not source:
@@ -143,6 +159,9 @@ def load_base_of(config: PeftConfig, tensors: Mapping[str, Tensor], base: BaseOp
     task = str(getattr(config.task_type, "value", config.task_type))
     if task in ("SEQ_CLS", "TOKEN_CLS") and labels is not None:
         options["num_labels"] = labels
+        if len(classes) == labels:
+            options["id2label"] = dict(enumerate(classes))
+            options["label2id"] = {name: place for place, name in enumerate(classes)}
     with loading_errors_explained(source), quiet_loading():
         return _base_class(config, source, base).from_pretrained(source, **options)
 

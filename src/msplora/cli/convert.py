@@ -73,6 +73,7 @@ def convert(
 
     from msplora.convert import to_lora, to_merged
     from msplora.loading import BaseOptions
+    from msplora.serving import serve_command
 
     with warnings.catch_warnings():
         # Deprecations within the libraries are not for users to read.
@@ -105,9 +106,6 @@ def convert(
     console.print(
         f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
-    if to is Target.lora:
-        bucket = max(16, 1 << (result.rank - 1).bit_length())
-        console.print(
-            f"Serve it, for instance: vllm serve BASE --enable-lora --max-lora-rank {bucket} "
-            f"--lora-modules mine={result.out}"
-        )
+    if result.generates:
+        command = serve_command(base or result.base or "BASE", str(out), result.rank, out.name)
+        console.print(f"Serve it, for instance: {command}", markup=False)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .progress_console import progress_console
+
 
 def demo(
     output: Annotated[
@@ -22,4 +24,4 @@ def demo(
     with train_extra():
         from msplora.demo.run import run_demo
 
-        run_demo(output, max_steps)
+        run_demo(output, max_steps, progress_console())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .progress_console import progress_console
 
 
 def train(
@@ -31,8 +32,6 @@ def train(
     from msplora.train.extra import train_extra
 
     with train_extra():
-        from rich.console import Console
-
         from msplora.train.settings_file import read_settings
 
         flags = {"output": str(output) if output else None, "method": method, "seed": seed}
@@ -40,5 +39,4 @@ def train(
         # Only now: a mistake in the config should not wait for torch to be imported.
         from msplora.train.run import train_run
 
-        console = Console(quiet=not logging.getLogger("msplora").isEnabledFor(logging.INFO))
-        train_run(settings, resume=resume, force=force, console=console)
+        train_run(settings, resume=resume, force=force, console=progress_console())

@@ -86,9 +86,9 @@ def run_demo(out: Path, max_steps: int | None = None, console: Console | None = 
     with quiet_libraries():
         proof = msplora.to_lora(out / "msplora", converted)
         # A plain LoRA on a fresh base: what a server that has never heard of pyramids loads.
-        base: Any = open_run(out / "msplora").model.unload()
-        plain = PeftModel.from_pretrained(base, str(converted)).eval()
-        measured.append(_measure(plain, reloaded, "pyramid as LoRA", held_out, folder=converted))
+        fresh = open_run(out / "msplora")
+        plain = PeftModel.from_pretrained(fresh.model.unload(), str(converted)).eval()
+        measured.append(_measure(plain, fresh, "pyramid as LoRA", held_out, folder=converted))
     console.rule("What came of it")
     console.print(table(measured))
     console.print(f"The converted LoRA: {proof.comparison}.", highlight=False, soft_wrap=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .settings import Settings
+from msplora.serving import serve_command
 
-# The values that vLLM accepts for --max-lora-rank.
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from .settings import Settings
 
 
 def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[str, str]]:
@@ -23,26 +22,15 @@ def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[st
     if rank is None:
         return steps
     adapter = shlex.quote(_short(run / "adapter"))
-    lora = adapter
+    lora = _short(run / "adapter")
     if settings.method == "msplora":
-        lora = shlex.quote(_short(run.with_name(run.name + "-lora")))
-        steps.append(("convert", f"msplora convert {adapter} --to lora {lora}"))
+        lora = _short(run.with_name(run.name + "-lora"))
+        steps.append(("convert", f"msplora convert {adapter} --to lora {shlex.quote(lora)}"))
     merged = shlex.quote(_short(run.with_name(run.name + "-merged")))
     steps.append(("merge", f"msplora convert {adapter} --to merged {merged}"))
     if not classifies:
         steps.append(("serve", serve_command(settings.model, lora, rank, run.name)))
     return steps
-
-
-def serve_command(model: str, adapter: str, rank: int, name: str) -> str:
-    """Return vLLM's command for a LoRA of `rank`; merged weights are what is left beyond 512."""
-    fitting = [allowed for allowed in _VLLM_RANKS if allowed >= rank]
-    if not fitting:
-        return f"(rank {rank} is beyond vLLM's {_VLLM_RANKS[-1]}: serve the merged model)"
-    return (
-        f"vllm serve {shlex.quote(model)} --enable-lora --max-lora-rank {fitting[0]} "
-        f"--lora-modules {shlex.quote(name)}={adapter}"
-    )
 
 
 def _short(path: Path) -> str:

@@ -20,9 +20,9 @@ def show_preview(job: Job, console: Console) -> None:
         console.print(str(job.adapted.plan), highlight=False, markup=False, soft_wrap=True)
     console.print(_trainable_table(job.adapted))
     for note in (*job.base.notes, *job.adapted.notes, *job.data_notes):
-        console.print(f"• {note}", highlight=False, markup=False)
+        console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
     console.print("\nA training row" + _legend(settings.task))
-    console.print(job.sample)
+    console.print(job.sample, soft_wrap=True)
     console.print()
 
 

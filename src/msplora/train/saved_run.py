@@ -12,6 +12,7 @@ import torch
 
 import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
 from msplora.errors import MSPLoraError
+from msplora.loading import TASK_FILE
 
 from .base_model import Base, load_base
 from .methods import load_adapter
@@ -77,7 +78,7 @@ def _weights(path: Path) -> Path:
     if not path.is_dir():
         raise SavedRunError(f"{path} is not a folder; give a run folder or an adapter folder.")
     for folder in (path, path / "adapter", path / "model"):
-        if (folder / "adapter_config.json").is_file() or (folder / "task.json").is_file():
+        if (folder / "adapter_config.json").is_file() or (folder / TASK_FILE).is_file():
             return folder
     unfinished = path.with_name(path.name + ".unfinished")
     hint = f" {unfinished} is unfinished: continue it with msplora train --resume." * (

@@ -173,6 +173,24 @@ class TrainingSettings(_Section):
     packing: bool = Field(False, description="For sft: several rows in one training sequence.")
 
 
+KEYS_OF_ONE_TASK: dict[Task, tuple[str, ...]] = {
+    "classification": (
+        "data.text_columns",
+        "data.label_column",
+        "data.labels",
+        "data.regression",
+        "training.head_learning_rate_factor",
+    ),
+    "sft": (
+        "data.columns",
+        "data.chat_template",
+        "training.completion_only_loss",
+        "training.packing",
+    ),
+}
+"""The keys that mean nothing to the other task."""
+
+
 class Settings(_Section):
     """One training run."""
 

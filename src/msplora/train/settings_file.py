@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 
-from .settings import DataSettings, Settings
+from .settings import KEYS_OF_ONE_TASK, DataSettings, Settings
 
 # A GLUE task has files, columns and classes of its own.
 _DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
@@ -186,6 +187,8 @@ def _nearest_key(path: list[str]) -> str:
 
 
 def _nearest_value(problem: Any) -> str:
+    if isinstance(problem["input"], bool) and problem["type"] == "string_type":
+        return " YAML reads yes, no, on and off as true and false: put them in quotes."
     if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
         return ""
     allowed = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected", "")))
@@ -204,6 +207,15 @@ def _check(settings: Settings, source: str) -> None:
             f"in {source}: method 'frozen' trains a classifier's head only, and task 'sft' has "
             f"none. Use method msplora, lora or full."
         )
+    unset = Settings(model="", task=settings.task, output="")  # pyright: ignore[reportCallIssue]
+    for task, keys in KEYS_OF_ONE_TASK.items():
+        for key in keys:
+            value = operator.attrgetter(key)(settings)
+            if settings.task != task and value != operator.attrgetter(key)(unset):
+                raise ConfigError(
+                    f"in {source}: {key} = {value!r} is for task {task!r}, and the task is "
+                    f"{settings.task!r}. Leave it out, or change the task."
+                )
     sources = [key for key in ("glue", "train", "hub") if getattr(data, key) is not None]
     if len(sources) != 1:
         found = " and ".join(f"data.{key}" for key in sources) or "none of them"

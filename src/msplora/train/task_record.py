@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from msplora.errors import MSPLoraError
+from msplora.loading import TASK_FILE
 
 from .data_classification import Classes
 from .data_sft import Form
 from .settings import Settings
 from .settings_file import make_settings
 
-FILE_NAME = "task.json"
 _FORMAT_VERSION = 1
 
 
@@ -33,12 +33,12 @@ class TaskRecord:
             "classes": asdict(self.classes) if self.classes else None,
             "form": self.form,
         }
-        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / TASK_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> TaskRecord | None:
         """Return the record in `folder`, or None where there is none."""
-        file = folder / FILE_NAME
+        file = folder / TASK_FILE
         if not file.is_file():
             return None
         try:
