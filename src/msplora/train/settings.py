@@ -126,7 +126,7 @@ class AdapterSettings(_Section):
     alphas: list[float] | None = Field(None, description="Alpha of each level.")
     split_alpha: bool = Field(
         False,
-        description="Share `lora_alpha` over the levels; LoRA's learning rate then carries over.",
+        description="Share `lora_alpha` over the levels; a rate that LoRA stands is then safe.",
     )
 
 
