@@ -93,8 +93,8 @@ class MSPLoraConfig(LoraConfig):
     split_alpha: bool = field(
         default=False,
         metadata={
-            "help": "Share lora_alpha out equally over the levels, so that a learning rate which is "
-            "safe for LoRA of that alpha is safe here."
+            "help": "Share lora_alpha out equally over the levels, so that a learning rate "
+            "that LoRA of that alpha stands is safe here."
         },
     )
     model_type: str | None = field(
