@@ -22,6 +22,7 @@ _PUBLIC = {
     "Site": "pyramid",
     "plan": "planning",
     "factors": "store",
+    "hotswap": "swapping",
     "to_lora": "convert",
     "to_merged": "convert",
 }
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .pyramid import Plan as Plan
     from .pyramid import Site as Site
     from .store import factors as factors
+    from .swapping import hotswap as hotswap
 
 
 def __getattr__(name: str) -> object:

@@ -135,6 +135,11 @@ class Store(nn.Module):
         entry.get_submodule(kind)[adapter_name] = module  # pyright: ignore[reportIndexIssue]
 
 
+def name_in_file(address: str, factor: str) -> str:
+    """How the name of a pair's A or B ends in an adapter's file."""
+    return f"{_entry_name(address + _PAIR)}.{factor}.factor"
+
+
 def _entry_name(name: str) -> str:
     # A dot would start a new module.
     return name.replace(".", "/")

@@ -1,0 +1,105 @@
+"""Hot swapping: put a saved adapter in the place of a loaded one, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from torch import nn
+
+from .config import MSPLoraConfig
+from .errors import AdapterFileError, MSPLoraError, UnsupportedError
+from .layer import PyramidLayer
+from .loading import adapter_folder, read_config, read_tensors
+from .planning import plan
+from .store import B, factors, find_store, name_in_file
+
+# What must be alike for one adapter's tensors to have their places in the other.
+_ALIKE = ("use_dora", "bias", "modules_to_save", "trainable_token_indices")
+
+
+def hotswap(model: nn.Module, source: str | Path, adapter_name: str = "default") -> None:
+    """Replace the numbers of a loaded adapter by those of a saved one, in place.
+
+    No layer is touched and every parameter stays the same object, so that a compiled model is not
+    compiled again. The saved adapter must have the same sites, levels, groups and ranks; where its
+    alphas differ, the difference goes into B, since the scales in the layers stay.
+
+    Args:
+        model: a `PeftModel` (or a model with an injected adapter).
+        source: the folder of the saved adapter, or of its run.
+        adapter_name: the loaded adapter to replace.
+
+    Raises:
+        AdapterFileError: the saved adapter cannot be read, or differs in more than its numbers;
+            the loaded one is then as it was.
+        UnsupportedError: the saved adapter is not MSPLoRA's, or the loaded one is merged.
+        MSPLoraError: the model has no such adapter.
+    """
+    loaded = factors(model, adapter_name)
+    folder = adapter_folder(Path(source))
+    config = read_config(folder)
+    if not isinstance(config, MSPLoraConfig):
+        raise UnsupportedError(
+            f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; it cannot take the "
+            f"place of {adapter_name!r}. Load it into a model of its own."
+        )
+    tensors = read_tensors(folder)
+    _check_not_merged(model, adapter_name)
+    store = find_store(model)
+    assert store is not None  # `factors` found the adapter in it
+    here, there = store.plans[adapter_name], plan(model, config)
+    differing = [
+        its.address
+        for ours, its in zip(here.pairs, there.pairs, strict=False)
+        if (ours.address, ours.rank, ours.sites) != (its.address, its.rank, its.sites)
+    ]
+    if differing or len(here.pairs) != len(there.pairs):
+        raise AdapterFileError(
+            f"the adapter in {str(folder)!r} has {len(there.pairs)} pairs on {len(there.sites)} "
+            f"sites, {adapter_name!r} has {len(here.pairs)} on {len(here.sites)}, and they are not "
+            f"the same{f', such as {differing[0]!r}' if differing else ''}. Only an adapter of the "
+            f"same sites, levels, groups and ranks can be swapped in; use load_adapter."
+        )
+    _check_alike(model, adapter_name, config, folder)
+    for pair in there.pairs:
+        ratio = pair.scale / loaded[pair.address][2]
+        if ratio != 1:
+            # One that is missing is reported when the tensors are loaded.
+            for key in tensors:
+                if key.endswith(name_in_file(pair.address, B)):
+                    tensors[key] = tensors[key] * ratio
+    with torch.no_grad():
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+
+
+def _check_not_merged(model: nn.Module, adapter_name: str) -> None:
+    for path, module in model.named_modules():
+        layer: Any = module
+        if isinstance(module, PyramidLayer) and adapter_name in layer.merged_adapters:
+            raise UnsupportedError(
+                f"adapter {adapter_name!r} is merged into {path!r}: new numbers would not reach "
+                f"the merged weights. Call unmerge_adapter() first."
+            )
+
+
+def _check_alike(model: nn.Module, adapter_name: str, config: MSPLoraConfig, folder: Path) -> None:
+    configs: Any = getattr(model, "peft_config", None)
+    if configs is None:
+        raise MSPLoraError(
+            f"this {type(model).__name__} does not know the config of its adapter {adapter_name!r} "
+            f"(no peft_config). Pass the PeftModel, or the model that the adapter was injected in."
+        )
+    for name in _ALIKE:
+        ours, its = (_plain(getattr(one, name, None)) for one in (configs[adapter_name], config))
+        if ours != its:
+            raise AdapterFileError(
+                f"{name} is {its!r} in {str(folder)!r} and {ours!r} in {adapter_name!r}; it must "
+                f"be the same for a hot swap. Use load_adapter."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, set, tuple)) else value or None

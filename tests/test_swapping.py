@@ -1,0 +1,145 @@
+"""Hot swapping: the saved adapter's answers, by the loaded adapter's parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import msplora
+from msplora.errors import AdapterFileError, MSPLoraError, UnsupportedError
+from oracle import randomise, same_tensors, tensors_of
+from tiny import MODELS
+
+LLAMA = MODELS["llama"]
+TARGETS = ["q_proj", "v_proj"]
+
+
+def adapted(seed: int, **changes: Any) -> Any:
+    config = msplora.MSPLoraConfig(**({"target_modules": TARGETS} | changes))
+    model = get_peft_model(LLAMA.model(), config).eval()
+    randomise(model, seed=seed)
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**LLAMA.batch()).logits
+
+
+def saved(folder: Path, seed: int = 2, **changes: Any) -> tuple[Path, Tensor]:
+    """A saved adapter, and the logits it gives."""
+    model = adapted(seed, **changes)
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_the_answers_are_the_saved_adapters_and_the_parameters_the_loaded_ones(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder, expected = saved(tmp_path, **changes)
+    model = adapted(1, **changes)
+    parameters = {name: id(its) for name, its in model.named_parameters()}
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    msplora.hotswap(model, folder)
+    assert torch.equal(logits(model), expected)
+    assert {name: id(its) for name, its in model.named_parameters()} == parameters
+    model.save_pretrained(tmp_path / "again")
+    reloaded = PeftModel.from_pretrained(LLAMA.model(), str(tmp_path / "again")).eval()
+    assert torch.equal(logits(reloaded), expected)
+
+
+def test_other_alphas_go_into_b(tmp_path: Path) -> None:
+    folder, expected = saved(tmp_path, alphas=[4, 48, 1], lora_alpha=4)
+    model = adapted(1)
+    scales = [scale for _, _, scale in msplora.factors(model).values()]
+    msplora.hotswap(model, folder)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert [scale for _, _, scale in msplora.factors(model).values()] == scales
+
+
+def test_one_of_two_adapters_is_swapped(tmp_path: Path) -> None:
+    folder, expected = saved(tmp_path)
+    model = adapted(1)
+    first = tensors_of(model)
+    model.add_adapter("second", msplora.MSPLoraConfig(target_modules=TARGETS))
+    msplora.hotswap(model, folder, "second")
+    assert same_tensors(tensors_of(model), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
+    folder, expected = saved(tmp_path)
+    model = adapted(1)
+    compilations = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    logits(compiled)
+    first = compilations
+    msplora.hotswap(model, folder)
+    assert torch.allclose(logits(compiled), expected, atol=1e-6)
+    assert compilations == first > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 4},
+        {"ranks": [8, 4, 2], "groups": [1, 2, 0]},
+        {"target_modules": ["q_proj"]},
+        {"layers_to_transform": [0, 1]},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_not_alike_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder, _ = saved(tmp_path, **changes)
+    model = adapted(1)
+    before, expected = tensors_of(model), logits(model)
+    with pytest.raises(AdapterFileError, match="load_adapter"):
+        msplora.hotswap(model, folder)
+    assert same_tensors(tensors_of(model), before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_damaged_file_changes_nothing(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(key for key in tensors if "q_proj" in key)
+    save_file({key: its for key, its in tensors.items() if key != lost}, file)
+    model = adapted(1)
+    before = tensors_of(model)
+    with pytest.raises(AdapterFileError, match="missing"):
+        msplora.hotswap(model, folder)
+    assert same_tensors(tensors_of(model), before)
+
+
+def test_what_cannot_be_swapped_says_why(tmp_path: Path) -> None:
+    model = adapted(1)
+    get_peft_model(LLAMA.model(), LoraConfig(target_modules=TARGETS)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="not MSPLoRA"):
+        msplora.hotswap(model, tmp_path)
+    folder, _ = saved(tmp_path / "ours")
+    with pytest.raises(MSPLoraError, match="no MSPLoRA adapter 'other'"):
+        msplora.hotswap(model, folder, "other")
+    model.merge_adapter()
+    with pytest.raises(UnsupportedError, match="unmerge_adapter"):
+        msplora.hotswap(model, folder)
+    with pytest.raises(AdapterFileError, match="no folder"):
+        msplora.hotswap(model, tmp_path / "nowhere")
