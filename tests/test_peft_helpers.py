@@ -9,6 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers.integrations.peft as host
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -118,8 +120,9 @@ def test_inject_adapter_in_model(tmp_path: Path) -> None:
 
 
 def test_transformers_adapter_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Some releases of transformers ask here for a PEFT that is newer than the installed one.
-    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    if Version(host.MIN_PEFT_VERSION) > Version(peft.__version__):
+        # transformers 5.24 asks here, for any adapter, for a PEFT that is not released.
+        monkeypatch.setattr(host, "check_peft_version", lambda **_: None)
     model: Any = LLAMA.model()
     model.add_adapter(config(), "one")
     model.add_adapter(config(r=6), "two")
