@@ -271,6 +271,20 @@ def test_predictions_go_to_a_file_of_the_form_asked_for(folder: Path, tmp_path: 
     assert ".jsonl or .tsv" in result.error
 
 
+def test_predictions_never_overwrite_their_rows_or_fail_after_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = folder / "labelled-run", tmp_path / "rows.jsonl"
+    rows.write_bytes((folder / "labelled.jsonl").read_bytes())
+    # Refused before the model is loaded, which would fail here.
+    monkeypatch.setattr("msplora.train.prediction.open_run", None)
+    for out, said in ((rows, "the file of the rows"), (rows / "below.tsv", "not a folder")):
+        done = command("predict", run, rows, "--output", out, "--force")
+        assert done.code == 1
+        assert said in done.error
+    assert rows.read_bytes() == (folder / "labelled.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

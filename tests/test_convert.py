@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import msplora
 from msplora import loading
 from msplora.errors import AdapterFileError, MSPLoraError
-from msplora.folders import OutputError, new_folder
+from msplora.folders import MARK, OutputError, new_folder
 from msplora.plain_lora import lora_of
 from msplora.verifying import VerificationError
 from tiny import MODELS, VOCABULARY, Tiny, llama
@@ -197,9 +197,30 @@ def test_an_output_that_holds_something_is_kept(adapter: Path, tmp_path: Path) -
     (out / "mine.txt").write_text("precious")
     with pytest.raises(OutputError, match="--force"):
         msplora.to_lora(adapter, out)
+    # What is no earlier conversion is kept even with force: a run, a home folder, a thesis.
+    for convert in (msplora.to_lora, msplora.to_merged):
+        with pytest.raises(OutputError, match=r"holds mine\.txt"):
+            convert(adapter, out, force=True)
     assert os.listdir(out) == ["mine.txt"]
+
+
+def test_force_replaces_an_earlier_conversion_and_nothing_else(
+    adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "lora"
+    msplora.to_lora(adapter, out)
+    written = sorted(os.listdir(out))
+    assert written == ["adapter_config.json", "adapter_model.safetensors", MARK]
+    with pytest.raises(OutputError, match="--force"):
+        msplora.to_lora(adapter, out)
+    (out / "adapter_model.safetensors").write_bytes(b"stale")
     msplora.to_lora(adapter, out, force=True)
-    assert sorted(os.listdir(out)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(out)) == written
+    assert load_file(out / "adapter_model.safetensors")
+    (out / "runs").mkdir()
+    with pytest.raises(OutputError, match="holds runs"):
+        msplora.to_lora(adapter, out, force=True)
+    assert (out / "runs").is_dir()
 
 
 def test_a_failed_check_writes_nothing(
@@ -240,7 +261,7 @@ def test_a_result_that_cannot_be_put_in_place_leaves_the_old_one(
 ) -> None:
     out = tmp_path / "lora"
     out.mkdir()
-    (out / "precious").touch()
+    (out / MARK).touch()
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -252,7 +273,7 @@ def test_a_result_that_cannot_be_put_in_place_leaves_the_old_one(
         patched.setattr(Path, "rename", failing)
         with pytest.raises(OutputError, match="no such luck"):
             msplora.to_lora(adapter, out, force=True)
-    assert os.listdir(out) == ["precious"]
+    assert os.listdir(out) == [MARK]
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
 
 

@@ -278,6 +278,24 @@ def test_spaces_alone_are_learnt_where_a_tokenizer_trims_their_span() -> None:
     assert [label != IGNORED for label in tokens.labels] == [False] * 8 + [True] * 4
 
 
+def test_a_token_across_the_border_of_a_turn_is_learnt() -> None:
+    """The template's last character and the answer's first may be one token, which is predicted."""
+    symbols = dict.fromkeys("uqra: ;x")
+    vocabulary = {symbol: place for place, symbol in enumerate([*symbols, " x", "<unk>"])}
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [(" ", "x")], unk_token="<unk>")),
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    sample = chat(("user", "q"), ("assistant", "xr"))
+    (tokens,), _ = tokenise_samples([sample], "messages", tokenizer, UNBOUNDED, "training")
+    assert tokenizer.convert_ids_to_tokens(tokens.input_ids) == [*"u: q;a:", " x", "r", ";"]
+    assert [label != IGNORED for label in tokens.labels] == [False] * 7 + [True] * 3
+
+
 def test_what_stands_between_the_marks_is_what_the_loss_counts() -> None:
     tokenizer = tokenizer_of()
     sample = chat(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"))

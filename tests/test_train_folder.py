@@ -150,6 +150,26 @@ def test_an_interruption_before_the_first_checkpoint_starts_anew_on_resume(
     assert same(tensors(Path("straight/adapter")), tensors(Path("run/adapter")))
 
 
+def test_a_full_disk_says_how_to_go_on(
+    bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import msplora.train.run as running
+
+    content = config(bases, training={"epochs": 1})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "model_card", full)
+        stopped = train(content)
+    assert stopped.code == 1
+    assert "No space left" in stopped.error
+    assert "--resume" in stopped.error
+    assert not Path("run").exists()
+    assert train(content, "--resume").code == 0
+
+
 def test_ctrl_c_outside_the_training_loop_says_how_to_go_on_too(
     bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

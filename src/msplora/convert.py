@@ -17,9 +17,10 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import __version__
 from .config import MSPLoraConfig
 from .errors import ConfigError, UnsupportedError
-from .folders import check_apart, check_output, new_folder
+from .folders import MARK, check_apart, check_output, new_folder
 from .loading import (
     CONFIG_FILE,
     TASK_FILE,
@@ -93,8 +94,8 @@ def to_lora(
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
     folder, out = adapter_folder(Path(source)), Path(out)
-    check_output(out, force)
     check_apart(out, _read_from(folder, base))
+    check_output(out, force)
     model = _load_pyramid(folder, base)
     tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
     tensors |= _other_tensors(read_tensors(folder))
@@ -103,6 +104,7 @@ def to_lora(
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, config)
         _copy_companions(folder, partial)
+        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             probe = _Probe(model)
@@ -144,8 +146,8 @@ def to_merged(
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
     folder, out = adapter_folder(Path(source)), Path(out)
-    check_output(out, force)
     check_apart(out, _read_from(folder, base))
+    check_output(out, force)
     model = load_adapted(folder, base)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
@@ -161,6 +163,7 @@ def to_merged(
         with quiet_loading():
             merged.save_pretrained(partial)
         _copy_companions(folder, partial)
+        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if probe is not None:
             with quiet_loading():

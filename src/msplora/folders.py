@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from .errors import MSPLoraError
 
+MARK = "conversion.json"
+"""The file by which a conversion's folder is known: `--force` replaces no other."""
+
 
 class OutputError(MSPLoraError):
     """The output cannot be written where it was asked for."""
@@ -24,7 +27,8 @@ def check_output(out: Path, force: bool) -> None:
     """Refuse an output that would overwrite something, before any work is done.
 
     Raises:
-        OutputError: `out` is a file, or a folder that is not empty and `force` is not set.
+        OutputError: `out` is a file, or a folder that is not empty and either `force` is not set or
+            it is not what an earlier conversion wrote.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"the output {str(out)!r} is a file; give a folder.")
@@ -33,6 +37,14 @@ def check_output(out: Path, force: bool) -> None:
             f"the output folder {str(out)!r} is not empty. Choose another, or pass --force to "
             f"replace it."
         )
+    if out.is_dir() and any(out.iterdir()):
+        others = sorted(its.name for its in out.iterdir() if its.is_dir())
+        if others or not (out / MARK).is_file():
+            found = others or sorted(its.name for its in out.iterdir())
+            raise OutputError(
+                f"the output folder {str(out)!r} is no earlier conversion: it holds "
+                f"{', '.join(found[:5])}. --force does not delete it; choose another folder."
+            )
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

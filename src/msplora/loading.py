@@ -253,7 +253,7 @@ def loading_errors_explained(source: str, what: str = "the model") -> Iterator[N
         folder = Path(source)
         if "trust_remote_code" in reason:
             advice = "It brings its own Python code: opt in with trust_remote_code if you trust it."
-        elif (folder / CONFIG_FILE).exists():
+        elif (folder / CONFIG_FILE).exists() or (folder / "adapter" / CONFIG_FILE).exists():
             advice = (
                 "The folder is an adapter: name its base as the model (and in a run's config, the "
                 "folder as init_from)."

@@ -145,7 +145,7 @@ def _lora_config(
             for layer in layers.values()
         ),
         "bias": "lora_only" if config.bias == "msplora_only" else config.bias,
-        "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
+        "modules_to_save": sorted(set(config.modules_to_save)) if config.modules_to_save else None,
         "init_lora_weights": True,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -65,7 +65,7 @@ def convert(
         bool, typer.Option(help="Run Python code that the base model brings along.")
     ] = False,
     force: Annotated[
-        bool, typer.Option(help="Replace an output folder that is not empty.")
+        bool, typer.Option(help="Replace an earlier conversion, and nothing else.")
     ] = False,
 ) -> None:
     """Convert an adapter, prove it on the real model, then put it in place."""

@@ -38,7 +38,7 @@ def predict(
         )
 
         if output:
-            check_output(output, force)
+            check_output(output, force, file)
         found = predict_file(run, file, base, batch_size, max_new_tokens)
     if not output:
         typer.echo(format_predictions(found, ".jsonl" if as_json else ".tsv"), nl=False)

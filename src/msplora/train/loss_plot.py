@@ -32,5 +32,5 @@ def draw_loss(
             right.set_ylabel(best)
     lines = [line for its in figure.axes for line in its.get_lines()]
     if lines:
-        axes.legend(handles=lines)
+        figure.axes[-1].legend(handles=lines)  # the topmost, or a curve would cross it
     figure.savefig(file, dpi=120)

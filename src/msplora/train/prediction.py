@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,19 @@ def predict_file(
         ]
 
 
-def check_output(file: Path, force: bool) -> None:
-    """Refuse an output that exists, or whose suffix says no known format."""
+def check_output(file: Path, force: bool, given: Path) -> None:
+    """Refuse an output that exists, cannot be written, has no known suffix or is the input."""
     if file.suffix not in (".jsonl", ".tsv"):
         raise ConfigError(f"--output {file}: name it .jsonl or .tsv.")
     if file.exists() and not force:
         raise ConfigError(f"--output {file} exists; name another file, or pass --force.")
+    if file.exists() and file.samefile(given):
+        raise ConfigError(f"--output {file} is the file of the rows itself; name another file.")
+    parent = file.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"--output {file}: {parent} is not a folder that can be written to.")
 
 
 def format_predictions(found: list[Prediction], suffix: str) -> str:
@@ -71,10 +79,16 @@ def format_predictions(found: list[Prediction], suffix: str) -> str:
 
 def write_predictions(found: list[Prediction], file: Path) -> None:
     """Write the predictions beside `file`, then give them its name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(format_predictions(found, file.suffix), encoding="utf-8")
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(format_predictions(found, file.suffix), encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(
+            f"--output {file} could not be written: {error}. Free some space, or name another file."
+        ) from error
 
 
 def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Prediction]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 
 from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
@@ -27,6 +28,10 @@ from .versions import versions
 
 class Interrupted(MSPLoraError):
     """The run was stopped by hand; its checkpoints are kept."""
+
+
+class NotWritten(MSPLoraError):
+    """The disk is full, or the run folder cannot be written to."""
 
 
 def train_run(
@@ -47,8 +52,8 @@ def train_run(
         transformers.set_seed(settings.seed)
         job = _prepare(settings)
         show_preview(job, console)
-        folder.begin()
         try:
+            folder.begin()
             trainer = job.make_trainer(folder.checkpoints)
             _train(trainer, job, folder, console)
             metrics = _metrics(trainer.state, job, folder)
@@ -58,6 +63,11 @@ def train_run(
                 f"stopped by hand. What was saved is in {folder.working}: the same command with "
                 f"--resume continues from there."
             ) from None
+        except (OSError, SafetensorError) as error:
+            raise NotWritten(
+                f"the run could not be written in {folder.working}: {error}. Free some space; the "
+                f"same command with --resume goes on from the last whole checkpoint."
+            ) from error
     run = folder.finish()
     _report(console, settings, run, job, metrics)
     return run

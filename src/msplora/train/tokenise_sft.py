@@ -143,10 +143,11 @@ def _chat(sample: Sample, tokenizer: Any) -> Tokens:
     ids = list(encoded["input_ids"])
     labels = [
         its
-        # Not the end: some tokenizers take spaces off a token's span, down to an empty one.
-        if any(low <= start < high for low, high in learnt)
+        # By the start, since some tokenizers take spaces off a token's span, down to an empty one;
+        # or by the end, since a token that also holds the end of the prompt must be predicted too.
+        if any(low <= start < high or start < low < end for low, high in learnt)
         else IGNORED
-        for its, (start, _) in zip(ids, encoded["offset_mapping"], strict=True)
+        for its, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     return Tokens(sample.place, ids, labels)
 
