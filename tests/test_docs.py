@@ -143,7 +143,7 @@ def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPa
             stopped = [word for word in command if word != "--resume"] + ["--force"]
             with monkeypatch.context() as context:
                 context.setattr(run_module, "_write", _stop)
-                with pytest.raises(InterruptedError):
+                with pytest.raises(RuntimeError):
                     run(*stopped, *SHORT)
             assert (workspace / "runs/first.unfinished/checkpoints").is_dir()
         run(*command, *SHORT)
@@ -153,7 +153,7 @@ def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _stop(*_: Any) -> None:
-    raise InterruptedError
+    raise RuntimeError
 
 
 def test_the_python_blocks_run(workspace: Path) -> None:
