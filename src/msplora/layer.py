@@ -8,20 +8,20 @@ no factor: `lora_A[adapter]` and `lora_B[adapter]` become views that stack the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from . import _peft
+from .borrowed import SitePairs, View
 from .errors import UnsupportedError
-from .product import add_product, stack_a, stack_b
+from .fused import Mix, linear_with_pairs
 from .pyramid import Pair
-from .store import Factor, Store
+from .store import Store
 
 # What PEFT's layers register of their own; here only the dropout stays registered.
 _FACTOR_CONTAINERS = (
@@ -33,146 +33,9 @@ _FACTOR_CONTAINERS = (
 )
 
 
-class Assembled(nn.Module):
-    """One factor of one site as PEFT's code expects it: with a `weight`, and callable on an input.
-
-    Never registered in the model: it holds the store's `Factor`s so that `parameters()` and
-    `requires_grad_()` reach them.
-    """
-
-    base_layer: nn.Module
-    template: Any
-
-    def __init__(
-        self,
-        factors: list[Factor],
-        stack: Callable[[list[Tensor]], Tensor],
-        template: nn.Module | None,
-        transposed: bool,
-        base_layer: nn.Module,
-    ) -> None:
-        super().__init__()
-        self.factors = nn.ModuleList(factors)
-        self.stack = stack
-        self.transposed = transposed
-        self.bias = None
-        # Not registered: the base layer and the convolution whose stride and padding are used.
-        unregistered: dict[str, Any] = {"base_layer": base_layer, "template": template}
-        self.__dict__.update(unregistered)
-
-    def assemble(self, device: torch.device) -> Tensor:
-        """The stacked factor, (R, in …) or (out, R …), on `device`."""
-        return self.stacked([factor().to(device) for factor in self.factors])
-
-    def stacked(self, factors: list[Tensor]) -> Tensor:
-        """Stack given tensors as this site stacks its factors."""
-        stacked = self.stack(factors)
-        return stacked.t() if self.transposed else stacked
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._first.dtype
-
-    @property
-    def weight(self) -> Tensor:
-        own = self._first.device
-        if own.type == "meta":  # low_cpu_mem_usage: the numbers come later
-            return self.assemble(own)
-        return self.assemble(_peft.device_of(self.base_layer) or own)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.assemble(x.device)
-        if self.template is not None:
-            return self.template._conv_forward(x, weight, None)
-        return F.linear(x, weight)
-
-    @property
-    def _first(self) -> Tensor:
-        first: Any = self.factors[0]
-        return first.factor
-
-
-class SitePairs(nn.Module):
-    """What one site borrows for one adapter: A and B assembled over all levels."""
-
-    def __init__(
-        self,
-        pairs: list[tuple[Pair, Factor, Factor]],
-        *,
-        templates: tuple[nn.Module | None, nn.Module | None],
-        transposed: bool,
-        base_layer: nn.Module,
-        site_key: str,
-    ) -> None:
-        super().__init__()
-        shape = pairs[0][0].shape
-        down = _StackA(shape.blocks)
-        up = _StackB([pair.scale for pair, _, _ in pairs])
-        a_factors = [a for _, a, _ in pairs]
-        b_factors = [b for _, _, b in pairs]
-        if transposed:
-            # A head tied to an embedding applies the transposed delta: A := (s B)^T, B := A^T.
-            self.a = Assembled(b_factors, up, None, True, base_layer)
-            self.b = Assembled(a_factors, down, None, True, base_layer)
-        else:
-            self.a = Assembled(a_factors, down, templates[0], False, base_layer)
-            self.b = Assembled(b_factors, up, templates[1], False, base_layer)
-        self.rank = sum(pair.rank for pair, _, _ in pairs)
-        self.site_key = site_key
-        # A shared pair lives where its first borrower is.
-        self.leads = [
-            place for place, (pair, _, _) in enumerate(pairs) if pair.sites[0] == site_key
-        ]
-
-    def move_led_factors(self, device: torch.device) -> None:
-        """Move the pairs whose first borrower this site is."""
-        for assembled in (self.a, self.b):
-            for place in self.leads:
-                factor = assembled.factors[place]
-                if factor.factor.device.type != "meta":
-                    factor.to(device)
-
-
-class _StackA:
-    """`stack_a` with its block count; a class, so that layers can be pickled."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-
-    def __call__(self, factors: list[Tensor]) -> Tensor:
-        return stack_a(factors, self.blocks)
-
-
-class _StackB:
-    """`stack_b` with its scales."""
-
-    def __init__(self, scales: list[float]) -> None:
-        self.scales = scales
-
-    def __call__(self, factors: list[Tensor]) -> Tensor:
-        return stack_b(factors, self.scales)
-
-
-class _View(Mapping):
-    """Adapter -> the A or B of what a site borrows, as a layer or as a plain tensor."""
-
-    def __init__(self, borrowed: nn.ModuleDict, part: str, as_tensor: bool) -> None:
-        self.borrowed = borrowed
-        self.part = part
-        self.as_tensor = as_tensor
-
-    def __getitem__(self, adapter_name: str) -> Any:
-        assembled = getattr(self.borrowed[adapter_name], self.part)
-        return assembled.weight if self.as_tensor else assembled
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.borrowed)
-
-    def __len__(self) -> int:
-        return len(self.borrowed)
-
-    def __contains__(self, adapter_name: Any) -> bool:
-        return adapter_name in self.borrowed
+_LINEAR = (nn.Linear, Conv1D)
+_HALF = (torch.float16, torch.bfloat16)
+_CAST = {torch.float32, *_HALF}
 
 
 class PyramidLayer:
@@ -243,33 +106,51 @@ class PyramidLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        adapter_name = None if kwargs else self._adapter_to_fuse(x)
+        adapter_name = None if args or kwargs else self._adapter_to_fuse()
         if adapter_name is None:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        base = layer.base_layer
         borrowed: Any = self.borrowed[adapter_name]
-        scaling = layer.scaling[adapter_name]
-        result = layer.base_layer(x, *args)
-        x = layer.lora_dropout[adapter_name](x)
-        if result.dtype != x.dtype:  # a hook on the base layer casts its output
-            return result + (borrowed.b(borrowed.a(x)) * scaling).to(result.dtype)
-        a_RI, b_OR = borrowed.a.assemble(x.device), borrowed.b.assemble(x.device)
-        return add_product(result, x, a_RI, b_OR, scaling)
+        a_factors, b_factors = borrowed.factors_on(x.device)
+        may_cast = getattr(layer, "cast_input_dtype_enabled", True)
+        dtypes = _dtypes(x, base.weight, a_factors[0].dtype, may_cast)
+        if dtypes is None:
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        of_layer, of_product = dtypes
+        mix = Mix(
+            borrowed.ranks,
+            borrowed.scales_R(b_factors[0], layer.scaling[adapter_name]),
+            _dropout(layer.lora_dropout[adapter_name]),
+            of_product,
+        )
+        weight = base.weight.to(of_layer)
+        return linear_with_pairs(
+            x.to(of_layer),
+            weight if type(base) is nn.Linear else weight.t(),
+            None if base.bias is None else base.bias.to(of_layer),
+            a_factors,
+            b_factors,
+            mix,
+        )
 
-    def _adapter_to_fuse(self, x: Tensor) -> str | None:
-        """The adapter to add into the base's output, `None` where PEFT's own forward has to run.
+    def _adapter_to_fuse(self) -> str | None:
+        """The adapter to compute in one node with the base, `None` where PEFT's forward has to run.
 
-        Fused where one adapter without variant acts on a plain linear layer and no dtype changes.
+        Fused where one adapter without variant acts on a plain linear layer that nobody watches.
         """
         layer: Any = self
-        if not layer.is_plain_linear or layer.disable_adapters or layer.merged:
+        if not layer.is_plain_linear or layer.disable_adapters or layer.merged_adapters:
             return None
         active = [name for name in layer.active_adapters if name in self.borrowed]
-        if len(active) != 1 or active[0] in layer.lora_variant:
+        if len(active) != 1 or active[0] in layer.lora_variant or not _is_plain(layer.base_layer):
             return None
-        borrowed: Any = self.borrowed[active[0]]
-        if not x.dtype == borrowed.a.dtype == layer.get_base_layer().weight.dtype:
+        dropout = layer.lora_dropout[active[0]]
+        if not isinstance(dropout, (nn.Dropout, nn.Identity)) or _dropout(dropout) >= 1:
             return None
-        return None if torch.is_autocast_enabled(x.device.type) else active[0]
+        if self.borrowed[active[0]].transposed:
+            return None
+        # `torch.func` transforms a function operation by operation.
+        return None if torch._C._are_functorch_transforms_active() else active[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
@@ -312,6 +193,42 @@ class PyramidLayer:
         return _empty_layer, (type(self).__mro__[2],), self.__dict__
 
 
+_WATCHERS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _is_plain(base_layer: nn.Module) -> bool:
+    """Whether a layer does nothing but multiply by its weight: no hook, no other forward."""
+    own = base_layer.__dict__
+    if type(base_layer) not in _LINEAR or "forward" in own or any(own[name] for name in _WATCHERS):
+        return False
+    # A quantised or distributed weight is a tensor of another type.
+    return type(base_layer.weight) in (nn.Parameter, Tensor)
+
+
+def _dropout(module: nn.Module) -> float:
+    """The probability by which a dropout drops at the moment."""
+    return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
+
+
+def _dtypes(
+    x: Tensor, weight: Tensor, factor: torch.dtype, may_cast: bool
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """What PEFT computes the layer and the low-rank product in; `None` where it has to run."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        cast = {x.dtype, weight.dtype, factor} <= _CAST
+        return (dtype, dtype) if cast else None
+    if x.dtype != weight.dtype:
+        return None
+    widened = x.dtype in _HALF and factor == torch.float32 and may_cast
+    return (x.dtype, factor) if x.dtype == factor or widened else None
+
+
 def make_pyramid_layer(layer: LoraLayer) -> None:
     """Change a freshly made PEFT LoRA layer, in place, into one that borrows its factors."""
     state: Any = layer
@@ -329,10 +246,10 @@ def make_pyramid_layer(layer: LoraLayer) -> None:
         "store": None,
         "conv_templates": templates,
         "lora_magnitude_vector": nn.ModuleDict(),
-        "lora_A": _View(nn.ModuleDict() if is_embedding else borrowed, "a", as_tensor=False),
-        "lora_B": _View(nn.ModuleDict() if is_embedding else borrowed, "b", as_tensor=False),
-        "lora_embedding_A": _View(borrowed if is_embedding else nn.ModuleDict(), "a", True),
-        "lora_embedding_B": _View(borrowed if is_embedding else nn.ModuleDict(), "b", True),
+        "lora_A": View(nn.ModuleDict() if is_embedding else borrowed, "a", as_tensor=False),
+        "lora_B": View(nn.ModuleDict() if is_embedding else borrowed, "b", as_tensor=False),
+        "lora_embedding_A": View(borrowed if is_embedding else nn.ModuleDict(), "a", True),
+        "lora_embedding_B": View(borrowed if is_embedding else nn.ModuleDict(), "b", True),
     }
     state.__dict__.update(unregistered)
     for name in state.other_param_names:

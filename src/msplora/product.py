@@ -44,8 +44,8 @@ def stack_b(factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
 
 
-def scale_b(factor: Tensor, scale: float) -> Tensor:
-    """``s_t B_t``, rounded once to the dtype of B."""
+def scale_b(factor: Tensor, scale: float | Tensor) -> Tensor:
+    """``s_t B_t``, rounded once to the dtype of B; `scale` may be a row of one per column."""
     if factor.dtype in (torch.float16, torch.bfloat16):
         return (factor.float() * scale).to(factor.dtype)
     return factor * scale
@@ -59,21 +59,3 @@ def delta(a_RI: Tensor, b_OR: Tensor) -> Tensor:
 def product(x_NI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
     """The change of the output, without building the delta: ``B (A x)``, (N, O)."""
     return torch.nn.functional.linear(torch.nn.functional.linear(x_NI, a_RI), b_OR)
-
-
-def add_product(
-    base_NO: Tensor, x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float = 1.0
-) -> Tensor:
-    """``W0 x + scaling B (A x)`` in two products: the second adds into the base's output.
-
-    `addmm` reads the base's output once instead of writing the product, reading it and adding. It
-    is out of place: an in-place addition on a view of the base's output gives wrong gradients.
-    """
-    h_NR = torch.nn.functional.linear(x_NI, a_RI)
-    flat = torch.addmm(
-        base_NO.reshape(-1, base_NO.shape[-1]),
-        h_NR.reshape(-1, h_NR.shape[-1]),
-        b_OR.t(),
-        alpha=scaling,
-    )
-    return flat.view(base_NO.shape)

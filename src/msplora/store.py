@@ -32,7 +32,7 @@ _SHOWN = 8
 class Factor(nn.Module):
     """One A or B of one adapter. Calling it gives the live parameter.
 
-    It is called rather than read, so that the hooks of offloading and sharding frameworks fire.
+    Offloading and sharding frameworks bring it to where it is used by hooks on this module.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -40,6 +40,13 @@ class Factor(nn.Module):
         self.factor = nn.Parameter(tensor)
 
     def forward(self) -> Tensor:
+        return self.factor
+
+    def value(self) -> Tensor:
+        """What a call gives, without its cost where nobody hooked in: it tells in small layers."""
+        own = self.__dict__
+        if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
+            return self()
         return self.factor
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
@@ -86,9 +93,13 @@ class Store(nn.Module):
         self.plans[adapter_name] = plan
         for pair in plan.pairs:
             dtype, device = dtype_and_device[pair.address]
-            a, b = _initial_factors(pair, init, device)
-            self._put(pair.address + _PAIR, A, adapter_name, Factor(a.to(dtype)))
-            self._put(pair.address + _PAIR, B, adapter_name, Factor(b.to(dtype)))
+            shapes = pair.shape.a(pair.rank), pair.shape.b(pair.rank)
+            a, b = (Factor(torch.empty(its, dtype=dtype, device=device)) for its in shapes)
+            # Only now: a context for low memory puts a parameter on meta as it is registered.
+            if a.factor.device.type != "meta":
+                _initialise(pair, init, a.factor, b.factor)
+            self._put(pair.address + _PAIR, A, adapter_name, a)
+            self._put(pair.address + _PAIR, B, adapter_name, b)
 
     def add_magnitude(self, key: str, adapter_name: str, magnitude: nn.Module) -> None:
         """Take over DoRA's magnitude of the site `key`."""
@@ -96,8 +107,8 @@ class Store(nn.Module):
 
     def pair(self, address: str, adapter_name: str) -> tuple[Factor, Factor]:
         """The (A, B) of one pair."""
-        entry = self._modules[_entry_name(address + _PAIR)]
-        return entry.get_submodule(A)[adapter_name], entry.get_submodule(B)[adapter_name]  # pyright: ignore
+        entry: Any = self._modules[_entry_name(address + _PAIR)]
+        return getattr(entry, A)[adapter_name], getattr(entry, B)[adapter_name]
 
     def of_adapter(self, adapter_name: str) -> Iterator[nn.Module]:
         """Every module that holds parameters of one adapter."""
@@ -129,10 +140,10 @@ class Store(nn.Module):
         name = _entry_name(name)
         if name not in self._modules:
             self.add_module(name, nn.Module())
-        entry = self.get_submodule(name)
+        entry: Any = self._modules[name]
         if kind not in entry._modules:
             entry.add_module(kind, nn.ModuleDict())
-        entry.get_submodule(kind)[adapter_name] = module  # pyright: ignore[reportIndexIssue]
+        entry._modules[kind][adapter_name] = module
 
 
 def name_in_file(address: str, factor: str) -> str:
@@ -147,7 +158,12 @@ def _entry_name(name: str) -> str:
 
 def find_store(model: nn.Module) -> Store | None:
     """The store of a model, wherever the model is wrapped; `None` if it has none."""
-    return next((module for module in model.modules() if isinstance(module, Store)), None)
+    for module in model.modules():
+        # It is the last child of what it is registered on: asking there spares the walk to it.
+        for its in (module, module._modules.get(STORE_NAME)):
+            if isinstance(its, Store):
+                return its
+    return None
 
 
 def factors(
@@ -180,14 +196,11 @@ def factors(
     return found_pairs
 
 
-def _initial_factors(pair: Pair, init: bool | str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A and B of a new pair, in float32; never a copy of another pair's."""
-    a = torch.empty(pair.shape.a(pair.rank), device=device, dtype=torch.float32)
-    b = torch.empty(pair.shape.b(pair.rank), device=device, dtype=torch.float32)
-    if device.type == "meta":
-        return a, b
+def _initialise(pair: Pair, init: bool | str, a: Tensor, b: Tensor) -> None:
+    """Give A and B of a new pair their first numbers, in place."""
     if init == "orthogonal":
-        return _orthogonal(pair, a, b)
+        _initialise_orthogonal(pair, a, b)
+        return
     if pair.shape.layout == "embedding":
         # As PEFT has it: the rows of A are looked up, so A is zero at the start and B is not.
         if init is False:
@@ -195,7 +208,7 @@ def _initial_factors(pair: Pair, init: bool | str, device: torch.device) -> tupl
         else:
             nn.init.zeros_(a)
         nn.init.normal_(b)
-        return a, b
+        return
     if init == "gaussian":
         nn.init.normal_(a, std=1 / pair.rank)
     else:
@@ -204,10 +217,10 @@ def _initial_factors(pair: Pair, init: bool | str, device: torch.device) -> tupl
         nn.init.kaiming_uniform_(b, a=math.sqrt(5))
     else:
         nn.init.zeros_(b)
-    return a, b
 
 
-def _orthogonal(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _initialise_orthogonal(pair: Pair, a: Tensor, b: Tensor) -> None:
     """A and B of full scale whose product is zero: they use complementary halves of a basis."""
     if pair.rank % 2 or pair.shape.layout != "linear":
         raise MSPLoraError(
@@ -217,10 +230,8 @@ def _orthogonal(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         )
     basis, _ = torch.linalg.qr(torch.randn(pair.rank, pair.rank, device=a.device))
     half = pair.rank // 2
-    return (
-        basis[:half].t() @ torch.randn(half, a.shape[1], device=a.device) / 10,
-        torch.randn(b.shape[0], half, device=b.device) @ basis[half:] / 10,
-    )
+    a.copy_(basis[:half].t() @ torch.randn(half, a.shape[1], device=a.device) / 10)
+    b.copy_(torch.randn(b.shape[0], half, device=b.device) @ basis[half:] / 10)
 
 
 def _check_tensors(store: Store, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

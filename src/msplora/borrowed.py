@@ -1,0 +1,187 @@
+"""What one site borrows from the store, for one adapter: its pairs, and what is stacked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import _peft
+from .product import stack_a, stack_b
+from .pyramid import Pair
+from .store import Factor
+
+
+class Assembled(nn.Module):
+    """One factor of one site as PEFT's code expects it: with a `weight`, and callable on an input.
+
+    Never registered in the model: it holds the store's `Factor`s so that `parameters()` and
+    `requires_grad_()` reach them.
+    """
+
+    base_layer: nn.Module
+    template: Any
+
+    def __init__(
+        self,
+        factors: list[Factor],
+        stack: Callable[[list[Tensor]], Tensor],
+        template: nn.Module | None,
+        transposed: bool,
+        base_layer: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.factors = nn.ModuleList(factors)
+        self.stack = stack
+        self.transposed = transposed
+        self.bias = None
+        # Not registered: the base layer and the convolution whose stride and padding are used.
+        unregistered: dict[str, Any] = {"base_layer": base_layer, "template": template}
+        self.__dict__.update(unregistered)
+
+    def assemble(self, device: torch.device) -> Tensor:
+        """The stacked factor, (R, in …) or (out, R …), on `device`."""
+        return self.stacked([factor().to(device) for factor in self.factors])
+
+    def stacked(self, factors: list[Tensor]) -> Tensor:
+        """Stack given tensors as this site stacks its factors."""
+        stacked = self.stack(factors)
+        return stacked.t() if self.transposed else stacked
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        own = self._first.device
+        if own.type == "meta":  # low_cpu_mem_usage: the numbers come later
+            return self.assemble(own)
+        return self.assemble(_peft.device_of(self.base_layer) or own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.assemble(x.device)
+        if self.template is not None:
+            return self.template._conv_forward(x, weight, None)
+        return F.linear(x, weight)
+
+    @property
+    def _first(self) -> Tensor:
+        first: Any = self.factors[0]
+        return first.factor
+
+
+class SitePairs(nn.Module):
+    """What one site borrows for one adapter: A and B assembled over all levels."""
+
+    def __init__(
+        self,
+        pairs: list[tuple[Pair, Factor, Factor]],
+        *,
+        templates: tuple[nn.Module | None, nn.Module | None],
+        transposed: bool,
+        base_layer: nn.Module,
+        site_key: str,
+    ) -> None:
+        super().__init__()
+        shape = pairs[0][0].shape
+        down = _StackA(shape.blocks)
+        up = _StackB([pair.scale for pair, _, _ in pairs])
+        a_factors = [a for _, a, _ in pairs]
+        b_factors = [b for _, _, b in pairs]
+        if transposed:
+            # A head tied to an embedding applies the transposed delta: A := (s B)^T, B := A^T.
+            self.a = Assembled(b_factors, up, None, True, base_layer)
+            self.b = Assembled(a_factors, down, None, True, base_layer)
+        else:
+            self.a = Assembled(a_factors, down, templates[0], False, base_layer)
+            self.b = Assembled(b_factors, up, templates[1], False, base_layer)
+        self.ranks = tuple(pair.rank for pair, _, _ in pairs)
+        self.scales = tuple(pair.scale for pair, _, _ in pairs)
+        self.kept_scales: Tensor | None = None
+        self.scales_R(pairs[0][2].factor, 1.0)  # now, as the first call may be a compiled one
+        self.rank = sum(self.ranks)
+        self.transposed = transposed
+        self.site_key = site_key
+        # A shared pair lives where its first borrower is.
+        self.leads = [
+            place for place, (pair, _, _) in enumerate(pairs) if pair.sites[0] == site_key
+        ]
+
+    def factors_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """The A and the B of all levels."""
+        factors: Any = (self.a.factors, self.b.factors)
+        a_factors, b_factors = ([factor.value() for factor in its] for its in factors)
+        if any(factor.device != device for factor in a_factors):
+            a_factors = [factor.to(device) for factor in a_factors]
+            b_factors = [factor.to(device) for factor in b_factors]
+        return a_factors, b_factors
+
+    def scales_R(self, like: Tensor, scaling: float) -> Tensor:
+        """Every level's scale times `scaling`, repeated as often as its rank, to multiply `like`.
+
+        Kept from call to call: making it would copy from the host to the device.
+        """
+        dtype = like.dtype if like.dtype.itemsize > 4 else torch.float32
+        kept = self.kept_scales
+        if kept is None or kept.device != like.device or kept.dtype != dtype:
+            with torch.inference_mode(False):
+                by_level = zip(self.ranks, self.scales, strict=True)
+                row = [scale for rank, scale in by_level for _ in range(rank)]
+                kept = torch.tensor(row, dtype=dtype, device=like.device)
+            if type(kept) is Tensor:  # not a stand-in of a tracer
+                self.kept_scales = kept
+        return kept if scaling == 1.0 else kept * scaling
+
+    def move_led_factors(self, device: torch.device) -> None:
+        """Move the pairs whose first borrower this site is."""
+        for assembled in (self.a, self.b):
+            for place in self.leads:
+                factor = assembled.factors[place]
+                if factor.factor.device.type != "meta":
+                    factor.to(device)
+
+
+class _StackA:
+    """`stack_a` with its block count; a class, so that layers can be pickled."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+
+    def __call__(self, factors: list[Tensor]) -> Tensor:
+        return stack_a(factors, self.blocks)
+
+
+class _StackB:
+    """`stack_b` with its scales."""
+
+    def __init__(self, scales: list[float]) -> None:
+        self.scales = scales
+
+    def __call__(self, factors: list[Tensor]) -> Tensor:
+        return stack_b(factors, self.scales)
+
+
+class View(Mapping):
+    """Adapter -> the A or B of what a site borrows, as a layer or as a plain tensor."""
+
+    def __init__(self, borrowed: nn.ModuleDict, part: str, as_tensor: bool) -> None:
+        self.borrowed = borrowed
+        self.part = part
+        self.as_tensor = as_tensor
+
+    def __getitem__(self, adapter_name: str) -> Any:
+        assembled = getattr(self.borrowed[adapter_name], self.part)
+        return assembled.weight if self.as_tensor else assembled
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.borrowed)
+
+    def __len__(self) -> int:
+        return len(self.borrowed)
+
+    def __contains__(self, adapter_name: Any) -> bool:
+        return adapter_name in self.borrowed

@@ -1,0 +1,179 @@
+"""A linear layer and the pairs it borrows, as one node of autograd.
+
+    y = W0 x + b + B A d(x)        A = [A_1; A_2; ...],  B = [s_1 B_1, s_2 B_2, ...],  d = dropout
+
+As separate operations the product costs a tensor of the output's size forward and one of the
+input's size backward, each written, read back and added; and autograd keeps the assembled factors
+and, under a half-precision base or with dropout, a converted copy of the input. Here both products
+add into what the frozen layer has just computed, and backward keeps the input itself (which layers
+that share it keep once), A d(x) and the dropout's mask.
+
+Shapes as in `product.py`: N any leading dimensions, I in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .product import scale_b
+
+
+class Mix(NamedTuple):
+    """How the pairs of a site enter its output."""
+
+    ranks: tuple[int, ...]
+    """r_t, one per level."""
+    scales_R: Tensor
+    """s_t, repeated r_t times, in float32 at least."""
+    dropout: float
+    """The probability that an input of A is set to zero; 0 outside training, below 1."""
+    dtype: torch.dtype
+    """What the low-rank product is computed in; at least as precise as the input."""
+
+    @property
+    def gain(self) -> float:
+        """By what dropout makes up for what it drops. It multiplies products and no factor, where
+        half precision would round once more."""
+        return 1 / (1 - self.dropout)
+
+
+def linear_with_pairs(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_factors: Sequence[Tensor],
+    b_factors: Sequence[Tensor],
+    mix: Mix,
+) -> Tensor:
+    """``W0 x + b + B A d(x)``, (N, O), in the dtype of the input.
+
+    Args:
+        x_NI: the input, in the dtype of the weight.
+        weight_OI: the layer's weight; it may be a transposed view.
+        bias_O: the layer's bias.
+        a_factors: A_t, (r_t, I), one per level.
+        b_factors: B_t, (O, r_t), one per level.
+        mix: scales, dropout and dtype.
+    """
+    if torch.is_grad_enabled():
+        inputs: Any = (x_NI, weight_OI, bias_O, mix, *a_factors, *b_factors)
+        return _LinearWithPairs.apply(*inputs)  # pyright: ignore[reportReturnType]
+    return _forward(x_NI, weight_OI, bias_O, mix, a_factors, b_factors)[0]
+
+
+def _forward(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    mix: Mix,
+    a_factors: Sequence[Tensor],
+    b_factors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, A d(x), and which inputs the dropout kept."""
+    a_RI, b_OR = _assembled(mix, a_factors, b_factors)
+    x_MI = x_NI.reshape(-1, x_NI.shape[-1])
+    y_MO = F.linear(x_MI, weight_OI, bias_O)
+    kept_MI = None
+    inner_MI = x_MI.to(mix.dtype)
+    if mix.dropout:
+        kept_MI = torch.empty_like(x_MI, dtype=torch.bool).bernoulli_(1 - mix.dropout)
+        inner_MI = inner_MI * kept_MI
+    h_MR = inner_MI @ a_RI.t()
+    _add_product(y_MO, h_MR, b_OR.t(), mix.gain)
+    return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, kept_MI
+
+
+class _LinearWithPairs(torch.autograd.Function):
+    """`linear_with_pairs`, keeping for backward nothing that is only converted or assembled."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        mix: Mix,
+        *factors: Tensor,
+    ) -> Tensor:
+        levels = len(mix.ranks)
+        y_NO, h_MR, kept_MI = _forward(
+            x_NI, weight_OI, bias_O, mix, factors[:levels], factors[levels:]
+        )
+        ctx.mix = mix
+        ctx.save_for_backward(x_NI, weight_OI, h_MR, kept_MI, *factors)
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        mix: Mix = ctx.mix
+        levels = len(mix.ranks)
+        x_NI, weight_OI, h_MR, kept_MI, *factors = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
+        a_RI, b_OR = _assembled(mix, factors[:levels], factors[levels:])
+        grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
+        x_MI = x_NI.reshape(-1, x_NI.shape[-1])
+
+        grad_x = grad_weight = grad_bias = None
+        grad_a: Sequence[Tensor | None] = [None] * levels
+        grad_b: Sequence[Tensor | None] = [None] * levels
+        inner_grad_MO = grad_MO.to(mix.dtype)
+        if torch.is_grad_enabled():  # a second derivative is wanted, so h has to depend on x and A
+            h_MR = _kept(x_MI.to(mix.dtype), kept_MI) @ a_RI.t()
+        if any(wants_factors[levels:]):
+            grad_OR = scale_b(inner_grad_MO.t() @ h_MR, mix.scales_R)
+            grad_b = _by_level(grad_OR, mix, factors[levels], dim=1)
+        if wants_x or any(wants_factors[:levels]):
+            grad_h_MR = inner_grad_MO @ b_OR
+            del inner_grad_MO
+            if any(wants_factors[:levels]):
+                inner_MI = _kept(x_MI.to(mix.dtype), kept_MI)
+                grad_a = _by_level(grad_h_MR.t() @ inner_MI, mix, factors[0], dim=0)
+                del inner_MI
+            if wants_x:
+                grad_x = grad_MO @ weight_OI
+                if kept_MI is None:
+                    _add_product(grad_x, grad_h_MR, a_RI, mix.gain)
+                else:
+                    grad_x.add_(_kept(grad_h_MR @ a_RI, kept_MI), alpha=mix.gain)
+                grad_x = grad_x.view(x_NI.shape)
+        if wants_weight:
+            grad_weight = grad_MO.t() @ x_MI
+        if wants_bias:
+            grad_bias = grad_MO.sum(0)
+        return grad_x, grad_weight, grad_bias, None, *grad_a, *grad_b
+
+
+def _assembled(
+    mix: Mix, a_factors: Sequence[Tensor], b_factors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    a_RI = torch.cat(tuple(a_factors))
+    b_OR = scale_b(torch.cat(tuple(b_factors), dim=1), mix.scales_R)
+    if a_RI.dtype != mix.dtype:
+        return a_RI.to(mix.dtype), b_OR.to(mix.dtype)
+    return a_RI, b_OR
+
+
+def _add_product(out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float) -> None:
+    """Add a product into `out`, rounding once where `out` is less precise than the factors."""
+    if out_MO.dtype == left_MR.dtype:
+        out_MO.addmm_(left_MR, right_RO, alpha=gain)
+    else:
+        out_MO.add_(left_MR @ right_RO, alpha=gain)
+
+
+def _kept(x_MI: Tensor, kept_MI: Tensor | None) -> Tensor:
+    return x_MI if kept_MI is None else x_MI * kept_MI
+
+
+def _by_level(grad: Tensor, mix: Mix, like: Tensor, dim: int) -> Sequence[Tensor]:
+    """Cut the gradient of a stacked factor into its levels': copies; a view would keep it all."""
+    grad = grad.to(like.dtype)
+    if mix.dropout:
+        grad = grad * mix.gain
+    parts: Any = torch.split_with_sizes_copy(grad, mix.ranks, dim)
+    return parts

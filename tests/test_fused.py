@@ -1,0 +1,433 @@
+"""The fused node against autograd's own derivatives, PEFT's own path, and a float64 oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import msplora
+from msplora import layer
+from msplora.fused import Mix, linear_with_pairs
+from oracle import randomise
+
+IN, OUT, RANKS, SCALES = 6, 5, (3, 2, 1), (2.0, 0.7, 5.0)
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class Block(nn.Module):
+    """Two layers in a row, each of every kind that is fused."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width, bias=bias)
+        self.conv1d = Conv1D(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv1d(torch.tanh(self.linear(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self, width: int = 32, bias: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, bias) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+class Packed(Tensor):
+    """Stands for a weight that is more than its numbers: a quantised or a distributed one."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def adapted(dtype: torch.dtype = FP32, bias: bool = True, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = msplora.MSPLoraConfig(target_modules=["linear", "conv1d"], **changes)
+    model = get_peft_model(Blocks(bias=bias).to(dtype), config)
+    randomise(model, size=0.1)
+    return model.train()
+
+
+def one_layer(**changes: Any) -> Any:
+    """A single adapted layer, as PEFT's caller sees it."""
+    return adapted(**changes).base_model.model.layers[1].linear
+
+
+@contextmanager
+def peft_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let PEFT's own forward run in every layer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.PyramidLayer, "_adapter_to_fuse", lambda self: None)
+        yield
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count the layers that ran fused."""
+    calls: list[int] = []
+
+    def counting(*args: Any) -> Tensor:
+        calls.append(1)
+        return linear_with_pairs(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "linear_with_pairs", counting)
+        yield calls
+
+
+def values_and_gradients(model: Any, x: Tensor, seed: int = 7) -> dict[str, Tensor]:
+    """The output, and the gradients of the input and of everything that trains."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)  # of the dropout
+    y = model(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    (y.double() * weights).sum().backward()
+    found: dict[str, Any] = {"output": y.detach(), "input": x.grad}
+    found |= {name: its.grad for name, its in model.named_parameters() if its.requires_grad}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def closest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of any tensor, relative to its norm."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name].double() - its.double()).norm() / its.double().norm())
+        for name, its in expected.items()
+    )
+
+
+def pieces(levels: int = 3, *, bias: bool = True, transposed: bool = False) -> tuple[Any, ...]:
+    """(weight, bias, factors, mix) in float64, everything with a gradient."""
+    torch.manual_seed(1)
+    weight = torch.randn(IN, OUT).t() if transposed else torch.randn(OUT, IN)
+    tensors = [weight, torch.randn(OUT) if bias else None]
+    tensors += [torch.randn(rank, IN) for rank in RANKS[:levels]]
+    tensors += [torch.randn(OUT, rank) for rank in RANKS[:levels]]
+    made = [None if its is None else its.double().requires_grad_() for its in tensors]
+    scales = torch.tensor(SCALES[:levels]).double()
+    row = scales.repeat_interleave(torch.tensor(RANKS[:levels]))
+    return made[0], made[1], made[2:], Mix(RANKS[:levels], row, 0.0, torch.float64)
+
+
+# The node itself
+
+
+@pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 3, IN), (0, IN)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_node_is_the_sum_over_its_levels(shape: tuple[int, ...], bias: bool) -> None:
+    weight, offset, factors, mix = pieces(bias=bias)
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = F.linear(x, weight, offset)
+    for scale, a, b in zip(SCALES, factors[:3], factors[3:], strict=True):
+        expected = expected + scale * (x @ a.t() @ b.t())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = linear_with_pairs(x, weight, offset, factors[:3], factors[3:], mix)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 2, IN)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"levels": 1}, {"bias": False}, {"transposed": True}], ids=str
+)
+def test_its_first_and_second_derivatives(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    weight, bias, factors, mix = pieces(**options)
+    levels = len(mix.ranks)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def node(x: Tensor, weight: Tensor, bias: Any, *factors: Tensor) -> Tensor:
+        return linear_with_pairs(x, weight, bias, factors[:levels], factors[levels:], mix)
+
+    assert torch.autograd.gradcheck(node, (x, weight, bias, *factors))
+    assert torch.autograd.gradgradcheck(node, (x, weight, bias, *factors))
+
+
+@pytest.mark.parametrize("trained", range(9))
+def test_only_what_asks_for_a_gradient_gets_one(trained: int) -> None:
+    """Of the input, the weight, the bias and six factors, one at a time."""
+    weight, bias, factors, mix = pieces()
+    inputs = [torch.randn(2, IN, dtype=torch.float64), weight, bias, *factors]
+    leaves = [its.detach().requires_grad_(place == trained) for place, its in enumerate(inputs)]
+    y = linear_with_pairs(leaves[0], leaves[1], leaves[2], leaves[3:6], leaves[6:], mix)
+    y.sum().backward()
+    assert [its.grad is not None for its in leaves] == [n == trained for n in range(9)]
+
+
+def test_dropout_has_the_right_gradient_for_the_mask_it_drew() -> None:
+    weight, bias, factors, mix = pieces()
+    mix = mix._replace(dropout=0.4)
+    x = torch.randn(5, IN, dtype=torch.float64, requires_grad=True)
+
+    def node(x: Tensor, weight: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return linear_with_pairs(x, weight, bias, factors[:3], factors[3:], mix)
+
+    assert torch.autograd.gradcheck(node, (x, weight, bias, *factors))
+    assert torch.autograd.gradgradcheck(node, (x, weight, bias, *factors))
+
+
+def test_the_gradient_of_a_factor_holds_no_more_memory_than_the_factor() -> None:
+    model = adapted()
+    model(torch.randn(3, 32)).sum().backward()
+    for a, b, _ in msplora.factors(model).values():
+        for factor in (a, b):
+            assert factor.grad is not None
+            assert factor.grad.untyped_storage().nbytes() == factor.numel() * 4
+
+
+# Against PEFT's own path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_both_paths_agree_in_float32(
+    bias: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(bias=bias, lora_dropout=dropout)
+    x = torch.randn(2, 5, 32)
+    with counted(monkeypatch) as calls:
+        found = values_and_gradients(model, x)
+    assert len(calls) == 8
+    with peft_path(monkeypatch), counted(monkeypatch) as calls:
+        expected = values_and_gradients(model, x)
+    assert not calls
+    assert closest(found, expected) < 1e-5
+
+
+def test_both_paths_agree_where_the_bases_biases_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(bias=True, lora_dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("base_layer.bias", "layers.0.linear.base_layer.weight")):
+            parameter.requires_grad_(True)
+    x = torch.randn(2, 5, 32)
+    found = values_and_gradients(model, x)
+    assert sum("base_layer" in name for name in found) == 9
+    with peft_path(monkeypatch):
+        assert closest(found, values_and_gradients(model, x)) < 1e-6
+
+
+@pytest.mark.parametrize("scaling", [0.5, 3.0])
+def test_both_paths_agree_under_a_scale_set_later(
+    scaling: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted().double()
+    for module in model.modules():
+        if isinstance(module, layer.PyramidLayer):
+            module.set_scale("default", scaling)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    found = values_and_gradients(model, x)
+    with peft_path(monkeypatch):
+        assert closest(found, values_and_gradients(model, x)) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "factors"),
+    [
+        (BF16, None, FP32),
+        (FP16, None, FP32),
+        (BF16, None, BF16),
+        (FP32, BF16, FP32),
+        (BF16, BF16, FP32),
+        (FP32, FP16, FP32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_in_half_precision_the_node_is_as_near_to_float64_as_peft_is(
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    factors: torch.dtype,
+    dropout: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One layer, so that nothing but this layer rounds; every tensor by itself."""
+    model = adapted(dtype, lora_dropout=dropout)
+    if factors is BF16:
+        model.to(BF16)
+    one = model.base_model.model.layers[1].linear
+    exact = copy.deepcopy(one).double()
+    exact.borrowed.double()
+    x = torch.randn(64, 32, dtype=dtype)
+    leaves = [*one.borrowed["default"].parameters()]
+
+    def run(module: Any, x: Tensor, leaves: list[Any]) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        torch.manual_seed(5)
+        y = module(x)
+        grads = torch.autograd.grad(y, [x, *leaves], torch.ones_like(y))
+        return [y.detach(), *grads]
+
+    def errors(tensors: list[Tensor]) -> list[float]:
+        return [
+            float((found.double() - its).norm() / its.norm())
+            for found, its in zip(tensors, oracle, strict=True)
+        ]
+
+    with peft_path(monkeypatch):
+        oracle = run(exact, x.double(), [*exact.borrowed["default"].parameters()])
+    cast = torch.autocast("cpu", dtype=autocast or BF16, enabled=autocast is not None)
+    with cast, counted(monkeypatch) as calls:
+        ours = errors(run(one, x, leaves))
+    assert calls
+    with cast, peft_path(monkeypatch):
+        theirs = errors(run(one, x, leaves))
+    # Under autocast PEFT drops in float32, which spares the input's gradient one rounding.
+    slack = 1.5 if autocast and dropout else 1.1
+    floor = torch.finfo(autocast or dtype).eps / 16
+    for our, their in zip(ours, theirs, strict=True):
+        assert our <= slack * max(their, floor)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    ["DoRA", "two adapters", "merged", "disabled", "mixed batch", "hook", "quantised weight"],
+)
+def test_special_cases_take_pefts_path(changes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(use_dora=changes == "DoRA")
+    root = model.base_model.model
+    options: dict[str, Any] = {}
+    if changes == "two adapters":
+        model.add_adapter("other", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "other"])
+    elif changes == "merged":
+        model.merge_adapter()
+    elif changes == "disabled":
+        model.base_model.disable_adapter_layers()
+    elif changes == "mixed batch":
+        model.eval()
+        options = {"adapter_names": ["default", "__base__"]}
+    for block in root.layers:
+        for one in (block.linear, block.conv1d):
+            base: Any = one.base_layer
+            if changes == "hook":
+                base.register_forward_hook(lambda *args: None)
+            elif changes == "quantised weight":
+                del base.weight
+                base.weight = torch.randn(64, 32).as_subclass(Packed)
+    with counted(monkeypatch) as calls:
+        model(torch.randn(2, 32), **options)
+    assert not calls
+
+
+def test_function_transforms_see_through_an_adapted_layer() -> None:
+    one = one_layer().requires_grad_(False)
+    x = torch.randn(4, 3, 32)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda row: one(row).sum(0)))(x)
+    for row, its in zip(x, jacobian, strict=True):
+        by_row = torch.autograd.functional.jacobian(lambda row: one(row).sum(0), row)
+        assert torch.allclose(its, by_row, atol=1e-5)
+
+
+# What is kept for backward
+
+
+def saved_by(module: Any, x: Tensor) -> list[Tensor]:
+    """What autograd keeps of one forward, but for parameters, each storage once."""
+    kept: dict[int, Tensor] = {}
+    parameters = {its.untyped_storage().data_ptr() for its in module.parameters()}
+    parameters |= {its.untyped_storage().data_ptr() for its in module.borrowed.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_backward_keeps_the_input_and_no_copy_of_it(dtype: torch.dtype, dropout: float) -> None:
+    one = one_layer(dtype=dtype, lora_dropout=dropout)
+    x = torch.randn(50, 32, dtype=dtype, requires_grad=True)
+    kept = saved_by(one, x)
+    expected = [((50, 32), dtype), ((50, 14), FP32)]
+    if dropout:
+        expected.append(((50, 32), torch.bool))
+    assert len(kept) == len(expected)
+    assert {(tuple(its.shape), its.dtype) for its in kept} == set(expected)
+    assert any(its.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for its in kept)
+
+
+# With the rest of PyTorch
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_nothing(use_reentrant: bool, dropout: float) -> None:
+    one = one_layer(lora_dropout=dropout)
+    leaves = [*one.borrowed["default"].parameters()]
+    x = torch.randn(5, 32, requires_grad=True)
+    found = []
+    for run in (one, lambda x: checkpoint(one, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(2)
+        for leaf in (x, *leaves):
+            leaf.grad = None
+        run(x).square().sum().backward()
+        found.append([leaf.grad.clone() for leaf in (x, *leaves)])  # pyright: ignore
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_compiled_in_one_graph_it_computes_the_same(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    model = adapted(dtype)
+    x = torch.randn(3, 5, 32, dtype=dtype)
+    expected = values_and_gradients(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = values_and_gradients(compiled, x)
+    found = {name.removeprefix("_orig_mod."): its for name, its in found.items()}
+    assert closest(found, expected) < (1e-6 if dtype is FP32 else 2e-2)
+
+
+def test_an_autocast_region_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    model = adapted(lora_dropout=0.1)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=BF16):
+            return model(x).float().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(3, 32)).backward()
+    assert all(a.grad is not None for a, _, _ in msplora.factors(model).values())
+
+
+def test_what_a_first_call_keeps_serves_every_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference mode, training, another dtype, a copy: the scales that were kept follow."""
+    model = adapted(alphas=[10.1, 3.3, 7.7])
+    x = torch.randn(3, 32)
+    with torch.inference_mode():
+        model(x)
+    values_and_gradients(model, x)
+    copied = copy.deepcopy(model)
+    for later in (model.double(), copied.double()):
+        found = values_and_gradients(later, x.double())
+        with peft_path(monkeypatch):
+            assert closest(found, values_and_gradients(later, x.double())) < 1e-14
+
+
+def test_a_model_injected_on_the_meta_device_traces_shapes() -> None:
+    config = msplora.MSPLoraConfig(target_modules=["linear"])
+    with torch.device("meta"):
+        model: Any = inject_adapter_in_model(config, Blocks())
+    assert model(torch.randn(2, 32, device="meta")).shape == (2, 32)
