@@ -70,7 +70,7 @@ def one_layer(**changes: Any) -> Any:
 def peft_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let PEFT's own forward run in every layer."""
     with monkeypatch.context() as patch:
-        patch.setattr(layer.PyramidLayer, "_adapter_to_fuse", lambda self: None)
+        patch.setattr(layer.PyramidLayer, "_to_fuse", lambda self: None)
         yield
 
 
@@ -262,35 +262,36 @@ def test_in_half_precision_the_node_is_as_near_to_float64_as_peft_is(
     one = model.base_model.model.layers[1].linear
     exact = copy.deepcopy(one).double()
     exact.borrowed.double()
-    x = torch.randn(64, 32, dtype=dtype)
     leaves = [*one.borrowed["default"].parameters()]
+    cast = torch.autocast("cpu", dtype=autocast or BF16, enabled=autocast is not None)
 
-    def run(module: Any, x: Tensor, leaves: list[Any]) -> list[Tensor]:
+    def run(module: Any, x: Tensor, leaves: list[Any], seed: int) -> list[Tensor]:
         x = x.clone().requires_grad_()
-        torch.manual_seed(5)
+        torch.manual_seed(seed)
         y = module(x)
         grads = torch.autograd.grad(y, [x, *leaves], torch.ones_like(y))
         return [y.detach(), *grads]
 
-    def errors(tensors: list[Tensor]) -> list[float]:
-        return [
-            float((found.double() - its).norm() / its.norm())
-            for found, its in zip(tensors, oracle, strict=True)
-        ]
+    def squared_errors(tensors: list[Tensor], oracle: list[Tensor]) -> Tensor:
+        pairs = zip(tensors, oracle, strict=True)
+        return torch.stack([((its.double() - o).norm() / o.norm()) ** 2 for its, o in pairs])
 
-    with peft_path(monkeypatch):
-        oracle = run(exact, x.double(), [*exact.borrowed["default"].parameters()])
-    cast = torch.autocast("cpu", dtype=autocast or BF16, enabled=autocast is not None)
-    with cast, counted(monkeypatch) as calls:
-        ours = errors(run(one, x, leaves))
-    assert calls
-    with cast, peft_path(monkeypatch):
-        theirs = errors(run(one, x, leaves))
-    # Under autocast PEFT drops in float32, which spares the input's gradient one rounding.
-    slack = 1.5 if autocast and dropout else 1.1
+    ours = theirs = torch.zeros(())
+    for seed in range(8):
+        x = torch.randn(64, 32).to(dtype)
+        with peft_path(monkeypatch):
+            oracle = run(exact, x.double(), [*exact.borrowed["default"].parameters()], seed)
+        with cast, counted(monkeypatch) as calls:
+            ours = ours + squared_errors(run(one, x, leaves, seed), oracle)
+        assert calls
+        with cast, peft_path(monkeypatch):
+            theirs = theirs + squared_errors(run(one, x, leaves, seed), oracle)
+    # The scale and what makes up for dropout are rounded where PEFT rounds other things: as often
+    # on the whole, but not in every tensor. In float32 products that does not tell.
+    slack = 1.3 if dropout and (autocast or factors is not FP32) else 1.1
+    ours, theirs = (its.div(8).sqrt() for its in (ours, theirs))
     floor = torch.finfo(autocast or dtype).eps / 16
-    for our, their in zip(ours, theirs, strict=True):
-        assert our <= slack * max(their, floor)
+    assert (ours <= slack * theirs.clamp(min=floor)).all(), (ours / theirs).tolist()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ class SitePairs(nn.Module):
         transposed: bool,
         base_layer: nn.Module,
         site_key: str,
+        adapter_name: str,
     ) -> None:
         super().__init__()
         shape = pairs[0][0].shape
@@ -101,11 +102,14 @@ class SitePairs(nn.Module):
             self.b = Assembled(b_factors, up, templates[1], False, base_layer)
         self.ranks = tuple(pair.rank for pair, _, _ in pairs)
         self.scales = tuple(pair.scale for pair, _, _ in pairs)
-        self.kept_scales: Tensor | None = None
-        self.scales_R(pairs[0][2].factor, 1.0)  # now, as the first call may be a compiled one
+        self.owners = tuple(a_factors), tuple(b_factors)
         self.rank = sum(self.ranks)
-        self.transposed = transposed
         self.site_key = site_key
+        self.adapter_name = adapter_name
+        self.fusable = False
+        """Whether the layer may compute them in one node with its base (`fused.py`)."""
+        self.kept_scales: tuple[float, Tensor] | None = None
+        self.scales_R(pairs[0][1].factor, 1.0)  # now, as the first call may be a compiled one
         # A shared pair lives where its first borrower is.
         self.leads = [
             place for place, (pair, _, _) in enumerate(pairs) if pair.sites[0] == site_key
@@ -113,28 +117,31 @@ class SitePairs(nn.Module):
 
     def factors_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """The A and the B of all levels."""
-        factors: Any = (self.a.factors, self.b.factors)
-        a_factors, b_factors = ([factor.value() for factor in its] for its in factors)
+        owners_a, owners_b = self.owners
+        a_factors = [owner.value() for owner in owners_a]
+        b_factors = [owner.value() for owner in owners_b]
         if any(factor.device != device for factor in a_factors):
             a_factors = [factor.to(device) for factor in a_factors]
             b_factors = [factor.to(device) for factor in b_factors]
         return a_factors, b_factors
 
     def scales_R(self, like: Tensor, scaling: float) -> Tensor:
-        """Every level's scale times `scaling`, repeated as often as its rank, to multiply `like`.
+        """Every level's scale times `scaling`, repeated as often as its rank, for factors like one.
 
         Kept from call to call: making it would copy from the host to the device.
         """
         dtype = like.dtype if like.dtype.itemsize > 4 else torch.float32
-        kept = self.kept_scales
-        if kept is None or kept.device != like.device or kept.dtype != dtype:
-            with torch.inference_mode(False):
-                by_level = zip(self.ranks, self.scales, strict=True)
-                row = [scale for rank, scale in by_level for _ in range(rank)]
-                kept = torch.tensor(row, dtype=dtype, device=like.device)
-            if type(kept) is Tensor:  # not a stand-in of a tracer
-                self.kept_scales = kept
-        return kept if scaling == 1.0 else kept * scaling
+        if self.kept_scales is not None:
+            kept_scaling, kept = self.kept_scales
+            if kept_scaling == scaling and kept.device == like.device and kept.dtype == dtype:
+                return kept
+        with torch.inference_mode(False):
+            by_level = zip(self.ranks, self.scales, strict=True)
+            row = [scale * scaling for rank, scale in by_level for _ in range(rank)]
+            made = torch.tensor(row, dtype=dtype, device=like.device)
+        if type(made) is Tensor:  # not a stand-in of a tracer
+            self.kept_scales = scaling, made
+        return made
 
     def move_led_factors(self, device: torch.device) -> None:
         """Move the pairs whose first borrower this site is."""

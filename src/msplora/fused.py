@@ -1,12 +1,16 @@
 """A linear layer and the pairs it borrows, as one node of autograd.
 
-    y = W0 x + b + B A d(x)        A = [A_1; A_2; ...],  B = [s_1 B_1, s_2 B_2, ...],  d = dropout
+    y = W0 x + b + B (s * A d(x))        A = [A_1; A_2; ...],  B = [B_1, B_2, ...],  d = dropout
 
 As separate operations the product costs a tensor of the output's size forward and one of the
 input's size backward, each written, read back and added; and autograd keeps the assembled factors
 and, under a half-precision base or with dropout, a converted copy of the input. Here both products
 add into what the frozen layer has just computed, and backward keeps the input itself (which layers
-that share it keep once), A d(x) and the dropout's mask.
+that share it keep once), s A d(x) and the dropout's mask.
+
+The scales multiply A d(x), a few numbers per token, and not B, as everywhere else (`product.py`):
+in small batches the copy of B would be a good part of the cost. For a scale that is a power of two,
+as by default, this is the same to the last bit.
 
 Shapes as in `product.py`: N any leading dimensions, I in, O out, R rank.
 """
@@ -14,13 +18,11 @@ Shapes as in `product.py`: N any leading dimensions, I in, O out, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from .product import scale_b
 
 
 class Mix(NamedTuple):
@@ -29,7 +31,7 @@ class Mix(NamedTuple):
     ranks: tuple[int, ...]
     """r_t, one per level."""
     scales_R: Tensor
-    """s_t, repeated r_t times, in float32 at least."""
+    """s_t, repeated r_t times; it multiplies A d(x)."""
     dropout: float
     """The probability that an input of A is set to zero; 0 outside training, below 1."""
     dtype: torch.dtype
@@ -37,8 +39,7 @@ class Mix(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """By what dropout makes up for what it drops. It multiplies products and no factor, where
-        half precision would round once more."""
+        """What makes up for the dropout: it multiplies sums, as factors would be rounded again."""
         return 1 / (1 - self.dropout)
 
 
@@ -50,7 +51,7 @@ def linear_with_pairs(
     b_factors: Sequence[Tensor],
     mix: Mix,
 ) -> Tensor:
-    """``W0 x + b + B A d(x)``, (N, O), in the dtype of the input.
+    """``W0 x + b + B (s * A d(x))``, (N, O), in the dtype of the input.
 
     Args:
         x_NI: the input, in the dtype of the weight.
@@ -74,16 +75,16 @@ def _forward(
     a_factors: Sequence[Tensor],
     b_factors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The output, A d(x), and which inputs the dropout kept."""
-    a_RI, b_OR = _assembled(mix, a_factors, b_factors)
+    """The output, s A d(x), and which inputs the dropout kept."""
+    a_RI, b_OR = _stacked(mix, a_factors, b_factors)
     x_MI = x_NI.reshape(-1, x_NI.shape[-1])
     y_MO = F.linear(x_MI, weight_OI, bias_O)
     kept_MI = None
-    inner_MI = x_MI.to(mix.dtype)
+    inner_MI = x_MI if x_MI.dtype == mix.dtype else x_MI.to(mix.dtype)
     if mix.dropout:
         kept_MI = torch.empty_like(x_MI, dtype=torch.bool).bernoulli_(1 - mix.dropout)
         inner_MI = inner_MI * kept_MI
-    h_MR = inner_MI @ a_RI.t()
+    h_MR = _scaled(inner_MI @ a_RI.t(), mix)
     _add_product(y_MO, h_MR, b_OR.t(), mix.gain)
     return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, kept_MI
 
@@ -114,25 +115,28 @@ class _LinearWithPairs(torch.autograd.Function):
         levels = len(mix.ranks)
         x_NI, weight_OI, h_MR, kept_MI, *factors = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
-        a_RI, b_OR = _assembled(mix, factors[:levels], factors[levels:])
+        a_RI, b_OR = _stacked(mix, factors[:levels], factors[levels:])
         grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
         x_MI = x_NI.reshape(-1, x_NI.shape[-1])
 
         grad_x = grad_weight = grad_bias = None
         grad_a: Sequence[Tensor | None] = [None] * levels
         grad_b: Sequence[Tensor | None] = [None] * levels
-        inner_grad_MO = grad_MO.to(mix.dtype)
+        inner_grad_MO = grad_MO if grad_MO.dtype == mix.dtype else grad_MO.to(mix.dtype)
         if torch.is_grad_enabled():  # a second derivative is wanted, so h has to depend on x and A
-            h_MR = _kept(x_MI.to(mix.dtype), kept_MI) @ a_RI.t()
+            h_MR = _scaled(_kept(x_MI.to(mix.dtype), kept_MI) @ a_RI.t(), mix)
         if any(wants_factors[levels:]):
-            grad_OR = scale_b(inner_grad_MO.t() @ h_MR, mix.scales_R)
-            grad_b = _by_level(grad_OR, mix, factors[levels], dim=1)
+            grad_RO = _gained((h_MR.t() @ inner_grad_MO).to(factors[0].dtype), mix)
+            # Not contiguous, so that what accumulates gradients copies a part and keeps no other.
+            grad_b = [part.t() for part in grad_RO.split(mix.ranks)]
         if wants_x or any(wants_factors[:levels]):
-            grad_h_MR = inner_grad_MO @ b_OR
+            grad_h_MR = _scaled(inner_grad_MO @ b_OR, mix)
             del inner_grad_MO
             if any(wants_factors[:levels]):
                 inner_MI = _kept(x_MI.to(mix.dtype), kept_MI)
-                grad_a = _by_level(grad_h_MR.t() @ inner_MI, mix, factors[0], dim=0)
+                grad_RI = _gained((grad_h_MR.t() @ inner_MI).to(factors[0].dtype), mix)
+                # Copies: a part that is a view would keep the others alive.
+                grad_a = cast(Any, torch.split_with_sizes_copy(grad_RI, mix.ranks))
                 del inner_MI
             if wants_x:
                 grad_x = grad_MO @ weight_OI
@@ -148,14 +152,23 @@ class _LinearWithPairs(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, *grad_a, *grad_b
 
 
-def _assembled(
+def _stacked(
     mix: Mix, a_factors: Sequence[Tensor], b_factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    a_RI = torch.cat(tuple(a_factors))
-    b_OR = scale_b(torch.cat(tuple(b_factors), dim=1), mix.scales_R)
-    if a_RI.dtype != mix.dtype:
-        return a_RI.to(mix.dtype), b_OR.to(mix.dtype)
-    return a_RI, b_OR
+    a_RI, b_OR = torch.cat(tuple(a_factors)), torch.cat(tuple(b_factors), dim=1)
+    if a_RI.dtype == mix.dtype:
+        return a_RI, b_OR
+    return a_RI.to(mix.dtype), b_OR.to(mix.dtype)
+
+
+def _scaled(h_MR: Tensor, mix: Mix) -> Tensor:
+    """``A d(x)`` times the scales, or the gradient of that product."""
+    scaled = h_MR * mix.scales_R
+    return scaled if scaled.dtype == h_MR.dtype else scaled.to(h_MR.dtype)
+
+
+def _gained(grad: Tensor, mix: Mix) -> Tensor:
+    return grad * mix.gain if mix.dropout else grad
 
 
 def _add_product(out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float) -> None:
@@ -168,12 +181,3 @@ def _add_product(out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float)
 
 def _kept(x_MI: Tensor, kept_MI: Tensor | None) -> Tensor:
     return x_MI if kept_MI is None else x_MI * kept_MI
-
-
-def _by_level(grad: Tensor, mix: Mix, like: Tensor, dim: int) -> Sequence[Tensor]:
-    """Cut the gradient of a stacked factor into its levels': copies; a view would keep it all."""
-    grad = grad.to(like.dtype)
-    if mix.dropout:
-        grad = grad * mix.gain
-    parts: Any = torch.split_with_sizes_copy(grad, mix.ranks, dim)
-    return parts

@@ -77,7 +77,9 @@ class PyramidLayer:
             transposed=transposed,
             base_layer=layer.get_base_layer(),
             site_key=site_key,
+            adapter_name=adapter_name,
         )
+        site_pairs.fusable = layer.is_plain_linear and not transposed and not config.use_dora
         self.borrowed[adapter_name] = site_pairs
         # One LoRA of rank R and scaling 1: the levels' scales are in B.
         layer.r[adapter_name] = layer.lora_alpha[adapter_name] = site_pairs.rank
@@ -106,51 +108,44 @@ class PyramidLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        adapter_name = None if args or kwargs else self._adapter_to_fuse()
-        if adapter_name is None:
+        borrowed = None if args or kwargs else self._to_fuse()
+        if borrowed is None:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         base = layer.base_layer
-        borrowed: Any = self.borrowed[adapter_name]
+        weight, bias = base.weight, base.bias
         a_factors, b_factors = borrowed.factors_on(x.device)
         may_cast = getattr(layer, "cast_input_dtype_enabled", True)
-        dtypes = _dtypes(x, base.weight, a_factors[0].dtype, may_cast)
-        if dtypes is None:
+        dtypes = _dtypes(x, weight, a_factors[0].dtype, may_cast)
+        dropout = _dropout(layer.lora_dropout[borrowed.adapter_name])
+        if dtypes is None or dropout is None:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         of_layer, of_product = dtypes
-        mix = Mix(
-            borrowed.ranks,
-            borrowed.scales_R(b_factors[0], layer.scaling[adapter_name]),
-            _dropout(layer.lora_dropout[adapter_name]),
-            of_product,
-        )
-        weight = base.weight.to(of_layer)
-        return linear_with_pairs(
-            x.to(of_layer),
-            weight if type(base) is nn.Linear else weight.t(),
-            None if base.bias is None else base.bias.to(of_layer),
-            a_factors,
-            b_factors,
-            mix,
-        )
+        if not x.dtype == weight.dtype == of_layer:
+            x, weight = x.to(of_layer), weight.to(of_layer)
+            bias = None if bias is None else bias.to(of_layer)
+        scaling = layer.scaling[borrowed.adapter_name]
+        mix = Mix(borrowed.ranks, borrowed.scales_R(a_factors[0], scaling), dropout, of_product)
+        weight_OI = weight.t() if type(base) is Conv1D else weight
+        return linear_with_pairs(x, weight_OI, bias, a_factors, b_factors, mix)
 
-    def _adapter_to_fuse(self) -> str | None:
-        """The adapter to compute in one node with the base, `None` where PEFT's forward has to run.
+    def _to_fuse(self) -> SitePairs | None:
+        """What to compute in one node with the base, `None` where PEFT's own forward has to run.
 
-        Fused where one adapter without variant acts on a plain linear layer that nobody watches.
+        Fused is one adapter without variant on a plain linear layer that nobody watches.
         """
         layer: Any = self
-        if not layer.is_plain_linear or layer.disable_adapters or layer.merged_adapters:
+        if layer.disable_adapters or layer.merged_adapters:
             return None
-        active = [name for name in layer.active_adapters if name in self.borrowed]
-        if len(active) != 1 or active[0] in layer.lora_variant or not _is_plain(layer.base_layer):
-            return None
-        dropout = layer.lora_dropout[active[0]]
-        if not isinstance(dropout, (nn.Dropout, nn.Identity)) or _dropout(dropout) >= 1:
-            return None
-        if self.borrowed[active[0]].transposed:
+        borrowed: Any = None
+        for name in layer.active_adapters:
+            if name in self.borrowed:
+                if borrowed is not None:
+                    return None
+                borrowed = self.borrowed[name]
+        if borrowed is None or not borrowed.fusable or not _is_plain(layer.base_layer):
             return None
         # `torch.func` transforms a function operation by operation.
-        return None if torch._C._are_functorch_transforms_active() else active[0]
+        return None if torch._C._are_functorch_transforms_active() else borrowed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
@@ -193,26 +188,29 @@ class PyramidLayer:
         return _empty_layer, (type(self).__mro__[2],), self.__dict__
 
 
-_WATCHERS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
 def _is_plain(base_layer: nn.Module) -> bool:
     """Whether a layer does nothing but multiply by its weight: no hook, no other forward."""
     own = base_layer.__dict__
-    if type(base_layer) not in _LINEAR or "forward" in own or any(own[name] for name in _WATCHERS):
+    watched = (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+    if watched or type(base_layer) not in _LINEAR:
         return False
     # A quantised or distributed weight is a tensor of another type.
     return type(base_layer.weight) in (nn.Parameter, Tensor)
 
 
-def _dropout(module: nn.Module) -> float:
-    """The probability by which a dropout drops at the moment."""
-    return module.p if module.training and isinstance(module, nn.Dropout) else 0.0
+def _dropout(module: nn.Module) -> float | None:
+    """The probability by which it drops at the moment; `None` where it does something else."""
+    if type(module) is nn.Identity:
+        return 0.0
+    if type(module) is not nn.Dropout or module.p >= 1:
+        return None
+    return module.p if module.training else 0.0
 
 
 def _dtypes(

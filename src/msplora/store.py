@@ -47,7 +47,8 @@ class Factor(nn.Module):
         own = self.__dict__
         if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
             return self()
-        return self.factor
+        found = own["_parameters"].get("factor")
+        return self.factor if found is None else found  # FSDP puts a view in the parameter's place
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
         # Assigning (low_cpu_mem_usage) replaces the parameter: keep the dtype that was asked for,
