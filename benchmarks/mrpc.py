@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from provenance import provenance
 from rich.console import Console
 
+from msplora.bench.provenance import provenance
 from msplora.train.run import train_run
 from msplora.train.settings import Settings
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from provenance import provenance
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import msplora
+from msplora.bench.provenance import provenance
 
 LENGTH, SYMBOLS, TRAINING_INPUTS = 6, 3, 500
 

@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import fingerprint, provenance, short
 from rich.console import Console
 
 import msplora
+from msplora.bench.provenance import fingerprint, provenance, short
 from msplora.train.data_split import hold_out
 from msplora.train.evaluation import evaluate_run
 from msplora.train.run import train_run

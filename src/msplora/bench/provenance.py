@@ -1,0 +1,108 @@
+"""What a result must say of where it came from; paths are cut to what means something elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import msplora
+
+# Of these, what is installed: the benchmarks of a training step need the first four only.
+_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "accelerate", "trl", "datasets")
+
+
+def provenance(device: str | None = None) -> dict[str, Any]:
+    """Command, commit, hardware and versions of this process.
+
+    Args:
+        device: what was measured on, "cpu" or "cuda"; the GPU where there is one if left out.
+    """
+    return {
+        "command": command(),
+        "commit": commit(),
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+
+
+def command() -> str:
+    """The command line, without the folders of this machine."""
+    program = Path(sys.argv[0])
+    if program.stem in ("msplora", "__main__"):  # the script, or `python -m msplora`
+        words = ["msplora"]
+    elif program.resolve().parent.name == "benchmarks":
+        words = ["python", f"benchmarks/{program.name}"]
+    else:
+        words = [program.name]
+    return " ".join([*words, *(_portable(word) for word in sys.argv[1:])])
+
+
+def _portable(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{short(value) if os.path.isabs(value) else value}"
+
+
+def short(path: str | Path) -> str:
+    """The last two parts of a path: models are often in folders with names such as `hf`."""
+    return "/".join(Path(path).parts[-2:]).lstrip("/")
+
+
+def commit() -> str:
+    """The commit this ran on; $COMMIT says it where the files are a copy without their history."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    package = Path(msplora.__file__).resolve().parent
+    # An environment may lie inside another project, whose commit would say nothing about us.
+    if Path(_git(package, "rev-parse", "--show-toplevel")) / "src" / "msplora" != package:
+        return "unknown"
+    return _git(package, "describe", "--always", "--dirty", "--exclude=*") or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        found = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=folder
+        )
+    except FileNotFoundError:  # no git here
+        return ""
+    return found.stdout.strip()
+
+
+def hardware(device: str | None = None) -> str:
+    """The GPU's name, or the processor's and how many of its threads torch uses."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def versions() -> dict[str, str]:
+    """Return name → version of what a number depends on."""
+    found = {"msplora": msplora.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(file: str | Path) -> str:
+    """The first digits of a file's SHA-256, which tell whether two people have the same file."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    # Linux does not tell the model by way of `platform`.
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

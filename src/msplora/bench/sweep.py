@@ -1,0 +1,56 @@
+"""Measure point after point; what is done is in the file before the next one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from msplora.errors import MSPLoraError
+
+from .results import ResultFile, Row
+
+
+def missing(
+    points: Sequence[Any], methods: Sequence[str], file: ResultFile, same: Mapping[str, Any]
+) -> list[Any]:
+    """The points that a continued file has not yet.
+
+    Raises:
+        MSPLoraError: it has one of them, measured otherwise.
+    """
+    return [point for point in points if not file.holds(point.keys(), methods, **same)]
+
+
+def run_sweep(
+    points: Sequence[Any],
+    measure: Callable[[Any], list[Row]],
+    file: ResultFile,
+    on_point: Callable[[Any], object] = lambda point: None,
+) -> None:
+    """Measure the points in turn and add their rows to the file.
+
+    Raises:
+        MSPLoraError: the device's memory did not suffice after all; earlier points are kept.
+    """
+    for point in points:
+        on_point(point)
+        try:
+            rows = measure(point)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            kept = f" The points before it are in {file.path}." if file.path and file.rows else ""
+            raise MSPLoraError(
+                f"{point} ran out of memory: {str(error).splitlines()[0]} Lower --batch, --length "
+                f"or --layers.{kept}"
+            ) from error
+        file.add(rows)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was what there was too little of: torch has no class for it on a CPU."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
