@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       adapt a small language model with a pyramid and with LoRA (about 3 minutes)"
 	@echo "make test       lint, types and the default tests (under 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove the environment and the caches"
@@ -31,6 +32,11 @@ test: lint
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# What docs/benchmarks.md shows. Continues where it was stopped; a commit that is not clean is refused.
+bench: $(VENV)/.installed
+	BIN=$(BIN) bash benchmarks/cpu.sh
+	$(BIN)/msplora bench render benchmarks/results --output docs/benchmarks.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ _PUBLIC = {
     "plan": "planning",
     "factors": "store",
     "hotswap": "swapping",
+    "singular_values": "spectrum",
     "to_lora": "convert",
     "to_merged": "convert",
 }
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .pyramid import Pair as Pair
     from .pyramid import Plan as Plan
     from .pyramid import Site as Site
+    from .spectrum import singular_values as singular_values
     from .store import factors as factors
     from .swapping import hotswap as hotswap
 

@@ -159,16 +159,18 @@ def to_merged(
     probe = _Probe(model) if verify else None
     rank = sum(_ranks(model))
     merged: Any = model.merge_and_unload(safe_merge=True)
+    model_class = type(merged)
     with new_folder(out, force) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
         _copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
+        del model, base_model, merged  # so that the reloaded model is not a second one in memory
         if probe is not None:
             with quiet_loading():
                 options = {dtype_argument(): dtype}
-                reloaded = type(merged).from_pretrained(partial, **options).eval()
+                reloaded = model_class.from_pretrained(partial, **options).eval()
             comparison = probe.compare_with(reloaded, {dtype})
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size(folder / WEIGHTS_FILE), size, comparison)

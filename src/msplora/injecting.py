@@ -54,14 +54,13 @@ def check_request(
 
 
 def new_store(model: nn.Module) -> Store:
+    """A store that can be registered on `model`."""
     if hasattr(model, STORE_NAME):
         raise TargetError(
             f"this {type(model).__name__} has an attribute {STORE_NAME!r} of its own, where the "
             f"adapter's tensors would be kept. Rename it, or adapt a part of the model."
         )
-    store = Store()
-    model.add_module(STORE_NAME, store)
-    return store
+    return Store()
 
 
 def bare_config(config: MSPLoraConfig, target: nn.Module) -> MSPLoraConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,13 @@ class Target:
     shape: Shape
 
 
-def find_targets(model: nn.Module, config: MSPLoraConfig) -> list[Target]:
+def find_targets(modules: Mapping[str, nn.Module], config: MSPLoraConfig) -> list[Target]:
+    """What `config` adapts among `own_modules`."""
     found = []
-    for path, module in own_modules(model):
-        if path and _peft.is_target(config, path):
-            found += _module_targets(model, path, _peft.unwrapped(module), config.use_dora)
-    for path, module in own_modules(model):
+    for path, module in modules.items():
+        if path and _is_target(config, path):
+            found += _module_targets(modules[""], path, _peft.unwrapped(module), config.use_dora)
+    for path, module in modules.items() if config.target_parameters else ():
         base = _peft.unwrapped(module)
         for name, _ in base.named_parameters(recurse=False):
             key = f"{path}.{name}"
@@ -61,14 +63,38 @@ def find_targets(model: nn.Module, config: MSPLoraConfig) -> list[Target]:
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The base model's modules: not what lies inside adapter layers, nor the store."""
-    inside: tuple[str, ...] = (f"{STORE_NAME}.",)
+    """The base model's modules: not what lies inside adapter layers, nor the store.
+
+    The first is the model itself, by the path "".
+    """
+    inside = None
     for path, module in model.named_modules():
-        if path == STORE_NAME or path.startswith(inside):
+        if inside is not None and path.startswith(inside):
             continue
-        if isinstance(module, (_peft.BaseTunerLayer, _peft.AuxiliaryTrainingWrapper)):
-            inside += (f"{path}.",)
-        yield path, module
+        is_wrapper = isinstance(module, (_peft.BaseTunerLayer, _peft.AuxiliaryTrainingWrapper))
+        if is_wrapper or path == STORE_NAME:
+            inside = f"{path}."  # what lies inside comes next
+        if path != STORE_NAME:
+            yield path, module
+
+
+def endings(path: str) -> Iterator[str]:
+    """The names by which a list may mean `path`: itself, and what follows each of its dots."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def _is_target(config: MSPLoraConfig, path: str) -> bool:
+    names = config.target_modules
+    if isinstance(names, (set, list)):
+        # PEFT compares a path with every name, and "all-linear" is a name for each linear layer.
+        meant = {ending for ending in endings(path) if ending in names}
+        if not meant:
+            return False
+        config = copy.copy(config)
+        config.target_modules = meant
+    return _peft.is_target(config, path)
 
 
 def _parameter_matches(config: MSPLoraConfig, key: str) -> bool:
@@ -168,30 +194,25 @@ def pattern_matches(pattern: str, key: str) -> bool:
 
 
 def check_everything_matched(
-    model: nn.Module, config: MSPLoraConfig, targets: list[Target]
+    modules: Mapping[str, nn.Module], config: MSPLoraConfig, targets: list[Target]
 ) -> None:
     """Refuse every entry of the config that selects nothing, naming the nearest that would."""
-    paths = [path for path, _ in own_modules(model) if path]
-    parameters = [
-        f"{path}.{name}" if path else name
-        for path, module in own_modules(model)
-        for name, _ in _peft.unwrapped(module).named_parameters(recurse=False)
-    ]
-    _check_layers(model, config, paths)
-    _check_names("target_modules", config.target_modules, paths, parameters)
-    _check_names("exclude_modules", config.exclude_modules, paths, [])
-    _check_names("target_parameters", config.target_parameters, parameters, paths)
+    paths = [path for path in modules if path]
+    _check_layers(modules[""], config, paths)
+    _check_names("target_modules", config.target_modules, modules)
+    _check_names("exclude_modules", config.exclude_modules, modules)
+    _check_names("target_parameters", config.target_parameters, modules)
     for name in config.modules_to_save or ():
         if name not in _HEADS and not any(path.endswith(name) for path in paths):
             raise TargetError(
                 f"modules_to_save names {name!r}, but this model has nothing of that name."
                 f"{nearest(name, [*_leaves(paths), *paths])}"
             )
-    _check_tokens(model, config)
+    _check_tokens(modules, config)
     if not targets and not config.target_modules and not config.target_parameters:
         raise TargetError(
             f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
-            f"of this model's modules, such as {some(linear_names(model))}; or use 'all-linear'."
+            f"of this model's modules, such as {some(linear_names(modules))}; or use 'all-linear'."
         )
     if not targets:
         raise TargetError(
@@ -216,32 +237,45 @@ def check_everything_matched(
                 )
 
 
-def _check_names(field: str, wanted: Any, names: list[str], others: list[str]) -> None:
-    """Refuse what matches none of `names`; `others` are what another field would match."""
+def _names(modules: Mapping[str, nn.Module], of_parameters: bool) -> list[str]:
+    if not of_parameters:
+        return [path for path in modules if path]
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in modules.items()
+        for name, _ in _peft.unwrapped(module).named_parameters(recurse=False)
+    ]
+
+
+def _check_names(field: str, wanted: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse what `field` names in vain."""
     if not wanted:
         return
+    names = _names(modules, field == "target_parameters")
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name in names):
             words = [word for word in re.findall(r"\w+", wanted) if not word.isdigit()]
             raise TargetError(
                 f"{field} = {wanted!r} is a regular expression that matches none of this model's "
                 f"names in full, such as {names[-1]!r}."
-                f"{_instead_of(words[-1] if words else wanted, field, names, others)}"
+                f"{_instead_of(words[-1] if words else wanted, field, modules)}"
             )
         return
+    known = {ending for name in names for ending in endings(name)}
     for entry in sorted(wanted):
-        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+        if entry not in known:
             raise TargetError(
                 f"{field} names {entry!r}, but this model has nothing of that name."
-                f"{_instead_of(entry, field, names, others)}"
+                f"{_instead_of(entry, field, modules)}"
             )
 
 
-def _instead_of(entry: str, field: str, names: list[str], others: list[str]) -> str:
+def _instead_of(entry: str, field: str, modules: Mapping[str, nn.Module]) -> str:
     """What to name instead of `entry`: its name in another release, or the nearest there is."""
     parts = entry.split(".")
     last = parts[-1]
-    here, elsewhere = _leaves(names), _leaves(others)
+    names = _names(modules, field == "target_parameters")
+    here, elsewhere = _leaves(names), _leaves(_names(modules, field != "target_parameters"))
     for name in (last, *_RENAMED.get(last, ())):
         if name in here and name != last:
             return f" Releases of transformers differ in names: here it may be {name!r}."
@@ -287,11 +321,9 @@ def inside_attention(model: nn.Module, path: str) -> bool:
     return isinstance(parent, nn.MultiheadAttention)
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
     """What a user could name: the last parts of linear layers' names, or all of them if numbers."""
-    paths = [
-        path for path, its in own_modules(model) if isinstance(_peft.unwrapped(its), nn.Linear)
-    ]
+    paths = [path for path, its in modules.items() if isinstance(_peft.unwrapped(its), nn.Linear)]
     return _leaves(paths) or paths
 
 
@@ -327,20 +359,20 @@ def input_embedding(model: Any) -> tuple[str, Tensor] | None:
     return path, base.weight
 
 
-def _check_tokens(model: nn.Module, config: MSPLoraConfig) -> None:
+def _check_tokens(modules: Mapping[str, nn.Module], config: MSPLoraConfig) -> None:
     wanted = config.trainable_token_indices
     if not wanted:
         return
-    embedding = input_embedding(model)
+    embedding = input_embedding(modules[""])
     by_name = wanted if isinstance(wanted, dict) else {embedding[0]: wanted} if embedding else {}
-    paths = [path for path, _ in own_modules(model) if path]
+    paths = [path for path in modules if path]
     for name, indices in by_name.items():
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             raise TargetError(
                 f"trainable_token_indices names {name!r}, but this model has nothing of that name."
                 f"{nearest(name, [*_leaves(paths), *paths])}"
             )
-        for path, module in own_modules(model):
+        for path, module in modules.items():
             base = _peft.unwrapped(module)
             if not path.endswith(name) or not isinstance(base, nn.Embedding):
                 continue

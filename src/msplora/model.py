@@ -79,19 +79,22 @@ class MSPLoraModel(LoraModel):
                 warnings.warn(note, stacklevel=3)
 
         modules_before = dict(model.named_modules())
-        store = find_store(model) or new_store(model)
+        existing = find_store(model)
+        store = existing or new_store(model)
         # Older releases freeze the first adapter when a second is loaded for inference.
         trainable = [(its, its.requires_grad) for its in store.parameters()]
         try:
             self._create_pairs(model, store, plan, adapter_name, config, low_cpu_mem_usage)
             check_not_trained_whole(store, config)
-            self._plan = plan
+            self._lending = (store, plan)
             super().inject_adapter(
                 model,
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
+            if existing is None:  # only now: PEFT walks over all modules several times
+                model.add_module(STORE_NAME, store)
             check_every_site_borrows(model, plan, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
@@ -99,7 +102,7 @@ class MSPLoraModel(LoraModel):
             roll_back(model, modules_before, store, adapter_name)
             raise
         finally:
-            self.__dict__.pop("_plan", None)
+            self.__dict__.pop("_lending", None)
         config.model_type = model_type_of(model)
         config.fingerprint = plan.fingerprint
 
@@ -159,8 +162,7 @@ class MSPLoraModel(LoraModel):
         self._lend(layer, adapter_name, lora_config, current_key)
 
     def _lend(self, layer: Any, adapter_name: str, config: MSPLoraConfig, key: str) -> None:
-        plan = self._plan
-        store = find_store(self.model)
+        store, plan = self._lending
         embedding = dict(plan.tied).get(key)
         pairs = plan.pairs_of[embedding or key]
         layer.borrow(store, adapter_name, pairs, config, key, transposed=embedding is not None)
@@ -311,12 +313,13 @@ class MSPLoraModel(LoraModel):
             to_model.get(key.removeprefix(_WRAPPED), key): value
             for key, value in state_dict.items()
         }
+        known = set(to_model.values())
         raise_for(
             [f"{saved} is missing" for saved, key in to_model.items() if key not in remapped]
             + [
                 f"{key} is not one of this adapter's"
                 for key in remapped
-                if ("msplora_" in key or ".lora_" in key) and key not in to_model.values()
+                if ("msplora_" in key or ".lora_" in key) and key not in known
             ]
         )
         return remapped

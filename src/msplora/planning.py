@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
             raise TargetError(
                 f"target_modules is not set, and PEFT has no default for "
                 f"{model_type or type(model).__name__!r}. Name some of this model's modules: "
-                f"{some(linear_names(model))}; or use 'all-linear'."
+                f"{some(linear_names(dict(own_modules(model))))}; or use 'all-linear'."
             )
         config.target_modules = default if isinstance(default, str) else set(default)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -99,9 +100,10 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
 
 def make_plan(model: nn.Module, config: MSPLoraConfig) -> Plan:
     """The plan of a prepared config."""
-    targets = find_targets(model, config)
-    check_everything_matched(model, config, targets)
-    tied = _tied_sites(model, config, targets)
+    modules = dict(own_modules(model))
+    targets = find_targets(modules, config)
+    check_everything_matched(modules, config, targets)
+    tied = _tied_sites(modules, config, targets)
     sites = [_site(model, config, target) for target in targets if target.key not in tied]
     return arrange(
         sites,
@@ -136,15 +138,17 @@ def _pattern_value(patterns: dict | None, key: str) -> Any:
     return None
 
 
-def _tied_sites(model: nn.Module, config: MSPLoraConfig, targets: list[Target]) -> dict[str, str]:
+def _tied_sites(
+    modules: Mapping[str, nn.Module], config: MSPLoraConfig, targets: list[Target]
+) -> dict[str, str]:
     """Key of a tied head -> key of the embedding whose pairs it borrows (`ensure_weight_tying`)."""
-    embedding = input_embedding(model)
+    embedding = input_embedding(modules[""])
     if embedding is None:
         return {}
     name, weight = embedding
     heads = [
         path
-        for path, module in own_modules(model)
+        for path, module in modules.items()
         if path != name
         and isinstance(base := _peft.unwrapped(module), (nn.Linear, nn.Embedding))
         and base.weight is weight

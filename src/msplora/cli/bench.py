@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import bench_render
+from . import bench_render, bench_size
 from .bench_running import print_tables, sweep, use_device
 
 if TYPE_CHECKING:
@@ -236,4 +236,5 @@ def sites(
     print_tables(points, file.rows, time_table)
 
 
+bench_app.command("size")(bench_size.size)
 bench_app.command("render")(bench_render.render)
