@@ -26,19 +26,16 @@ done
 "$msplora" bench speed $roberta --targets all-linear --batch 1 --length 32 \
   --layers 6 --layers 12 --layers 24 --layers 48 --layers 96 --output $out/speed-cpu.json
 
-# Half precision, with PEFT's float32 adapters; in autocast; a Llama's layers.
-"$msplora" bench speed $roberta $both --batch 4 --dtype bfloat16 --dtype bfloat16-autocast \
-  --output $out/speed-cpu.json
-"$msplora" bench speed $llama $both --batch 1 --length 128 --dtype float32 --dtype bfloat16 \
-  --output $out/speed-cpu.json
+# Half precision, with PEFT's float32 adapters, and in autocast; a Llama's layers.
+half=$out/speed-bfloat16-cpu.json
+"$msplora" bench speed $roberta $both --batch 4 --dtype bfloat16 --dtype bfloat16-autocast --output $half
+"$msplora" bench speed $llama $both --batch 1 --dtype float32 --dtype bfloat16 --output $half
 
 # Dropout, gradient checkpointing, compiled.
-"$msplora" bench speed $roberta --targets all-linear --batch 1 --length 128 --dropout 0.05 \
-  --output $out/speed-cpu.json
-"$msplora" bench speed $roberta --targets all-linear --batch 1 --length 128 \
-  --checkpointing reentrant --checkpointing non-reentrant --output $out/speed-cpu.json
-"$msplora" bench speed $roberta --layers 4 --targets all-linear --batch 1 --length 128 --compile \
-  --output $out/speed-cpu.json
+variants="--targets all-linear --batch 1 --output $out/speed-variants-cpu.json"
+"$msplora" bench speed $roberta $variants --dropout 0.05
+"$msplora" bench speed $roberta $variants --checkpointing reentrant --checkpointing non-reentrant
+"$msplora" bench speed $roberta $variants --layers 4 --compile
 
 # Peak memory.
 "$msplora" bench memory $roberta $both --dropout 0.0 --dropout 0.05 --dtype float32 --dtype bfloat16 \

@@ -140,10 +140,7 @@ class _LinearWithPairs(torch.autograd.Function):
                 del inner_MI
             if wants_x:
                 grad_x = grad_MO @ weight_OI
-                if kept_MI is None:
-                    _add_product(grad_x, grad_h_MR, a_RI, mix.gain)
-                else:
-                    grad_x.add_(_kept(grad_h_MR @ a_RI, kept_MI), alpha=mix.gain)
+                _add_product(grad_x, grad_h_MR, a_RI, mix.gain, kept_MI)
                 grad_x = grad_x.view(x_NI.shape)
         if wants_weight:
             grad_weight = grad_MO.t() @ x_MI
@@ -171,12 +168,29 @@ def _gained(grad: Tensor, mix: Mix) -> Tensor:
     return grad * mix.gain if mix.dropout else grad
 
 
-def _add_product(out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float) -> None:
-    """Add a product into `out`, rounding once where `out` is less precise than the factors."""
-    if out_MO.dtype == left_MR.dtype:
+def _add_product(
+    out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float, kept_MO: Tensor | None = None
+) -> None:
+    """Add a product into `out`, which may be less precise than the factors; only the sum rounds."""
+    if kept_MO is None and out_MO.dtype == torch.bfloat16 != left_MR.dtype:
+        left_MR, right_RO = _in_bfloat16(left_MR, right_RO)
+    if kept_MO is None and out_MO.dtype == left_MR.dtype:
         out_MO.addmm_(left_MR, right_RO, alpha=gain)
     else:
-        out_MO.add_(left_MR @ right_RO, alpha=gain)
+        out_MO.add_(_kept(left_MR @ right_RO, kept_MO), alpha=gain)
+
+
+def _in_bfloat16(left_MR: Tensor, right_RO: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices in bfloat16 whose product is that of the float32 ones, to 16 bits.
+
+    Each is cut into a high and a low half: l r = l_h r_h + l_l r_h + l_h r_l, but for l_l r_l. At
+    three times the rank this is still a small product, in the dtype that hardware multiplies fast,
+    and it needs no float32 copy of what it is added to.
+    """
+    left_high, right_high = left_MR.bfloat16(), right_RO.bfloat16()
+    left_low, right_low = (left_MR - left_high).bfloat16(), (right_RO - right_high).bfloat16()
+    left = torch.cat((left_high, left_low, left_high), dim=1)
+    return left, torch.cat((right_high, right_high, right_low))
 
 
 def _kept(x_MI: Tensor, kept_MI: Tensor | None) -> Tensor:

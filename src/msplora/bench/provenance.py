@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -14,9 +13,7 @@ from typing import Any
 import torch
 
 import msplora
-
-# Of these, what is installed: the benchmarks of a training step need the first four only.
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "accelerate", "trl", "datasets")
+from msplora.versions import versions
 
 
 def provenance(device: str | None = None) -> dict[str, Any]:
@@ -82,17 +79,6 @@ def hardware(device: str | None = None) -> str:
         return torch.cuda.get_device_name(0)
     threads = torch.get_num_threads()
     return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def versions() -> dict[str, str]:
-    """Return name → version of what a number depends on."""
-    found = {"msplora": msplora.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def fingerprint(file: str | Path) -> str:

@@ -24,7 +24,7 @@ from msplora.train.saved_run import SavedRun, open_run
 from msplora.train.settings import Settings
 from msplora.train.settings_file import make_settings, write_settings
 from msplora.train.tokenise_sft import Tokens
-from msplora.train.versions import versions
+from msplora.versions import versions
 
 from . import MODEL_FOLDER
 from .show import Measured, draw, markdown, table

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
+from msplora.versions import versions
 
 from .job import Job
 from .model_card import model_card
@@ -23,7 +24,6 @@ from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
 from .run_folder import BEFORE, METRICS, RunFolder
 from .settings import Settings
-from .versions import versions
 
 
 class Interrupted(MSPLoraError):
