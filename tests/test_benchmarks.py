@@ -67,6 +67,36 @@ def test_the_readme_of_the_benchmarks_names_no_folder_of_a_machine() -> None:
         assert (BENCHMARKS / script).is_file()
 
 
+def test_the_readme_says_what_a_step_costs_beside_lora() -> None:
+    text = " ".join((BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").split())
+    text = text.partition("**Speed and memory.**")[2].partition("- **")[0]
+    results = BENCHMARKS / "results"
+
+    def at(file: str, **point: Any) -> dict[str, dict[str, Any]]:
+        rows = json.loads((results / file).read_text())["rows"]
+        point = {"shape": "roberta-base", "layers": 12, "targets": "all-linear"} | point
+        return {
+            row["method"]: row
+            for row in rows
+            if all(row[key] == value for key, value in point.items())
+        }
+
+    main = at("speed-cpu.json", batch=8, length=128)
+    assert main["msplora"]["rounds"] >= 60
+    added = {name: row["to_floor"][1] - 1 for name, row in main.items()}
+    few = at("speed-cpu.json", batch=1, length=16)
+    memory = at("memory-cpu.json", batch=8, length=128, dtype="float32", dropout=0.0)
+    peaks = {name: row["peak_live_bytes"] for name, row in memory.items()}
+    for number in (
+        main["msplora"]["to_lora"][1],
+        main["lora-again"]["to_lora"][1],
+        added["msplora"] / added["lora"],
+        few["msplora"]["to_lora"][1],
+        peaks["msplora"] / peaks["lora"],
+    ):
+        assert f"{number:.3f}" in text
+
+
 def test_mrpc() -> None:
     text = section("MRPC")
     rows = rows_of("mrpc-minilm.jsonl")
