@@ -154,6 +154,26 @@ def test_the_papers_counts(layers: int, width: int, rank: int, pyramid: int, lor
     assert (plan.parameters, plan.lora_parameters) == (pyramid, lora)
 
 
+@pytest.mark.parametrize(("layers", "share"), [(1, "175%"), (2, "125%"), (3, "108%"), (4, None)])
+def test_where_a_pyramid_is_dearer_than_lora_one_note_says_so(
+    layers: int, share: str | None
+) -> None:
+    shape = Shape("linear", 8, 8)
+    sites = [
+        Site(f"layers.{block}.{kind}", "layers", kind, block, shape)
+        for kind in ("k", "q", "v")
+        for block in range(layers)
+    ]
+    levels = [Level("global", 8, 1, 16), Level("mid", 4, 3, 16), Level("local", 2, PER_LAYER, 16)]
+    notes = arrange(sites, levels).notes
+    if share is None:
+        assert not notes
+    else:
+        (note,) = notes
+        assert note.startswith("k, q, v: ")
+        assert f"trains {share} of what LoRA r = 8 does" in note
+
+
 def test_gaps_count_the_blocks_that_hold_the_kind() -> None:
     shape = Shape("linear", 4, 4)
     sites = [Site(f"layers.{b}.q", "layers", "q", b, shape) for b in (1, 4, 5, 9)]

@@ -350,13 +350,12 @@ def _check_rank(kind: Kind, level: Level) -> None:
 
 
 def _few_layers(kinds: Sequence[Kind]) -> list[str]:
-    """Say where the pyramid costs as much as LoRA, or more."""
-    notes = []
+    """Say where the pyramid costs as much as LoRA, or more: a sentence for all kinds alike."""
+    alike: dict[str, list[str]] = defaultdict(list)
     for kind in kinds:
-        lora = kind.layers * kind.shape.parameters(kind.levels[0].rank)
+        rank = kind.levels[0].rank
+        lora = kind.layers * kind.shape.parameters(rank)
         if kind.parameters >= lora:
-            notes.append(
-                f"{kind.name}: with {kind.layers} layer(s) the pyramid trains "
-                f"{kind.parameters / lora:.0%} of what LoRA r = {kind.levels[0].rank} does."
-            )
-    return notes
+            share = f"{kind.parameters / lora:.0%} of what LoRA r = {rank} does"
+            alike[f"with {kind.layers} layer(s) the pyramid trains {share}"].append(kind.name)
+    return [f"{', '.join(names)}: {said}." for said, names in alike.items()]
