@@ -28,7 +28,6 @@ METHODS = {
     "factors": "of the factors",
 }
 
-_GRID = ("batch", "length")
 _WORDS: dict[str, Callable[[Any], str]] = {
     "layers": lambda value: "1 layer" if value == 1 else f"{value} layers",
     "batch": lambda value: f"batch {value}",
@@ -138,28 +137,6 @@ def depth_series(points: Sequence[Measured]) -> list[Measured]:
             series[rest].setdefault(point.keys["layers"], point)
     longest = max(series.values(), key=len, default={})
     return [longest[layers] for layers in sorted(longest)] if len(longest) > 2 else []
-
-
-def grid_gaps(points: Sequence[Measured]) -> list[str]:
-    """Name the batches × lengths that a sweep over both left out."""
-    grids: dict[tuple[Any, ...], list[Measured]] = defaultdict(list)
-    for point in points:
-        rest = {name: value for name, value in point.keys.items() if name not in _GRID}
-        grids[tuple(rest.items())].append(point)
-    gaps: list[str] = []
-    for rest, grid in grids.items():
-        batches, lengths = ({point.keys[name] for point in grid} for name in _GRID)
-        if len(batches) < 2 or len(lengths) < 2:
-            continue
-        found = {tuple(point.keys[name] for name in _GRID) for point in grid}
-        for batch in sorted(batches):
-            for length in sorted(lengths):
-                if (batch, length) not in found:
-                    keys = dict.fromkeys(points[0].keys) | dict(rest)
-                    keys |= {"batch": batch, "length": length}
-                    differs = [name for name in varying(points) if name != "file"]
-                    gaps.append(Measured("", keys, {}).label(differs))
-    return gaps
 
 
 def method_order(points: Sequence[Measured]) -> list[str]:

@@ -13,7 +13,6 @@ from .measured import (
     constant,
     depth_series,
     gather,
-    grid_gaps,
     labels,
     main_point,
     method_name,
@@ -72,9 +71,6 @@ def sweep(files: Sequence[Results]) -> Section:
     """Compare over batch, length, depth and whatever else was varied."""
     points = _steps(files, plain=True)
     found = _compared("sweep", "Sweep: MSPLoRA against LoRA", points)
-    gaps = grid_gaps(points)
-    if gaps:
-        found.claims.append(f"Not measured: {'; '.join(map(escape, gaps))}.")
     depths = depth_series(points)
     if depths:
         title = "Depth: MSPLoRA against LoRA"
