@@ -87,7 +87,12 @@ def test_the_readme_says_what_a_step_costs_beside_lora() -> None:
     few = at("speed-cpu.json", batch=1, length=16)
     memory = at("memory-cpu.json", batch=8, length=128, dtype="float32", dropout=0.0)
     peaks = {name: row["peak_live_bytes"] for name, row in memory.items()}
+    half = at("speed-bfloat16-cpu.json", batch=4, length=128, dtype="bfloat16")
+    half_memory = at("memory-cpu.json", batch=8, length=128, dtype="bfloat16", dropout=0.0)
+    half_peaks = {name: row["peak_live_bytes"] for name, row in half_memory.items()}
     for number in (
+        half["msplora"]["to_lora"][1],
+        half_peaks["msplora"] / half_peaks["lora"],
         main["msplora"]["to_lora"][1],
         main["lora-again"]["to_lora"][1],
         added["msplora"] / added["lora"],
