@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import msplora
 from msplora import layer
 from msplora.fused import Mix, linear_with_pairs
+from msplora.product import stack_a, stack_b
 from oracle import randomise
 
 IN, OUT, RANKS, SCALES = 6, 5, (3, 2, 1), (2.0, 0.7, 5.0)
@@ -139,6 +140,14 @@ def test_the_node_is_the_sum_over_its_levels(shape: tuple[int, ...], bias: bool)
             found = linear_with_pairs(x, weight, offset, factors[:3], factors[3:], mix)
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected)
+
+
+def test_the_node_is_the_one_lora_of_the_stacked_factors() -> None:
+    weight, offset, factors, mix = pieces()
+    x = torch.randn(4, IN, dtype=torch.float64)
+    delta = stack_b(factors[3:], SCALES) @ stack_a(factors[:3])
+    found = linear_with_pairs(x, weight, offset, factors[:3], factors[3:], mix)
+    torch.testing.assert_close(found, F.linear(x, weight + delta, offset))
 
 
 @pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 2, IN)], ids=str)

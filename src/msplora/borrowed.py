@@ -52,10 +52,6 @@ class Assembled(nn.Module):
         return stacked.t() if self.transposed else stacked
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self._first.dtype
-
-    @property
     def weight(self) -> Tensor:
         own = self._first.device
         if own.type == "meta":  # low_cpu_mem_usage: the numbers come later

@@ -32,7 +32,6 @@ _FACTOR_CONTAINERS = (
     "lora_magnitude_vector",
 )
 
-
 _LINEAR = (nn.Linear, Conv1D)
 _HALF = (torch.float16, torch.bfloat16)
 _CAST = {torch.float32, *_HALF}

@@ -1,4 +1,4 @@
-"""The maths: stacking the pairs of all levels, their product and their delta.
+"""The maths: stacking the pairs of all levels into the one LoRA that a site is.
 
     h = W0 x + sum_t s_t B_t A_t x  =  W0 x + B A x         (arXiv 2503.21838, section 3)
 
@@ -6,8 +6,8 @@
     B = [s_g B_global, s_m B_mid, s_l B_local]               B_OR, likewise
 
 so every adapted layer is exactly one LoRA of rank R = sum_t r_t and scaling 1. The scale s_t goes
-into B, in float32 at least and before any cast: forward, merge and export then see the same
-numbers.
+into B, in float32 at least and before any cast: merge, export and PEFT's forward then see the same
+numbers. `fused.py` computes the same sum where speed counts, with the scales on A x.
 
 Shapes: N any leading dimensions, I in, O out, R rank, E experts (or a convolution's groups).
 """
@@ -44,18 +44,8 @@ def stack_b(factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
 
 
-def scale_b(factor: Tensor, scale: float | Tensor) -> Tensor:
-    """``s_t B_t``, rounded once to the dtype of B; `scale` may be a row of one per column."""
+def scale_b(factor: Tensor, scale: float) -> Tensor:
+    """``s_t B_t``, rounded once to the dtype of B."""
     if factor.dtype in (torch.float16, torch.bfloat16):
         return (factor.float() * scale).to(factor.dtype)
     return factor * scale
-
-
-def delta(a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """The change of the weight: ``B A``, (O, I)."""
-    return b_OR @ a_RI
-
-
-def product(x_NI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """The change of the output, without building the delta: ``B (A x)``, (N, O)."""
-    return torch.nn.functional.linear(torch.nn.functional.linear(x_NI, a_RI), b_OR)
