@@ -235,10 +235,11 @@ def test_both_paths_agree_under_a_scale_set_later(
     scaling: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted().double()
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    model(x)  # what it keeps of the scales has to follow
     for module in model.modules():
         if isinstance(module, layer.PyramidLayer):
             module.set_scale("default", scaling)
-    x = torch.randn(2, 5, 32, dtype=torch.float64)
     found = values_and_gradients(model, x)
     with peft_path(monkeypatch):
         assert closest(found, values_and_gradients(model, x)) < 1e-13
@@ -434,6 +435,17 @@ def test_what_a_first_call_keeps_serves_every_later_one(monkeypatch: pytest.Monk
         found = values_and_gradients(later, x.double())
         with peft_path(monkeypatch):
             assert closest(found, values_and_gradients(later, x.double())) < 1e-14
+
+
+def test_scales_made_in_inference_mode_serve_second_derivatives() -> None:
+    one = one_layer()
+    one.set_scale("default", 0.5)  # so that they are made in the call
+    x = torch.randn(2, 32, requires_grad=True)
+    with torch.inference_mode():
+        one(torch.randn(2, 32))
+    (grad,) = torch.autograd.grad(one(x).square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad is not None
 
 
 def test_a_model_injected_on_the_meta_device_traces_shapes() -> None:
