@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import made_up_results as made_up
 from msplora.bench.render import PLOTS, render_page, write_page
-from msplora.bench.report_extra import report_extra
 from msplora.cli.bench_render import render
 from msplora.errors import MSPLoraError
+from msplora.extras import report_extra
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "docs" / "benchmarks.md"

@@ -16,7 +16,7 @@ import transformers as hf
 import msplora
 from msplora.cli import app as cli
 from msplora.errors import MSPLoraError
-from msplora.train.extra import train_extra
+from msplora.extras import train_extra
 from runs import (
     answered_rows,
     labelled_rows,

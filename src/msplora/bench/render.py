@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from msplora.errors import MSPLoraError
+from msplora.extras import report_extra
 
 from .reading import Results, is_on_gpu, read_results
-from .report_extra import report_extra
 from .tables import MIN_ROUNDS, escape
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ def demo(
     ] = None,
 ) -> None:
     """Teach a small pretrained model what it cannot do, with a pyramid and with plain LoRA."""
-    from msplora.train.extra import train_extra
+    from msplora.extras import train_extra
 
     with train_extra():
         from msplora.demo.run import run_demo

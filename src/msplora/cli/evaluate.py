@@ -21,7 +21,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure a run or an adapter: GLUE's metrics for classifiers, loss per token for others."""
-    from msplora.train.extra import train_extra
+    from msplora.extras import train_extra
 
     with train_extra():
         from msplora.train.evaluation import evaluate_run

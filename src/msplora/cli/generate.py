@@ -29,7 +29,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt, put in the form that the model was trained on (alpaca, chat, text)."""
-    from msplora.train.extra import train_extra
+    from msplora.extras import train_extra
 
     with train_extra():
         from msplora.train.generation import generate_text

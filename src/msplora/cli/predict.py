@@ -27,7 +27,7 @@ def predict(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
 ) -> None:
     """Predict a class and its probability, a number, or a completion for each row."""
-    from msplora.train.extra import train_extra
+    from msplora.extras import train_extra
 
     with train_extra():
         from msplora.train.prediction import (

@@ -29,7 +29,7 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model; leaves a complete run folder with the adapter, its numbers and a card."""
-    from msplora.train.extra import train_extra
+    from msplora.extras import train_extra
 
     with train_extra():
         from msplora.train.settings_file import read_settings

@@ -1,0 +1,46 @@
+"""Name the extra to install where a verb's libraries are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from .errors import MSPLoraError
+
+# Top-level modules that each extra brings, beyond what the core needs.
+_MODULES = {
+    "train": {
+        "accelerate",
+        "datasets",
+        "matplotlib",
+        "pydantic",
+        "scipy",
+        "sklearn",
+        "trl",
+        "yaml",
+    },
+    "report": {"jinja2", "matplotlib"},
+}
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _MODULES[name]:
+            raise
+        raise MSPLoraError(
+            f"this command needs {missing}, which is not installed: pip install 'msplora[{name}]'"
+        ) from None
+
+
+def train_extra() -> AbstractContextManager[None]:
+    """Turn a failed import of the training libraries into an error that says what to install."""
+    return _extra("train")
+
+
+def report_extra() -> AbstractContextManager[None]:
+    """The same for the libraries that plots and pages are made with."""
+    return _extra("report")
