@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 import msplora
 from msplora import layer
-from msplora.fused import Mix, linear_with_pairs
+from msplora.fused import Mix, linear_with_pairs, linear_with_stacks
 from msplora.product import stack_a, stack_b
+from msplora.stacking import FEW_TOKENS
 from oracle import randomise
 
 IN, OUT, RANKS, SCALES = 6, 5, (3, 2, 1), (2.0, 0.7, 5.0)
@@ -80,13 +81,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Count the layers that ran fused."""
     calls: list[int] = []
 
-    def counting(*args: Any) -> Tensor:
-        calls.append(1)
-        return linear_with_pairs(*args)
+    def counting(node: Any) -> Any:
+        return lambda *args: (calls.append(1), node(*args))[1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "linear_with_pairs", counting)
+        for node in (linear_with_pairs, linear_with_stacks):
+            patch.setattr(layer, node.__name__, counting(node))
         yield calls
+
+
+@pytest.fixture(params=["few tokens", "many tokens"])
+def either_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the batches of a test for small ones, then for large ones."""
+    monkeypatch.setattr(layer, "FEW_TOKENS", 10**6 if request.param == "few tokens" else 0)
 
 
 def values_and_gradients(model: Any, x: Tensor, seed: int = 7) -> dict[str, Tensor]:
@@ -166,6 +173,46 @@ def test_its_first_and_second_derivatives(shape: tuple[int, ...], options: dict[
     assert torch.autograd.gradgradcheck(node, (x, weight, bias, *factors))
 
 
+def stacks(**options: Any) -> tuple[Any, ...]:
+    """(weight, bias, A, B transposed and scaled) of the same numbers."""
+    weight, bias, factors, _ = pieces(**options)
+    half = len(factors) // 2
+    a_RI, b_OR = stack_a(factors[:half]), stack_b(factors[half:], SCALES[:half])
+    leaves = (its.detach().requires_grad_() for its in (a_RI, b_OR.t()))
+    return weight, bias, *leaves
+
+
+@pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 2, IN), (0, IN)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"transposed": True}], ids=str)
+def test_the_node_for_few_tokens_and_its_derivatives(
+    shape: tuple[int, ...], dropout: float, options: dict[str, Any]
+) -> None:
+    weight, bias, a_RI, b_RO = stacks(**options)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def node(x: Tensor, weight: Tensor, bias: Any, a_RI: Tensor, b_RO: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return linear_with_stacks(x, weight, bias, a_RI, b_RO, dropout)
+
+    if not dropout:
+        expected = F.linear(x, weight + (a_RI.t() @ b_RO).t(), bias)
+        torch.testing.assert_close(node(x, weight, bias, a_RI, b_RO), expected)
+    with torch.no_grad():
+        without = node(x, weight, bias, a_RI, b_RO)
+    assert torch.equal(node(x, weight, bias, a_RI, b_RO), without)
+    assert torch.autograd.gradcheck(node, (x, weight, bias, a_RI, b_RO))
+    assert torch.autograd.gradgradcheck(node, (x, weight, bias, a_RI, b_RO))
+
+
+@pytest.mark.parametrize("trained", range(5))
+def test_for_few_tokens_too_only_what_asks_gets_a_gradient(trained: int) -> None:
+    inputs = [torch.randn(2, IN, dtype=torch.float64), *stacks()]
+    leaves = [its.detach().requires_grad_(place == trained) for place, its in enumerate(inputs)]
+    linear_with_stacks(leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], 0.0).sum().backward()
+    assert [its.grad is not None for its in leaves] == [n == trained for n in range(5)]
+
+
 @pytest.mark.parametrize("trained", range(9))
 def test_only_what_asks_for_a_gradient_gets_one(trained: int) -> None:
     """Of the input, the weight, the bias and six factors, one at a time."""
@@ -190,18 +237,23 @@ def test_dropout_has_the_right_gradient_for_the_mask_it_drew() -> None:
     assert torch.autograd.gradgradcheck(node, (x, weight, bias, *factors))
 
 
-def test_the_gradient_of_a_factor_holds_no_more_memory_than_the_factor() -> None:
+@pytest.mark.parametrize("tokens", [3, FEW_TOKENS])
+def test_the_gradients_hold_no_more_memory_than_the_factors(tokens: int) -> None:
     model = adapted()
-    model(torch.randn(3, 32)).sum().backward()
-    for a, b, _ in msplora.factors(model).values():
-        for factor in (a, b):
-            assert factor.grad is not None
-            assert factor.grad.untyped_storage().nbytes() == factor.numel() * 4
+    model(torch.randn(tokens, 32)).sum().backward()
+    factors: list[Tensor] = [its for a, b, _ in msplora.factors(model).values() for its in (a, b)]
+    storages = {}
+    for factor in factors:
+        assert factor.grad is not None
+        storage = factor.grad.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    assert sum(storages.values()) == sum(its.numel() * 4 for its in factors)
 
 
 # Against PEFT's own path
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_both_paths_agree_in_float32(
@@ -218,6 +270,7 @@ def test_both_paths_agree_in_float32(
     assert closest(found, expected) < 1e-5
 
 
+@pytest.mark.usefixtures("either_node")
 def test_both_paths_agree_where_the_bases_biases_train(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(bias=True, lora_dropout=0.0)
     for name, parameter in model.named_parameters():
@@ -230,6 +283,7 @@ def test_both_paths_agree_where_the_bases_biases_train(monkeypatch: pytest.Monke
         assert closest(found, values_and_gradients(model, x)) < 1e-6
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("scaling", [0.5, 3.0])
 def test_both_paths_agree_under_a_scale_set_later(
     scaling: float, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +299,7 @@ def test_both_paths_agree_under_a_scale_set_later(
         assert closest(found, values_and_gradients(model, x)) < 1e-13
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize(
     ("dtype", "autocast", "factors"),
     [
@@ -304,6 +359,7 @@ def test_in_half_precision_the_node_is_as_near_to_float64_as_peft_is(
     assert (ours <= slack * theirs.clamp(min=floor)).all(), (ours / theirs).tolist()
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize(
     "changes",
     ["DoRA", "two adapters", "merged", "disabled", "mixed batch", "hook", "quantised weight"],
@@ -335,6 +391,7 @@ def test_special_cases_take_pefts_path(changes: str, monkeypatch: pytest.MonkeyP
     assert not calls
 
 
+@pytest.mark.usefixtures("either_node")
 def test_function_transforms_see_through_an_adapted_layer() -> None:
     one = one_layer().requires_grad_(False)
     x = torch.randn(4, 3, 32)
@@ -366,13 +423,19 @@ def saved_by(module: Any, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_backward_keeps_the_input_and_no_copy_of_it(dtype: torch.dtype, dropout: float) -> None:
+@pytest.mark.parametrize("tokens", [FEW_TOKENS - 1, FEW_TOKENS])
+def test_backward_keeps_the_input_and_no_copy_of_it(
+    dtype: torch.dtype, dropout: float, tokens: int
+) -> None:
     one = one_layer(dtype=dtype, lora_dropout=dropout)
-    x = torch.randn(50, 32, dtype=dtype, requires_grad=True)
+    x = torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
     kept = saved_by(one, x)
-    expected = [((50, 32), dtype), ((50, 14), FP32)]
-    if dropout:
-        expected.append(((50, 32), torch.bool))
+    few = tokens < FEW_TOKENS
+    expected = [((tokens, 32), dtype), ((tokens, 14), FP32)]
+    if dropout:  # what it multiplied by: in small batches as PEFT keeps it, else in a byte each
+        expected.append(((tokens, 32), FP32 if few else torch.bool))
+    if few:
+        expected += [((14, 32), FP32), ((14, 64), FP32)]
     assert len(kept) == len(expected)
     assert {(tuple(its.shape), its.dtype) for its in kept} == set(expected)
     assert any(its.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for its in kept)
@@ -381,6 +444,7 @@ def test_backward_keeps_the_input_and_no_copy_of_it(dtype: torch.dtype, dropout:
 # With the rest of PyTorch
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_changes_nothing(use_reentrant: bool, dropout: float) -> None:
@@ -398,6 +462,7 @@ def test_checkpointing_changes_nothing(use_reentrant: bool, dropout: float) -> N
         assert torch.equal(plain, checkpointed)
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_compiled_in_one_graph_it_computes_the_same(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
@@ -423,6 +488,7 @@ def test_an_autocast_region_compiles_in_one_graph() -> None:
     assert all(a.grad is not None for a, _, _ in msplora.factors(model).values())
 
 
+@pytest.mark.usefixtures("either_node")
 def test_what_a_first_call_keeps_serves_every_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference mode, training, another dtype, a copy: the scales that were kept follow."""
     model = adapted(alphas=[10.1, 3.3, 7.7])
@@ -437,6 +503,7 @@ def test_what_a_first_call_keeps_serves_every_later_one(monkeypatch: pytest.Monk
             assert closest(found, values_and_gradients(later, x.double())) < 1e-14
 
 
+@pytest.mark.usefixtures("either_node")
 def test_scales_made_in_inference_mode_serve_second_derivatives() -> None:
     one = one_layer()
     one.set_scale("default", 0.5)  # so that they are made in the call

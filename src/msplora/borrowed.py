@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _peft
+from .factor import Factor
 from .product import stack_a, stack_b
 from .pyramid import Pair
-from .store import Factor
+from .stacking import Stacking, Stacks
 
 
 class Assembled(nn.Module):
@@ -102,14 +103,29 @@ class SitePairs(nn.Module):
         self.rank = sum(self.ranks)
         self.site_key = site_key
         self.adapter_name = adapter_name
-        self.fusable = False
-        """Whether the layer may compute them in one node with its base (`fused.py`)."""
+        self.joined: tuple[Stacks, tuple[Stacking, Stacking], tuple[int, int]] | None = None
+        self.alone: tuple[Stacking, ...] | None = None
+        """How it stacks outside a call of the model."""
+        first = pairs[0][1].factor
         self.kept_scales: tuple[float, Tensor] | None = None
-        self.scales_R(pairs[0][1].factor, 1.0)  # now, as the first call may be a compiled one
+        # Now, as the first call may be a compiled one.
+        self.scales_R(first.dtype, first.device, 1.0)
         # A shared pair lives where its first borrower is.
         self.leads = [
             place for place, (pair, _, _) in enumerate(pairs) if pair.sites[0] == site_key
         ]
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the layer may compute them in one node with its base (`fused.py`)."""
+        return self.joined is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        first = self.owners[0][0]
+        its = first._parameters.get("factor")
+        return first.factor.dtype if its is None else its.dtype
 
     def factors_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """The A and the B of all levels."""
@@ -121,20 +137,47 @@ class SitePairs(nn.Module):
             b_factors = [factor.to(device) for factor in b_factors]
         return a_factors, b_factors
 
-    def scales_R(self, like: Tensor, scaling: float) -> Tensor:
-        """Every level's scale times `scaling`, repeated as often as its rank, for factors like one.
+    def join(self, stacks: Stacks, pairs: Sequence[Pair]) -> None:
+        """Be computed in one node with the base, and stack together with other layers."""
+        name, shape, ranks = self.adapter_name, pairs[0].shape, self.ranks
+        ones = (1.0,) * len(ranks)
+        owners_a, owners_b = self.owners
+        # In depth order, kind by kind: the groups of a level follow on each other.
+        order = (pairs[0].kind, *(pair.group for pair in pairs))
+        of_a = stacks.stacking(name, shape.in_features, ranks, ones, transposed=False)
+        of_b = stacks.stacking(name, shape.out_features, ranks, self.scales, transposed=True)
+        places = of_a.join(order, owners_a), of_b.join(order, owners_b)
+        self.joined = stacks, (of_a, of_b), places
+
+    def stacked_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B times the scales (R, O), over all levels."""
+        assert self.joined is not None
+        stacks, stackings, (place_a, place_b) = self.joined
+        found = stacks.of(stackings, device, dtype)
+        if found is not None:
+            return found[0][place_a], found[1][place_b]
+        if self.alone is None:
+            self.alone = tuple(Stacking(its.ranks, its.scales, its.transposed) for its in stackings)
+            for its, owners in zip(self.alone, self.owners, strict=True):
+                its.join((), owners)
+        factors = self.factors_on(device)
+        a_RI, b_RO = (its(f, dtype)[0] for its, f in zip(self.alone, factors, strict=True))
+        return a_RI, b_RO
+
+    def scales_R(self, factor: torch.dtype, device: torch.device, scaling: float) -> Tensor:
+        """Every level's scale times `scaling`, repeated as often as its rank.
 
         Kept from call to call: making it would copy from the host to the device.
         """
-        dtype = like.dtype if like.dtype.itemsize > 4 else torch.float32
+        dtype = factor if factor.itemsize > 4 else torch.float32
         if self.kept_scales is not None:
             kept_scaling, kept = self.kept_scales
-            if kept_scaling == scaling and kept.device == like.device and kept.dtype == dtype:
+            if kept_scaling == scaling and kept.device == device and kept.dtype == dtype:
                 return kept
         with torch.inference_mode(False):
             by_level = zip(self.ranks, self.scales, strict=True)
             row = [scale * scaling for rank, scale in by_level for _ in range(rank)]
-            made = torch.tensor(row, dtype=dtype, device=like.device)
+            made = torch.tensor(row, dtype=dtype, device=device)
         if type(made) is Tensor:  # not a stand-in of a tracer
             self.kept_scales = scaling, made
         return made

@@ -67,6 +67,33 @@ def linear_with_pairs(
     return _forward(x_NI, weight_OI, bias_O, mix, a_factors, b_factors)[0]
 
 
+def linear_with_stacks(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_RO: Tensor,
+    dropout: float,
+) -> Tensor:
+    """The same for few tokens, out of stacks that are kept for backward (`stacking.py`).
+
+    There it is the number of operations that costs, and not the size of what they make.
+
+    Args:
+        x_NI: the input, in the dtype of the weight.
+        weight_OI: the layer's weight; it may be a transposed view.
+        bias_O: the layer's bias.
+        a_RI: A; its dtype, at least as precise as the input's, is that of the low-rank product.
+        b_RO: B transposed, times the scales, in the same dtype.
+        dropout: the probability that an input of A is set to zero; 0 in half precision, in which
+            what makes up for it would be rounded.
+    """
+    if torch.is_grad_enabled():
+        inputs: Any = (x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)
+        return _LinearWithStacks.apply(*inputs)  # pyright: ignore[reportReturnType]
+    return _forward_of_stacks(x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)[0]
+
+
 def _forward(
     x_NI: Tensor,
     weight_OI: Tensor,
@@ -147,6 +174,88 @@ class _LinearWithPairs(torch.autograd.Function):
         if wants_bias:
             grad_bias = grad_MO.sum(0)
         return grad_x, grad_weight, grad_bias, None, *grad_a, *grad_b
+
+
+def _forward_of_stacks(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    dropout: float,
+    a_RI: Tensor,
+    b_RO: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, A d(x), and what dropout multiplies the input by."""
+    x_MI = x_NI.reshape(-1, x_NI.shape[-1])
+    y_MO = F.linear(x_MI, weight_OI, bias_O)
+    inner_MI = x_MI if x_MI.dtype == a_RI.dtype else x_MI.to(a_RI.dtype)
+    noise_MI = None
+    if dropout:
+        noise_MI = torch.empty_like(inner_MI).bernoulli_(1 - dropout).div_(1 - dropout)
+        inner_MI = inner_MI * noise_MI
+    h_MR = F.linear(inner_MI, a_RI)
+    _add_small_product(y_MO, h_MR, b_RO)
+    return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, noise_MI
+
+
+class _LinearWithStacks(torch.autograd.Function):
+    """`linear_with_stacks`."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        dropout: float,
+        a_RI: Tensor,
+        b_RO: Tensor,
+    ) -> Tensor:
+        y_NO, h_MR, noise_MI = _forward_of_stacks(x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)
+        ctx.save_for_backward(x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO)
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _, wants_a, wants_b = ctx.needs_input_grad
+        x_MI = x_NI.reshape(-1, x_NI.shape[-1])
+        grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
+        inner_MI, inner_grad_MO = x_MI, grad_MO
+        if x_MI.dtype != a_RI.dtype:
+            inner_MI, inner_grad_MO = x_MI.to(a_RI.dtype), grad_MO.to(a_RI.dtype)
+        if noise_MI is not None:
+            inner_MI = inner_MI * noise_MI
+        if torch.is_grad_enabled():  # a second derivative is wanted, so h has to depend on x and A
+            h_MR = F.linear(inner_MI, a_RI)
+
+        grad_x = grad_weight = grad_bias = grad_a = grad_b = None
+        if wants_b:
+            grad_b = torch.mm(h_MR.t(), inner_grad_MO)
+        if wants_x or wants_a:
+            grad_h_MR = F.linear(inner_grad_MO, b_RO)
+            if wants_a:
+                grad_a = torch.mm(grad_h_MR.t(), inner_MI)
+            if wants_x:
+                grad_x_MI = torch.mm(grad_MO, weight_OI)
+                _add_small_product(grad_x_MI, grad_h_MR, a_RI, noise_MI)
+                grad_x = grad_x_MI.view(x_NI.shape)
+        if wants_weight:
+            grad_weight = torch.mm(grad_MO.t(), x_MI)
+        if wants_bias:
+            grad_bias = grad_MO.sum(0)
+        return grad_x, grad_weight, grad_bias, None, grad_a, grad_b
+
+
+def _add_small_product(
+    out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, noise_MO: Tensor | None = None
+) -> None:
+    """Add a product, times the noise, into `out`; only the sum is rounded to its dtype."""
+    if noise_MO is not None:
+        out_MO.add_(torch.mm(left_MR, right_RO).mul_(noise_MO))
+    elif out_MO.dtype == left_MR.dtype:
+        out_MO.addmm_(left_MR, right_RO)
+    else:
+        out_MO.add_(torch.mm(left_MR, right_RO))
 
 
 def _stacked(

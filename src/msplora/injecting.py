@@ -169,4 +169,5 @@ def roll_back(
             module.delete_adapter(adapter_name)
     store.delete(adapter_name)
     if not store.plans and getattr(model, STORE_NAME, None) is store:
+        store.stacks.unwatch(model)
         delattr(model, STORE_NAME)

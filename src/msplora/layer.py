@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from . import _peft
 from .borrowed import SitePairs, View
 from .errors import UnsupportedError
-from .fused import Mix, linear_with_pairs
+from .fused import Mix, linear_with_pairs, linear_with_stacks
 from .pyramid import Pair
+from .stacking import FEW_TOKENS
 from .store import Store
 
 # What PEFT's layers register of their own; here only the dropout stays registered.
@@ -78,7 +79,8 @@ class PyramidLayer:
             site_key=site_key,
             adapter_name=adapter_name,
         )
-        site_pairs.fusable = layer.is_plain_linear and not transposed and not config.use_dora
+        if layer.is_plain_linear and not transposed and not config.use_dora:
+            site_pairs.join(store.stacks, pairs)
         self.borrowed[adapter_name] = site_pairs
         # One LoRA of rank R and scaling 1: the levels' scales are in B.
         layer.r[adapter_name] = layer.lora_alpha[adapter_name] = site_pairs.rank
@@ -106,31 +108,49 @@ class PyramidLayer:
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self
-        borrowed = None if args or kwargs else self._to_fuse()
-        if borrowed is None:
+        fused = None if args or kwargs else self._fused(x)
+        if fused is None:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        base = layer.base_layer
-        weight, bias = base.weight, base.bias
-        a_factors, b_factors = borrowed.factors_on(x.device)
-        may_cast = getattr(layer, "cast_input_dtype_enabled", True)
-        dtypes = _dtypes(x, weight, a_factors[0].dtype, may_cast)
-        dropout = _dropout(layer.lora_dropout[borrowed.adapter_name])
+        return fused
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The output in one node with the base, `None` where PEFT's own forward has to run.
+
+        Past `nn.Module.__getattr__` where it can be: in small batches such a look-up tells.
+        """
+        layer: Any = self
+        borrowed = self._to_fuse()
+        if borrowed is None:
+            return None
+        modules = layer._modules
+        base = modules["base_layer"]
+        plain = _plain_weights(base)
+        if plain is None:
+            return None
+        weight, bias = plain
+        dropout = _dropout(modules["lora_dropout"]._modules[borrowed.adapter_name])
+        factor_dtype = borrowed.dtype
+        dtypes = _dtypes(x, weight.dtype, factor_dtype, layer)
         if dtypes is None or dropout is None:
-            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+            return None
         of_layer, of_product = dtypes
         if not x.dtype == weight.dtype == of_layer:
             x, weight = x.to(of_layer), weight.to(of_layer)
             bias = None if bias is None else bias.to(of_layer)
-        scaling = layer.scaling[borrowed.adapter_name]
-        mix = Mix(borrowed.ranks, borrowed.scales_R(a_factors[0], scaling), dropout, of_product)
         weight_OI = weight.t() if type(base) is Conv1D else weight
+        scaling = layer.scaling[borrowed.adapter_name]
+        if scaling == 1 and _few_tokens(x) and not (dropout and of_product in _HALF):
+            a_RI, b_RO = borrowed.stacked_on(x.device, of_product)
+            return linear_with_stacks(x, weight_OI, bias, a_RI, b_RO, dropout)
+        a_factors, b_factors = borrowed.factors_on(x.device)
+        scales_R = borrowed.scales_R(factor_dtype, x.device, scaling)
+        mix = Mix(borrowed.ranks, scales_R, dropout, of_product)
         return linear_with_pairs(x, weight_OI, bias, a_factors, b_factors, mix)
 
     def _to_fuse(self) -> SitePairs | None:
-        """What to compute in one node with the base, `None` where PEFT's own forward has to run.
+        """The one adapter without variant that is active, if it is what the layer has to compute.
 
-        Fused is one adapter without variant on a plain linear layer that nobody watches.
+        `torch.func` transforms a function operation by operation, so there PEFT's forward runs.
         """
         layer: Any = self
         if layer.disable_adapters or layer.merged_adapters:
@@ -141,9 +161,8 @@ class PyramidLayer:
                 if borrowed is not None:
                     return None
                 borrowed = self.borrowed[name]
-        if borrowed is None or not borrowed.fusable or not _is_plain(layer.base_layer):
+        if borrowed is None or not borrowed.fusable:
             return None
-        # `torch.func` transforms a function operation by operation.
         return None if torch._C._are_functorch_transforms_active() else borrowed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -187,8 +206,16 @@ class PyramidLayer:
         return _empty_layer, (type(self).__mro__[2],), self.__dict__
 
 
-def _is_plain(base_layer: nn.Module) -> bool:
-    """Whether a layer does nothing but multiply by its weight: no hook, no other forward."""
+def _few_tokens(x: Tensor) -> bool:
+    """Whether the layer uses stacks that outlive it. Only the shape decides: checkpointing, which
+    runs a layer twice, must find it keeping the same."""
+    if torch.compiler.is_compiling():  # which sees through the layer's own stacking
+        return False
+    return x.numel() < FEW_TOKENS * x.shape[-1]
+
+
+def _plain_weights(base_layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias of a layer that does nothing but multiply: no hook, no other forward."""
     own = base_layer.__dict__
     watched = (
         own["_forward_hooks"]
@@ -198,9 +225,14 @@ def _is_plain(base_layer: nn.Module) -> bool:
         or "forward" in own
     )
     if watched or type(base_layer) not in _LINEAR:
-        return False
+        return None
+    parameters = own["_parameters"]
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:  # FSDP puts views in the parameters' places
+        weight, bias = base_layer.weight, base_layer.bias
     # A quantised or distributed weight is a tensor of another type.
-    return type(base_layer.weight) in (nn.Parameter, Tensor)
+    return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None  # pyright: ignore
 
 
 def _dropout(module: nn.Module) -> float | None:
@@ -213,17 +245,20 @@ def _dropout(module: nn.Module) -> float | None:
 
 
 def _dtypes(
-    x: Tensor, weight: Tensor, factor: torch.dtype, may_cast: bool
+    x: Tensor, weight: torch.dtype, factor: torch.dtype, layer: Any
 ) -> tuple[torch.dtype, torch.dtype] | None:
     """What PEFT computes the layer and the low-rank product in; `None` where it has to run."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        cast = {x.dtype, weight.dtype, factor} <= _CAST
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = {x.dtype, weight, factor} <= _CAST
         return (dtype, dtype) if cast else None
-    if x.dtype != weight.dtype:
+    if x.dtype != weight:
         return None
-    widened = x.dtype in _HALF and factor == torch.float32 and may_cast
-    return (x.dtype, factor) if x.dtype == factor or widened else None
+    if x.dtype == factor:
+        return x.dtype, factor
+    may_cast = getattr(layer, "cast_input_dtype_enabled", True)
+    return (x.dtype, factor) if x.dtype in _HALF and factor == torch.float32 and may_cast else None
 
 
 def make_pyramid_layer(layer: LoraLayer) -> None:

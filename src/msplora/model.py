@@ -95,6 +95,7 @@ class MSPLoraModel(LoraModel):
             )
             if existing is None:  # only now: PEFT walks over all modules several times
                 model.add_module(STORE_NAME, store)
+                store.stacks.watch(model)
             check_every_site_borrows(model, plan, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
@@ -225,8 +226,10 @@ class MSPLoraModel(LoraModel):
             store.delete(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
-        if isinstance(getattr(unloaded, STORE_NAME, None), Store):
+        unloaded: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        store = getattr(unloaded, STORE_NAME, None)
+        if isinstance(store, Store):
+            store.stacks.unwatch(unloaded)
             delattr(unloaded, STORE_NAME)
         return unloaded
 

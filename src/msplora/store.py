@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterFileError, MSPLoraError
+from .factor import Factor
 from .matching import STORE_NAME
 from .pyramid import Pair, Plan
+from .stacking import Stacks
 
 A, B, MAGNITUDE = "msplora_A", "msplora_B", "msplora_magnitude"
 # Ends the name of every entry. PEFT finds `modules_to_save` by the end of a module's name, so a
@@ -29,45 +31,13 @@ _PAIR, _SITE = "/pair", "/site"
 _SHOWN = 8
 
 
-class Factor(nn.Module):
-    """One A or B of one adapter. Calling it gives the live parameter.
-
-    Offloading and sharding frameworks bring it to where it is used by hooks on this module.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(tensor)
-
-    def forward(self) -> Tensor:
-        return self.factor
-
-    def value(self) -> Tensor:
-        """What a call gives, without its cost where nobody hooked in: it tells in small layers."""
-        own = self.__dict__
-        if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
-            return self()
-        found = own["_parameters"].get("factor")
-        return self.factor if found is None else found  # FSDP puts a view in the parameter's place
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:
-        # Assigning (low_cpu_mem_usage) replaces the parameter: keep the dtype that was asked for,
-        # so that every road of loading gives the same numbers.
-        key = f"{prefix}factor"
-        if local_metadata.get("assign_to_params_buffers") and key in state_dict:
-            state_dict[key] = state_dict[key].to(self.factor.dtype)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def extra_repr(self) -> str:
-        return str(tuple(self.factor.shape))
-
-
 class Store(nn.Module):
     """All pairs of all adapters of one model, and DoRA's magnitudes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.plans: dict[str, Plan] = {}
+        self.stacks = Stacks()
         self.register_load_state_dict_pre_hook(_check_tensors)
 
     def forward(self, x: Any) -> Any:
@@ -122,6 +92,7 @@ class Store(nn.Module):
         """Forget an adapter; deleting one that is gone already does nothing."""
         if self.plans.pop(adapter_name, None) is None:
             return
+        self.stacks.forget(adapter_name)
         for name, entry in list(self._modules.items()):
             for by_adapter in entry.children():  # pyright: ignore[reportOptionalMemberAccess]
                 if adapter_name in by_adapter:  # pyright: ignore[reportOperatorIssue]
