@@ -42,6 +42,10 @@ class MSPLoraModel(LoraModel):
 
     prefix: str = _peft.PREFIX
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A call, where older PEFT releases ask for `forward` past the hooks that `stacking.py` has.
+        return self.model(*args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
