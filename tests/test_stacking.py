@@ -259,7 +259,7 @@ def test_a_call_that_fails_leaves_nothing_behind() -> None:
     assert its_call(model) is None
 
 
-def test_layers_called_in_other_threads_stack_alone() -> None:
+def test_layers_called_in_other_threads_stack_alone(made: list[int]) -> None:
     model = adapted().eval()
     root = root_of(model)
     x = inputs()
@@ -267,9 +267,11 @@ def test_layers_called_in_other_threads_stack_alone() -> None:
     found: list[Tensor] = []
 
     def in_between(*args: Any) -> None:
+        made.clear()
         thread = threading.Thread(target=lambda: found.append(root.layers[0](x)))
         thread.start()
         thread.join()
+        assert made == [1] * 6
 
     root.layers[1].register_forward_hook(in_between)
     model(x)
@@ -308,6 +310,27 @@ def test_copies_and_pickles_stack_their_own() -> None:
         assert its is not None
         hooks = root_of(copied)._forward_pre_hooks.values()
         assert [hook.__self__ for hook in hooks] == [its.stacks]
+
+
+def test_a_copy_made_during_a_call_is_in_none() -> None:
+    model = adapted()
+    copies: list[Any] = []
+    store = find_store(model)
+    assert store is not None
+    stacks = store.stacks
+    root_of(model).layers[1].register_forward_hook(
+        lambda *args: copies.append((stacks._call, copy.copy(stacks)._call))
+    )
+    model(inputs())
+    assert copies[0][0] is not None
+    assert copies[0][1] is None
+
+
+def test_replicas_which_run_all_at_once_stack_alone(made: list[int]) -> None:
+    model = adapted()
+    root_of(model)._is_replica = True  # as nn.DataParallel marks them
+    model(inputs())
+    assert made == [1] * 6 * DEPTH
 
 
 def hooks_of(module: Any) -> int:

@@ -123,9 +123,7 @@ class SitePairs(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the factors."""
-        first = self.owners[0][0]
-        its = first._parameters.get("factor")
-        return first.factor.dtype if its is None else its.dtype
+        return self.owners[0][0].stored().dtype
 
     def factors_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """The A and the B of all levels."""

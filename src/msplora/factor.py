@@ -30,7 +30,11 @@ class Factor(nn.Module):
         own = self.__dict__
         if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
             return None
-        found = own["_parameters"].get("factor")
+        return self.stored()
+
+    def stored(self) -> Tensor:
+        """What is here now, whoever hooked in."""
+        found = self._parameters.get("factor")
         return self.factor if found is None else found  # FSDP puts a view in the parameter's place
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args: Any) -> None:

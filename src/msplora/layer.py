@@ -207,8 +207,8 @@ class PyramidLayer:
 
 
 def _few_tokens(x: Tensor) -> bool:
-    """Whether the layer uses stacks that outlive it. Only the shape decides: checkpointing, which
-    runs a layer twice, must find it keeping the same."""
+    """Whether the layer uses stacks that outlive it. It must not depend on the call under way:
+    checkpointing, which runs a layer twice, has to find it keeping the same."""
     if torch.compiler.is_compiling():  # which sees through the layer's own stacking
         return False
     return x.numel() < FEW_TOKENS * x.shape[-1]
