@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import msplora
 from msplora import layer, stacking
+from msplora import model as tuner
 from msplora.errors import MSPLoraError
 from msplora.store import find_store
 from oracle import randomise
@@ -348,7 +349,18 @@ def test_a_base_that_is_given_back_carries_no_hook() -> None:
     assert hooks_of(base) == 0
 
 
-def test_adapters_come_and_go() -> None:
+def test_an_injection_that_fails_late_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise MSPLoraError("a site is missing")
+
+    monkeypatch.setattr(tuner, "check_every_site_borrows", refuse)
+    base = Blocks()
+    with pytest.raises(MSPLoraError, match="a site is missing"):
+        get_peft_model(base, msplora.MSPLoraConfig(target_modules=["up"]))
+    assert hooks_of(base) == 0
+
+
+def test_adapters_come_and_go(made: list[int]) -> None:
     model = adapted()
     x = inputs()
     first = model(x)
@@ -363,9 +375,11 @@ def test_adapters_come_and_go() -> None:
     model.delete_adapter("other")
     model.set_adapter("default")
     assert torch.equal(model(x), first)
-    model.add_adapter("other", msplora.MSPLoraConfig(target_modules=["down"], r=4))
+    model.add_adapter("other", msplora.MSPLoraConfig(target_modules=["mix"], r=4))
     model.double()
     model.set_adapter("other")
     with model.disable_adapter():
         plain = model(x)
+    made.clear()
     assert torch.equal(model(x), plain)  # B is zero
+    assert made == [DEPTH, DEPTH]  # nothing of the deleted one is stacked
