@@ -18,6 +18,7 @@ from msplora.train.settings import (
     AdapterSettings,
     DataSettings,
     Settings,
+    StageSettings,
     TrainingSettings,
 )
 
@@ -27,6 +28,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSettings,
     "adapter": AdapterSettings,
     "training": TrainingSettings,
+    "a stage": StageSettings,
 }
 _MARKED = r"<!-- keys: {} -->\n(.*?)<!-- end of keys -->"
 
@@ -79,7 +81,8 @@ def _kind(annotation: Any) -> str:
         kinds = [_kind(its) for its in arguments if its is not type(None)]
         return " or ".join(sorted(kinds, key=lambda kind: kind.startswith("list")))
     if origin is list:
-        return f"list of {_kind(arguments[0])}s"
+        many = _kind(arguments[0])
+        return f"list of {many}" + ("" if many.endswith("`") else "s")
     if origin is dict:
         return "mapping"
     return {
@@ -87,6 +90,7 @@ def _kind(annotation: Any) -> str:
         int: "whole number",
         float: "number",
         bool: "`true` or `false`",
+        StageSettings: "stage",
     }[annotation]
 
 

@@ -1,7 +1,7 @@
 """What docs/training.md and docs/data.md show is run; the tables of keys are those of the settings.
 
 A block that follows "`NAME`:" is a file of that name. Every other YAML block is a part of a config:
-it is put over a config that has the rest, and trained for two steps.
+it is put over a config that has the rest, and trained for three steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tiny_saved import save_encoder, save_language_model
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (PAGE, PAGE.with_name("data.md"))}
 TEXT = "\n".join(PAGES.values())
-SHORT = ["--set", "training.max_steps=2", "--set", "training.batch_size=2"]
+SHORT = ["--set", "training.max_steps=3", "--set", "training.batch_size=2"]
 LANGUAGE_MODEL, CLASSIFIER = "Qwen/Qwen3-0.6B", "FacebookAI/roberta-base"
 _FILE = r"`([\w/-]+\.\w+)`(?:, and `([\w/-]+\.\w+)` alike)?:\n\n```\w+\n(.*?)```"
 

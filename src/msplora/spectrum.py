@@ -123,11 +123,26 @@ def _matrices(layer: Any, adapter_name: str, key: str) -> tuple[Tensor, Tensor]:
         )
     b = b.double() * layer.scaling[adapter_name]
     experts = getattr(layer, "num_experts", 1)
+    groups = layer.get_base_layer().groups if a.ndim > 2 else 1
+    return as_matrices(a, b, experts=experts, groups=groups)
+
+
+def as_matrices(
+    a: Tensor, b: Tensor, *, experts: int = 1, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT lays them out, as matrices with a product: (R, I), (O, R).
+
+    Args:
+        a: of a linear layer or an embedding (R, I), of a convolution (R, I / groups, *kernel), or
+            of experts (E R, I).
+        b: likewise.
+        experts: more than 1 gives (E, R, I), (E, O, R).
+        groups: of a convolution.
+    """
     if experts > 1:
         # PEFT lays A's rows out expert by expert, and B's columns rank by rank.
         return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
     if a.ndim > 2:
-        groups = layer.get_base_layer().groups
         # Each group of outputs reads its own rows of A.
         return a.flatten(1), torch.block_diag(*b.flatten(1).chunk(groups))
     return a, b

@@ -154,18 +154,29 @@ def factors(
     Raises:
         MSPLoraError: the model has no such MSPLoRA adapter.
     """
+    plan, store = plan_of(model, adapter_name), find_store(model)
+    assert store is not None
+    found_pairs: OrderedDict[str, tuple[nn.Parameter, nn.Parameter, float]] = OrderedDict()
+    for pair in plan.pairs:
+        a, b = store.pair(pair.address, adapter_name)
+        found_pairs[pair.address] = (a.factor, b.factor, pair.scale)
+    return found_pairs
+
+
+def plan_of(model: nn.Module, adapter_name: str = "default") -> Plan:
+    """The plan that an adapter of this model was made by.
+
+    Raises:
+        MSPLoraError: the model has no such MSPLoRA adapter.
+    """
     store = find_store(model)
     plans = {} if store is None else store.plans
-    if store is None or adapter_name not in plans:
+    if adapter_name not in plans:
         found = f"its MSPLoRA adapters are {sorted(plans)}" if plans else "it has none"
         raise MSPLoraError(
             f"this {type(model).__name__} has no MSPLoRA adapter {adapter_name!r}: {found}."
         )
-    found_pairs: OrderedDict[str, tuple[nn.Parameter, nn.Parameter, float]] = OrderedDict()
-    for pair in plans[adapter_name].pairs:
-        a, b = store.pair(pair.address, adapter_name)
-        found_pairs[pair.address] = (a.factor, b.factor, pair.scale)
-    return found_pairs
+    return plans[adapter_name]
 
 
 def _initialise(pair: Pair, init: bool | str, a: Tensor, b: Tensor) -> None:

@@ -12,16 +12,18 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from msplora.errors import ConfigError
 
 from .base_model import Base, load_base
+from .callbacks import check_stages
 from .data_classification import Classes, read_classification
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
 from .metrics import metrics_for, predictions
+from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
 from .task_record import TaskRecord
 from .tokenise_classification import tokenise_examples
-from .trainer_arguments import optimizer, quieten, trainer_arguments
+from .trainer_arguments import quieten, trainer_arguments, training_steps
 
 
 def prepare(settings: Settings) -> Job:
@@ -38,6 +40,7 @@ def prepare(settings: Settings) -> Job:
     limit = row_limit(settings, base.model)
     train_rows, train_report = tokenise_examples(train, base.tokenizer, limit, "training")
     held_rows, held_report = tokenise_examples(held_out, base.tokenizer, limit, "held-out")
+    check_stages(settings, training_steps(settings, len(train_rows)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:
@@ -69,7 +72,7 @@ def classification_trainer(
 ) -> Trainer:
     """Make the trainer that trains and evaluates; evaluation alone needs no training rows."""
     compute, _ = metrics_for(settings.data.glue, classes.regression)
-    trainer = Trainer(
+    trainer = RunTrainer(
         model=model,
         args=TrainingArguments(**arguments, label_names=["labels"]),
         train_dataset=train_rows,
@@ -78,8 +81,8 @@ def classification_trainer(
         compute_metrics=lambda found: compute(
             predictions(found.predictions, classes.regression), _labels(found.label_ids)
         ),
-        optimizers=(optimizer(model, settings, base.head) if train_rows else None, None),
     )
+    trainer.settings, trainer.head = settings, base.head
     quieten(trainer)
     return trainer
 

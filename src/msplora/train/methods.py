@@ -16,7 +16,8 @@ from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetEr
 from msplora.loading import adapter_folder, read_config
 
 from .base_model import Base
-from .settings import PYRAMID_KEYS, AdapterSettings, Settings
+from .levels import check_level_names, freeze_levels, level_parameters
+from .settings import LEVEL_KEYS, PYRAMID_KEYS, AdapterSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,25 @@ def adapt(base: Base, settings: Settings) -> Adapted:
             model = peft.get_peft_model(base.model, config)
         except ValueError as error:
             raise _explain(error, base.model, config) from error
+    if plan:
+        _check_levels(settings, model)
     head = _count(model, modules_to_save=True)
     adapter = _count(model) - head
     rank = sum(config.ranks or ()) if plan else config.r
     lora = plan.lora_parameters if plan else adapter
     return Adapted(model, Trainable(adapter, head, base_numbers, lora), plan, rank, notes)
+
+
+def _check_levels(settings: Settings, model: Any) -> None:
+    """Refuse levels that the pyramid does not have, and freeze those that are not to train."""
+    training = settings.training
+    known = level_parameters(model)
+    staged = [level for stage in training.stages or () for level in stage.levels]
+    check_level_names(staged, known, "training.stages")
+    check_level_names(
+        training.level_learning_rate_factors, known, "training.level_learning_rate_factors"
+    )
+    freeze_levels(model, training.frozen_levels or ())
 
 
 def adapter_config(settings: Settings, base: Base) -> Any:
@@ -120,15 +135,24 @@ def _lora_rank_and_alpha(adapter: AdapterSettings) -> tuple[int, float]:
 
 def _inapplicable(settings: Settings) -> list[str]:
     """One line naming the keys that this method does not read; comparing runs must not fail."""
-    names = PYRAMID_KEYS if settings.method == "lora" else tuple(AdapterSettings.model_fields)
     if settings.method == "msplora":
         return []
-    default = AdapterSettings()  # pyright: ignore[reportCallIssue]
-    unread = [name for name in names if getattr(settings.adapter, name) != getattr(default, name)]
-    if not unread:
-        return []
-    keys = ", ".join(f"adapter.{name}" for name in unread)
-    return [f"method {settings.method} does not read {keys}"]
+    unread = {"adapter": PYRAMID_KEYS, "training": LEVEL_KEYS}
+    if settings.method != "lora":
+        unread["adapter"] = tuple(AdapterSettings.model_fields)
+        unread["training"] = (*LEVEL_KEYS, "b_learning_rate_factor")
+    keys = [
+        f"{section}.{name}"
+        for section, names in unread.items()
+        for name in names
+        if getattr(getattr(settings, section), name) != _default(section, name)
+    ]
+    return [f"method {settings.method} does not read {', '.join(keys)}"] if keys else []
+
+
+def _default(section: str, key: str) -> Any:
+    field = Settings.model_fields[section].annotation.model_fields[key]  # pyright: ignore
+    return field.get_default(call_default_factory=True)
 
 
 def _without_adapter(base: Base, settings: Settings) -> Adapted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
 from msplora.versions import versions
 
+from .callbacks import add_callbacks, check_trackers
 from .job import Job
 from .model_card import model_card
 from .next_steps import next_steps
@@ -93,6 +95,7 @@ def _absolute(path: str) -> str:
 
 
 def _prepare(settings: Settings) -> Job:
+    check_trackers(settings)
     prepare: Callable[[Settings], Job]
     if settings.task == "sft":
         from .sft import prepare
@@ -104,12 +107,14 @@ def _prepare(settings: Settings) -> Job:
 def _train(trainer: Any, job: Job, folder: RunFolder, console: Console) -> None:
     progress = ShowProgress(console)
     trainer.add_callback(progress)
+    settings, tell = job.record.settings, partial(console.print, highlight=False, markup=False)
+    add_callbacks(trainer, settings, job.adapted, folder.working, tell)
     checkpoint = folder.last_checkpoint()
     if checkpoint is None and job.held_out:
         before = plain_metrics(trainer.evaluate())
         folder.write_json(BEFORE, {"epoch": 0.0, "step": 0, **before})
     # Again, so that what was measured before leaves no trace in the random numbers.
-    transformers.set_seed(job.record.settings.seed)
+    transformers.set_seed(settings.seed)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:

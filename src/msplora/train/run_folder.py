@@ -22,7 +22,9 @@ BEFORE = "before.json"
 """What was measured before the first step, kept for a run that is resumed."""
 
 # Settings that change no number of the result, so a run may be resumed under others.
-_FREE_TO_CHANGE = frozenset({"output", "training.eval_batch_size", "training.save_limit"})
+_FREE_TO_CHANGE = frozenset(
+    {"output", "training.eval_batch_size", "training.save_limit", "training.report_to"}
+)
 
 
 class RunFolderError(MSPLoraError):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 Method = Literal["msplora", "lora", "full", "frozen"]
 Task = Literal["classification", "sft"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab"]
 GlueTask = Literal["mrpc", "cola", "rte", "sst2", "qnli", "stsb"]
 
 
@@ -134,6 +135,22 @@ PYRAMID_KEYS = ("levels", "ranks", "groups", "alphas", "split_alpha")
 """The adapter's keys that mean nothing to plain LoRA."""
 
 
+class StageSettings(_Section):
+    """One stage of staged training; a name or a list of names stands for the levels alone."""
+
+    levels: list[str] = Field(min_length=1, description="The levels that train in this stage.")
+    share: float = Field(
+        1.0, gt=0, description="How long it is, in proportion to the shares of the other stages."
+    )
+
+
+def _levels_alone(value: Any) -> Any:
+    """`mid` and `[mid, local]` are stages as `{levels: [mid]}` is."""
+    if isinstance(value, str):
+        return {"levels": [value]}
+    return {"levels": value} if isinstance(value, list) else value
+
+
 class TrainingSettings(_Section):
     """How long, how fast, and what is kept."""
 
@@ -146,8 +163,40 @@ class TrainingSettings(_Section):
     head_learning_rate_factor: float = Field(
         1.0, gt=0, description="The classification head's learning rate over the adapter's."
     )
+    level_learning_rate_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Level -> its learning rate over the adapter's, as in `{local: 2}`.",
+    )
+    b_learning_rate_factor: float = Field(
+        1.0, gt=0, description="The learning rate of every B over that of its A (LoRA+: 16)."
+    )
+    frozen_levels: list[str] | None = Field(
+        None, description="Levels that do not train: with `init_from`, they stay as they are there."
+    )
+    stages: list[Annotated[StageSettings, BeforeValidator(_levels_alone)]] | None = Field(
+        None,
+        min_length=1,
+        description="Levels to train one after the other, as in `[global, mid, local]`; "
+        "see [staged training](#staged-training).",
+    )
+    restart_schedule: bool = Field(
+        True, description="With `stages`, each stage goes through the whole schedule and warm-up."
+    )
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps that warm up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; never on biases.")
+    optimizer: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adafactor",
+        "sgd",
+    ] = Field(
+        "adamw_torch",
+        description="The optimiser, as transformers calls it; the 8-bit and paged ones need "
+        "bitsandbytes.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay; never on biases and norms.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm.")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = (
         Field("linear", description="Shape of the learning rate after the warm-up.")
@@ -158,6 +207,15 @@ class TrainingSettings(_Section):
     )
     save_limit: int = Field(
         2, ge=1, description="Checkpoints kept while training; the best one is always kept."
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many evaluations in a row without a better one.",
+    )
+    report_to: list[Tracker] = Field(
+        default_factory=list,
+        description="Trackers that follow the run, by transformers' integrations.",
     )
     metric_for_best: str | None = Field(
         None,
@@ -171,6 +229,10 @@ class TrainingSettings(_Section):
         True, description="For sft: the loss counts completions (assistant turns), not prompts."
     )
     packing: bool = Field(False, description="For sft: several rows in one training sequence.")
+
+
+LEVEL_KEYS = ("level_learning_rate_factors", "frozen_levels", "stages")
+"""The training keys that mean nothing without a pyramid."""
 
 
 KEYS_OF_ONE_TASK: dict[Task, tuple[str, ...]] = {

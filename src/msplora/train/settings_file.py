@@ -248,10 +248,27 @@ def _check(settings: Settings, source: str) -> None:
             f"in {source}: a classifier keeps its best epoch, so it needs held-out rows: set "
             f"data.validation, data.validation_split or data.validation_fraction above 0."
         )
+    _check_training(settings, source)
     if settings.init_from and settings.method not in ("msplora", "lora"):
         raise ConfigError(
             f"in {source}: init_from starts from an adapter, and method {settings.method!r} has "
             f"none. Use method msplora or lora."
+        )
+
+
+def _check_training(settings: Settings, source: str) -> None:
+    training = settings.training
+    frozen = training.frozen_levels or ()
+    both = [its for stage in training.stages or () for its in stage.levels if its in frozen]
+    if both:
+        raise ConfigError(
+            f"in {source}: training.frozen_levels and training.stages both name {both[0]}. A level "
+            f"that trains in a stage is not frozen: take it out of one of them."
+        )
+    if training.early_stopping_patience and not _has_validation(settings):
+        raise ConfigError(
+            f"in {source}: training.early_stopping_patience needs held-out rows to judge by: set "
+            f"data.validation, data.validation_split or data.validation_fraction above 0."
         )
 
 

@@ -14,21 +14,23 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from msplora.errors import ConfigError
 
 from .base_model import load_base
+from .callbacks import check_stages
 from .data_sft import read_sft
 from .held_out_loss import held_out_loss
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
+from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
 from .task_record import TaskRecord
 from .tokenise_sft import DEFAULT_CHUNK, IGNORED, Tokens, tokenise_samples
-from .trainer_arguments import optimizer, quieten, trainer_arguments, warmup_steps
+from .trainer_arguments import quieten, trainer_arguments, training_steps, warmup_steps
 
 METRICS = ("loss", "perplexity", "token_accuracy")
 
 
-class HeldOutSFTTrainer(SFTTrainer):
+class HeldOutSFTTrainer(RunTrainer, SFTTrainer):
     """TRL's trainer, judging by the loss per token that `msplora eval` gives too.
 
     Its own evaluation averages the means of batches, which depends on how rows fall into batches.
@@ -84,6 +86,8 @@ def prepare(settings: Settings) -> Job:
     packed_length = limit.length or limit.positions or DEFAULT_CHUNK
     if settings.training.packing and tokenizer.pad_token is None:
         raise ConfigError("training.packing needs a tokenizer with a padding or end token.")
+    if not settings.training.packing:  # how many rows that gives, the trainer finds out
+        check_stages(settings, training_steps(settings, len(train)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
@@ -102,8 +106,8 @@ def prepare(settings: Settings) -> Job:
             data_collator=(
                 None if settings.training.packing else DataCollatorForLanguageModeling(pad)
             ),
-            optimizers=(optimizer(adapted.model, settings, base.head), None),
         )
+        trainer.settings, trainer.head = settings, base.head
         # Only now is it known how many rows are left once they are packed.
         packed: Any = trainer.train_dataset
         trainer.args.warmup_steps = warmup_steps(settings, len(packed))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PrinterCallback, Trainer
 
 from .base_model import Base
+from .callbacks import TENSORBOARD
 from .settings import Settings
 
 
@@ -33,6 +33,7 @@ def trainer_arguments(
         "learning_rate": training.learning_rate,
         "warmup_steps": warmup_steps(settings, rows),
         "weight_decay": training.weight_decay,
+        "optim": training.optimizer,
         "max_grad_norm": training.max_grad_norm,
         "lr_scheduler_type": training.scheduler,
         "gradient_checkpointing": training.gradient_checkpointing,
@@ -57,7 +58,11 @@ def trainer_arguments(
         "greater_is_better": best not in ("loss", "perplexity") if held_out else None,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": settings.seed,
-        "report_to": "none",
+        # TensorBoard's files belong to the run folder: `callbacks` adds it.
+        "report_to": [its for its in training.report_to if its != TENSORBOARD] or "none",
+        "run_name": Path(settings.output).name,
+        # The count of evaluations without a better one, for a run that is resumed.
+        "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,
     }
 
@@ -68,36 +73,17 @@ def _has_accelerator() -> bool:
     )
 
 
-def warmup_steps(settings: Settings, rows: int) -> int:
-    """The steps that warm up, of a run over `rows` rows (packed ones, where they are packed)."""
+def training_steps(settings: Settings, rows: int) -> int:
+    """The optimiser steps of a run over `rows` rows (packed ones, where they are packed)."""
     training = settings.training
     batches = math.ceil(rows / training.batch_size)
-    steps = math.ceil(batches / training.gradient_accumulation) * training.epochs
-    return math.ceil((training.max_steps or steps) * training.warmup_ratio)
+    an_epoch = math.ceil(batches / training.gradient_accumulation)
+    return training.max_steps or math.ceil(an_epoch * training.epochs)
 
 
-def optimizer(model: nn.Module, settings: Settings, head: tuple[str, ...]) -> torch.optim.Optimizer:
-    """AdamW with no decay on biases and norms, and the head at its own rate."""
-    training = settings.training
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore
-    heads = tuple(f"{name}." for name in head)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            in_head = name.removeprefix("base_model.model.").startswith(heads)
-            groups.setdefault((in_head, name in decayed), []).append(parameter)
-    rate = training.learning_rate
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": rate * training.head_learning_rate_factor if in_head else rate,
-                "weight_decay": training.weight_decay if decays else 0.0,
-            }
-            for (in_head, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ],
-        lr=rate,
-    )
+def warmup_steps(settings: Settings, rows: int) -> int:
+    """The steps that warm up, of a run over `rows` rows (packed ones, where they are packed)."""
+    return math.ceil(training_steps(settings, rows) * settings.training.warmup_ratio)
 
 
 def quieten(trainer: Trainer) -> None:

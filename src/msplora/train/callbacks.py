@@ -1,0 +1,83 @@
+"""The callbacks a run's settings ask for: stages, norms of the levels, early stopping, trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+
+from msplora.errors import ConfigError
+
+from .level_norms import LevelNorms
+from .methods import Adapted
+from .settings import Settings
+from .stages import Stage, StagedTraining, stage_ends
+
+TENSORBOARD = "tensorboard"
+"""The tracker whose files belong to the run folder, and the folder in it that holds them."""
+
+
+def check_trackers(settings: Settings) -> None:
+    """Refuse a tracker whose library is missing, before anything is loaded.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    missing = sorted({*settings.training.report_to} - {*get_available_reporting_integrations()})
+    if missing:
+        raise ConfigError(
+            f"training.report_to names {', '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install "
+            f"{' '.join(missing)}. Or leave it out."
+        )
+
+
+def check_stages(settings: Settings, steps: int) -> None:
+    """Refuse stages of which one would have no step, before anything is written.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if settings.method == "msplora" and settings.training.stages:
+        stage_ends(stages_of(settings), steps)
+
+
+def stages_of(settings: Settings) -> list[Stage]:
+    """The stages of a run."""
+    return [Stage(tuple(its.levels), its.share) for its in settings.training.stages or ()]
+
+
+def add_callbacks(
+    trainer: Any, settings: Settings, adapted: Adapted, folder: Path, tell: Callable[[str], None]
+) -> None:
+    """Attach to a trainer what the settings ask for.
+
+    Args:
+        trainer: transformers' or TRL's, about to train.
+        settings: of the run.
+        adapted: the model it trains.
+        folder: the run's, for the files of a tracker that writes some.
+        tell: prints a line.
+    """
+    training = settings.training
+    if training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    if adapted.plan:
+        stages = stages_of(settings)
+        if training.frozen_levels and not stages:
+            # Loading a checkpoint thaws everything; one stage of all the others keeps it frozen.
+            named = [level.name for level in adapted.plan.levels]
+            stages = [Stage(tuple(its for its in named if its not in training.frozen_levels))]
+        if stages:
+            told = tell if len(stages) > 1 else lambda _: None
+            restarts = training.restart_schedule
+            trainer.add_callback(StagedTraining(stages, restart_schedule=restarts, tell=told))
+        LevelNorms().attach(trainer)
+    if TENSORBOARD in training.report_to:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # By itself it would write among the checkpoints, which go when the run is complete.
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))

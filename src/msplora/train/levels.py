@@ -1,0 +1,58 @@
+"""The parameters of a pyramid by level, for everything that treats the levels differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from msplora.errors import ConfigError, nearest
+from msplora.store import factors
+
+
+def level_parameters(
+    model: nn.Module, adapter_name: str = "default"
+) -> dict[str, list[nn.Parameter]]:
+    """Level → the A and the B of its pairs, each once; levels in the pyramid's order.
+
+    Raises:
+        MSPLoraError: the model has no such MSPLoRA adapter.
+    """
+    found: dict[str, list[nn.Parameter]] = {}
+    for address, (a, b, _) in factors(model, adapter_name).items():
+        found.setdefault(address.partition("/")[0], []).extend((a, b))
+    return found
+
+
+def freeze_levels(model: nn.Module, levels: Iterable[str], adapter_name: str = "default") -> None:
+    """Let no pair of these levels train. PEFT thaws them where it loads or activates an adapter.
+
+    Raises:
+        ConfigError: the pyramid has no such level, or no other.
+        MSPLoraError: the model has no such MSPLoRA adapter.
+    """
+    by_level = level_parameters(model, adapter_name)
+    levels = list(levels)
+    check_level_names(levels, by_level, "frozen_levels")
+    if by_level.keys() <= set(levels):
+        raise ConfigError(
+            f"frozen_levels = {levels} leaves no level of the pyramid to train. Leave one out."
+        )
+    for level in levels:
+        for parameter in by_level[level]:
+            parameter.requires_grad_(False)
+
+
+def check_level_names(asked: Iterable[str], known: Iterable[str], key: str) -> None:
+    """Refuse a level that the pyramid does not have; `key` is what named it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    known = list(known)
+    for level in asked:
+        if level not in known:
+            raise ConfigError(
+                f"{key} names the level {level!r}, and the pyramid has {', '.join(known)}."
+                + nearest(level, known, count=1)
+            )

@@ -1,0 +1,48 @@
+"""What a run changes of a Trainer, transformers' own or TRL's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .learning_rates import parameter_groups
+from .settings import Settings
+
+
+class RunTrainer(Trainer):
+    """Stands before the class of a trainer: ``class SFT(RunTrainer, SFTTrainer)``.
+
+    The optimiser is made as the trainer makes its own, under FSDP and DeepSpeed too, but over the
+    groups of `parameter_groups`. `settings` and `head` have to be set before it trains.
+    """
+
+    settings: Settings
+    head: tuple[str, ...]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser, once."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = make(settings_groups(model, self.settings, self.head), **options)
+        return self.optimizer
+
+
+def settings_groups(
+    model: nn.Module, settings: Settings, head: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The parameter groups that a run's settings ask for."""
+    training = settings.training
+    pyramid = settings.method == "msplora"
+    return parameter_groups(
+        model,
+        training.learning_rate,
+        weight_decay=training.weight_decay,
+        level_factors=training.level_learning_rate_factors if pyramid else None,
+        b_factor=training.b_learning_rate_factor,
+        head_factor=training.head_learning_rate_factor,
+        head=head,
+    )

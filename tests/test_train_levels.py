@@ -1,0 +1,205 @@
+"""`msplora train` treats the levels differently where it is told to, and tells trackers of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import (
+    Result,
+    answered_rows,
+    labelled_rows,
+    same,
+    save_decoder,
+    save_encoder,
+    tensors,
+    write_config,
+    write_jsonl,
+)
+from runs import msplora as command
+from test_train_folder import stop_at
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    save_encoder(folder / "encoder", positions=16)
+    save_decoder(folder / "decoder")
+    write_jsonl(folder / "labelled.jsonl", labelled_rows(40))
+    write_jsonl(folder / "answered.jsonl", answered_rows(40))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(bases: Path, *flags: object, **changes: Any) -> Result:
+    """Four and a half epochs' worth of steps, 9, of a run that logs each of them."""
+    classifies = changes.get("task") == "classification"
+    training = {"max_steps": 9, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
+    content: dict[str, Any] = {
+        "model": str(bases / ("encoder" if classifies else "decoder")),
+        "task": "sft",
+        "output": "run",
+        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
+        "training": training | changes.pop("training", {}),
+    }
+    return command("train", write_config(Path("config.yaml"), content | changes), *flags)
+
+
+def read_json(file: str) -> Any:
+    return json.loads(Path(file).read_text())
+
+
+def logged(run: str) -> list[dict[str, Any]]:
+    return [entry for entry in read_json(f"{run}/log_history.json") if "loss" in entry]
+
+
+def gradients(entry: dict[str, Any]) -> set[str]:
+    prefix = "gradient_norm/"
+    return {key.removeprefix(prefix) for key in entry if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_stages_and_a_resumed_run(bases: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    options: dict[str, Any] = {
+        "task": task,
+        "training": {"stages": ["global", ["mid", "local"]], "eval_steps": 2},
+    }
+    straight = train(bases, "--output", "straight", **options)
+    assert straight.code == 0, straight.err
+    assert "stage 1 of 2: global until step 4" in straight.out
+    assert "stage 2 of 2: mid and local until step 9" in straight.out
+    levels = [gradients(entry) for entry in logged("straight")]
+    assert levels == [{"global"}] * 4 + [{"mid", "local"}] * 5
+    stop_at(monkeypatch, 7)
+    assert train(bases, **options).code != 0
+    resumed = train(bases, "--resume", **options)
+    assert resumed.code == 0, resumed.err
+    assert same(tensors(Path("straight/adapter")), tensors(Path("run/adapter")))
+    ours = ("step", "loss", "learning_rate", "norm/", "gradient_norm/")
+    kept = [
+        [{key: its for key, its in entry.items() if key.startswith(ours)} for entry in logged(run)]
+        for run in ("straight", "run")
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_frozen_levels_stay_what_they_were(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(bases, "--output", "first").code == 0
+    second: dict[str, Any] = {
+        "init_from": "first",
+        "training": {"frozen_levels": ["global", "mid"], "eval_steps": 2},
+    }
+    stop_at(monkeypatch, 5)  # PEFT thaws what it loads, and a resumed run loads
+    assert train(bases, **second).code != 0
+    found = train(bases, "--resume", **second)
+    assert found.code == 0, found.err
+    assert "stage" not in found.out
+    assert all(gradients(entry) == {"local"} for entry in logged("run"))
+    first, run = tensors(Path("first/adapter")), tensors(Path("run/adapter"))
+    assert {name for name in first if not torch.equal(first[name], run[name])} == {
+        name for name in first if "store.local/" in name
+    }
+    trained = sum(run[name].numel() for name in run if "store.local/" in name)
+    assert read_json("run/plan.json")["trainable"] == trained
+
+
+def test_rates_of_levels_and_of_b(bases: Path) -> None:
+    factors = {"level_learning_rate_factors": {"local": 3.0}, "b_learning_rate_factor": 2.0}
+    once: dict[str, Any] = {
+        "max_steps": 1,
+        "warmup_ratio": 0,
+        "optimizer": "sgd",
+        "max_grad_norm": 0,
+    }
+    start = {"init_lora_weights": False}
+    for output, options in (("zero", {"learning_rate": 1e-30}), ("plain", {}), ("fast", factors)):
+        found = train(bases, "--output", output, adapter=start, training=once | options)
+        assert found.code == 0, found.err
+    zero, plain, fast = (tensors(Path(run) / "adapter") for run in ("zero", "plain", "fast"))
+    for name, was in zero.items():
+        factor = (3.0 if "store.local/" in name else 1.0) * (2.0 if "msplora_B" in name else 1.0)
+        moved = plain[name] - was
+        assert moved.abs().max() > 0
+        torch.testing.assert_close(fast[name] - was, factor * moved, rtol=2e-2, atol=1e-6)
+
+
+def test_early_stopping(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a hopeless rate nothing gets better after the first evaluation."""
+    options: dict[str, Any] = {
+        "training": {"learning_rate": 3.0, "eval_steps": 1, "early_stopping_patience": 3}
+    }
+    options["training"]["warmup_ratio"] = 0
+    assert train(bases, "--output", "straight", **options).code == 0
+    steps = [entry["step"] for entry in read_json("straight/metrics.json")["evaluations"]]
+    best = read_json("straight/metrics.json")["best"]["step"]
+    assert steps == list(range(1, best + 4))
+    assert len(steps) < 9
+    stop_at(monkeypatch, best + 2)  # the count of evaluations goes on where it was
+    assert train(bases, **options).code != 0
+    assert train(bases, "--resume", **options).code == 0
+    assert read_json("run/metrics.json") == read_json("straight/metrics.json")
+
+
+def test_tensorboard_gets_the_norms_of_the_levels(bases: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = train(bases, training={"report_to": ["tensorboard"], "max_steps": 3})
+    assert found.code == 0, found.err
+    events = EventAccumulator("run/tensorboard")
+    events.Reload()
+    for entry_name in ("loss", "norm/global", "gradient_norm/local"):
+        values = [event.value for event in events.Scalars(f"train/{entry_name}")]
+        assert values == pytest.approx([entry[entry_name] for entry in logged("run")])
+    assert events.Scalars("eval/loss")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        (
+            {"training": {"stages": ["global", "mid", "local"], "max_steps": 2}},
+            "2 steps are too few",
+        ),
+        ({"training": {"stages": ["glob"]}}, "training.stages names the level 'glob'"),
+        ({"training": {"stages": []}}, "training.stages"),
+        ({"training": {"stages": [{"levels": ["mid"], "share": 0}]}}, "stages"),
+        ({"training": {"frozen_levels": ["top"]}}, "has global, mid, local"),
+        ({"training": {"frozen_levels": ["global", "mid", "local"]}}, "no level of the pyramid"),
+        (
+            {"training": {"frozen_levels": ["mid"], "stages": ["global", "mid"]}},
+            "training.frozen_levels and training.stages both name mid",
+        ),
+        ({"training": {"level_learning_rate_factors": {"middle": 2}}}, "Did you mean 'mid'?"),
+        ({"training": {"level_learning_rate_factors": {"mid": 0}}}, "greater than 0"),
+        ({"training": {"report_to": ["clearml"]}}, "pip install clearml"),
+        (
+            {"training": {"early_stopping_patience": 1}, "data": {"validation_fraction": 0}},
+            "needs held-out rows",
+        ),
+    ],
+)
+def test_what_no_run_can_do_is_refused(bases: Path, changes: dict[str, Any], error: str) -> None:
+    if "data" in changes:
+        changes["data"]["train"] = str(bases / "answered.jsonl")
+    found = train(bases, **changes)
+    assert found.code == 1
+    assert error in found.error
+    assert not list(Path().glob("run*"))
+
+
+def test_other_methods_say_what_they_do_not_read(bases: Path) -> None:
+    training = {"stages": ["global"], "b_learning_rate_factor": 4.0, "max_steps": 2}
+    found = train(bases, "--method", "lora", training=training)
+    assert found.code == 0, found.err
+    assert "method lora does not read training.stages" in found.out
+    assert "b_learning_rate_factor" not in found.out
