@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert train(content, "--output", "straight").code == 0
     stop_at(monkeypatch, step)
     stopped = train(content)
-    assert stopped.code == 1
+    assert stopped.code == 130
     assert "--resume" in stopped.error
     assert str(here / "run.unfinished") in stopped.error
     assert not Path("run").exists()
@@ -183,7 +183,7 @@ def test_ctrl_c_outside_the_training_loop_says_how_to_go_on_too(
     with monkeypatch.context() as patch:
         patch.setattr(running, "model_card", interrupted)
         stopped = train(content)
-    assert stopped.code == 1
+    assert stopped.code == 130
     assert "--resume" in stopped.error
     assert not Path("run").exists()
     assert train(content, "--resume").code == 0
@@ -252,7 +252,7 @@ def test_an_output_that_holds_something_is_not_touched(
     assert tree(here / "run") == before
     stop_at(monkeypatch, 3)
     broken = train(content, "--force")
-    assert broken.code == 1
+    assert broken.code == 130
     assert tree(here / "run") == before
     assert train(content, "--force", "--seed", 7).code == 0
     assert tree(here / "run") != before

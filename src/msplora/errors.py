@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class MSPLoraError(ValueError):
     """What was asked cannot be done; the message says what was found and what to do."""
 
+    exit_code = 1
+    """What the command line exits with."""
+
 
 class ConfigError(MSPLoraError):
     """A configuration that contradicts itself."""

@@ -75,7 +75,7 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _clear_after_a_kill(out)
+    clear_after_a_kill(out)
     check_output(out, force)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     lock = os.open(partial, os.O_RDONLY)
@@ -85,7 +85,7 @@ def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
             yield partial
             partial.chmod(0o755)  # mkdtemp's folders are private
             check_output(out, force)  # another process may have been quicker
-            _put_in_place(partial, out)
+            put_in_place(partial, out)
     finally:
         os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
@@ -102,7 +102,8 @@ def _explained(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def put_in_place(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`; what was there is moved aside, and then removed."""
     if not out.exists():
         partial.rename(out)
         return
@@ -117,7 +118,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_after_a_kill(out: Path) -> None:
+def clear_after_a_kill(out: Path) -> None:
     """Put back a result that was moved aside, and remove folders that nobody is writing."""
     for old in out.parent.glob(f".{escape(out.name)}.old-*"):
         if (old / out.name).exists() and not out.exists():

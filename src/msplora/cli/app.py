@@ -48,7 +48,7 @@ def options(
     logging.getLogger("msplora").setLevel(level)
 
 
-app.command("train")(train.train)
+app.command("train", cls=train.TrainCommand)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)
@@ -59,12 +59,16 @@ app.add_typer(bench.bench_app, name="bench")
 
 
 def main() -> None:
-    """Run the command; an error made by the user is printed without a traceback, exit code 1."""
+    """Run the command; an error made by the user is printed without a traceback, exit code 1.
+
+    A run that was stopped by a signal exits with 128 plus its number, as programs do.
+    """
     try:
         app()
     except MSPLoraError as error:
         from rich.console import Console
         from rich.markup import escape
 
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
-        sys.exit(1)
+        title = "[bold red]Error:[/]" if error.exit_code == 1 else "[bold]Stopped:[/]"
+        Console(stderr=True, soft_wrap=True).print(f"{title} {escape(str(error))}")
+        sys.exit(error.exit_code)

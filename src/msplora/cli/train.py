@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .progress_console import progress_console
+
+
+class TrainCommand(TyperCommand):
+    """Lets `--resume` stand alone or before `auto`: typer has no options with an optional value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give the option the value that it has when it stands alone: an empty one."""
+        spelt = []
+        for word in args:
+            if spelt[-1:] == ["--resume="] and word == "auto":
+                spelt[-1] += word
+            else:
+                spelt.append("--resume=" if word == "--resume" else word)
+        return super().parse_args(ctx, spelt)
+
+
+def _known_resume(value: str | None) -> str | None:
+    if value not in (None, "", "auto"):
+        raise typer.BadParameter(f"it stands alone or takes auto, not {value!r}.")
+    return value
 
 
 def train(
@@ -22,8 +43,14 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an unfinished run from its last checkpoint.")
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="[auto]",
+            callback=_known_resume,
+            help="Continue an unfinished run from its last checkpoint. With auto, start one where "
+            "there is none, and do nothing where it is complete.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a run, or discard an unfinished one.")
     ] = False,
@@ -39,4 +66,5 @@ def train(
         # Only now: a mistake in the config should not wait for torch to be imported.
         from msplora.train.run import train_run
 
-        train_run(settings, resume=resume, force=force, console=progress_console())
+        how = "auto" if resume == "auto" else resume is not None
+        train_run(settings, resume=how, force=force, console=progress_console())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,18 @@ from msplora.loading import resolve_source
 from msplora.versions import versions
 
 from .callbacks import add_callbacks, check_trackers
+from .checkpoints import find_newest
+from .disk_space import check_space, free_space
 from .job import Job
 from .model_card import model_card
 from .next_steps import next_steps
 from .preview import plan_record, plan_text, show_preview
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
-from .run_folder import BEFORE, METRICS, RunFolder
+from .resumable import make_resumable
+from .run_folder import BEFORE, METRICS, Resume, RunFolder
 from .settings import Settings
-
-
-class Interrupted(MSPLoraError):
-    """The run was stopped by hand; its checkpoints are kept."""
+from .stopping import Interrupted, Stopped, StopSignals
 
 
 class NotWritten(MSPLoraError):
@@ -38,41 +39,82 @@ class NotWritten(MSPLoraError):
 
 def train_run(
     settings: Settings,
-    resume: bool = False,
+    resume: Resume = False,
     force: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train, and return the run folder.
 
     Everything that can be refused is refused before the folder is made. A run that is interrupted
-    leaves `<output>.unfinished` behind, which `resume` continues to the same result.
+    leaves `<output>.unfinished` behind, which `resume` continues to the same result; "auto" starts
+    one where there is none, and does nothing where it is complete.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to go on.
+        NotWritten: the disk is full. The checkpoints before are whole.
     """
     console = console or Console()
     settings = with_absolute_paths(settings)
     folder = RunFolder(settings, resume, force)
+    if folder.is_complete or (folder.resumes and folder.lacks_only_its_name):
+        return _already_complete(folder, console)
     with quiet_libraries():
         transformers.set_seed(settings.seed)
         job = _prepare(settings)
+        notes = check_space(job, folder.path)
         show_preview(job, console)
-        try:
-            folder.begin()
-            trainer = job.make_trainer(folder.checkpoints)
-            _train(trainer, job, folder, console)
-            metrics = _metrics(trainer.state, job, folder)
-            _write(folder, job, trainer, metrics)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped by hand. What was saved is in {folder.working}: the same command with "
-                f"--resume continues from there."
-            ) from None
-        except (OSError, SafetensorError) as error:
-            raise NotWritten(
-                f"the run could not be written in {folder.working}: {error}. Free some space; the "
-                f"same command with --resume goes on from the last whole checkpoint."
-            ) from error
-    run = folder.finish()
+        with StopSignals() as stop:
+            run, metrics = _run(job, folder, notes, stop, console)
     _report(console, settings, run, job, metrics)
     return run
+
+
+def _run(
+    job: Job, folder: RunFolder, notes: list[str], stop: StopSignals, console: Console
+) -> tuple[Path, dict[str, Any]]:
+    """Everything that writes, with what is to be said where it is stopped."""
+    try:
+        for note in [*notes, *folder.begin()]:
+            console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
+        trainer = job.make_trainer(folder.checkpoints)
+        make_resumable(trainer, stop, job.record.settings.training.save_steps)
+        _train(trainer, job, folder, stop, console)
+        metrics = _metrics(trainer.state, job, folder)
+        _write(folder, job, trainer, metrics)
+        return folder.finish(), metrics
+    except Stopped:
+        raise Interrupted(
+            f"stopped by {stop.name}. {_saved(folder)} To go on: {folder.go_on}",
+            stop.number or signal.SIGTERM,
+        ) from None
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped at once by Ctrl-C. {_saved(folder)} To go on: {folder.go_on}", signal.SIGINT
+        ) from None
+    except (OSError, SafetensorError) as error:  # safetensors' own errors hide a full disk
+        raise NotWritten(
+            f"the run could not be written in {folder.working}: {error}. {free_space(folder.path)} "
+            f"{_saved(folder)} Free some space; then to go on: {folder.go_on}"
+        ) from error
+    finally:
+        folder.release()
+
+
+def _saved(folder: RunFolder) -> str:
+    newest = find_newest(folder.checkpoints).newest
+    if newest is None:
+        return "No checkpoint had been saved yet, so it will start from the beginning."
+    return f"The last checkpoint is {newest.path}, of step {newest.step}."
+
+
+def _already_complete(folder: RunFolder, console: Console) -> Path:
+    if folder.is_complete:
+        folder.clear()
+        said = f"The run in {folder.path} is complete; there is nothing to do."
+    else:
+        said = f"The run was complete but for its name; it is now in {folder.finish()}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    return folder.path
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -104,15 +146,17 @@ def _prepare(settings: Settings) -> Job:
     return prepare(settings)
 
 
-def _train(trainer: Any, job: Job, folder: RunFolder, console: Console) -> None:
+def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console: Console) -> None:
     progress = ShowProgress(console)
     trainer.add_callback(progress)
     settings, tell = job.record.settings, partial(console.print, highlight=False, markup=False)
     add_callbacks(trainer, settings, job.adapted, folder.working, tell)
-    checkpoint = folder.last_checkpoint()
+    checkpoint = folder.last_checkpoint
     if checkpoint is None and job.held_out:
         before = plain_metrics(trainer.evaluate())
         folder.write_json(BEFORE, {"epoch": 0.0, "step": 0, **before})
+    if stop.asked:
+        raise Stopped
     # Again, so that what was measured before leaves no trace in the random numbers.
     transformers.set_seed(settings.seed)
     try:

@@ -1,29 +1,45 @@
-"""The folder of a run: whole or not there. Work goes on beside it, and is renamed at the end."""
+"""The folder of a run: whole or not there. Work goes on beside it, and is renamed at the end.
+
+Each change of state is one rename, so that a process may be killed between any two: a folder
+`<output>.unfinished` with `checkpoints` in it is to be resumed, one without is complete but for its
+name.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import re
-import shutil
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msplora.errors import MSPLoraError
+from msplora.folders import clear_after_a_kill, put_in_place
 
+from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
 from .settings import Settings
 from .settings_file import read_settings, write_settings
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
-BEFORE = "before.json"
+BEFORE = "checkpoints/before.json"
 """What was measured before the first step, kept for a run that is resumed."""
+
+Resume = bool | Literal["auto"]
+"""Whether to resume: False starts, True needs an unfinished run, "auto" does what is left to do."""
 
 # Settings that change no number of the result, so a run may be resumed under others.
 _FREE_TO_CHANGE = frozenset(
-    {"output", "training.eval_batch_size", "training.save_limit", "training.report_to"}
+    {
+        "output",
+        "training.eval_batch_size",
+        "training.report_to",
+        "training.save_limit",
+        "training.save_steps",
+    }
 )
 
 
@@ -37,71 +53,130 @@ class RunFolder:
     Making one checks that the run may be written there, and touches nothing.
     """
 
-    def __init__(self, settings: Settings, resume: bool = False, force: bool = False) -> None:
+    def __init__(self, settings: Settings, resume: Resume = False, force: bool = False) -> None:
         self.settings = settings
         self.path = Path(settings.output).expanduser().resolve()
         self.working = self.path.with_name(self.path.name + ".unfinished")
-        self.resumes = resume
+        self.found = Found()
+        self._locks: list[int] = []
+        if resume not in (True, False, "auto"):
+            raise RunFolderError(f"resume is True, False or 'auto', not {resume!r}.")
         if resume and force:
             raise RunFolderError("--resume continues a run and --force discards it; give one.")
         if self.path.is_file():
             raise RunFolderError(f"the output {self.path} is a file; name a folder.")
         self._check_writable()
-        if resume:
+        unfinished = (self.working / CONFIG).is_file()
+        self.is_complete = resume == "auto" and not unfinished and (self.path / METRICS).is_file()
+        """Whether there is nothing left to do."""
+        self.resumes = unfinished if resume == "auto" else bool(resume)
+        if self.is_complete:
+            self._check_same_settings(self.path)
+        elif self.resumes:
             self._check_resumable()
-        elif not force:
-            self._check_free()
-        else:
+        elif force:
             self._check_discardable()
+        else:
+            self._check_free()
 
     @property
     def checkpoints(self) -> Path:
         """Where the trainer saves while it trains."""
         return self.working / "checkpoints"
 
-    def begin(self) -> None:
-        """Make the working folder (or take up the one to resume)."""
-        if self.resumes:
-            return
-        if self.working.exists():
-            shutil.rmtree(self.working)
-        self.checkpoints.mkdir(parents=True)
-        write_settings(self.settings, self.working / CONFIG)
+    @property
+    def lacks_only_its_name(self) -> bool:
+        """Whether the unfinished run was killed when all that was left was to rename it."""
+        return (self.working / METRICS).is_file() and not self.checkpoints.exists()
 
+    @property
+    def go_on(self) -> str:
+        """The command that continues the run."""
+        return f"msplora train {shlex.quote(str(self.working / CONFIG))} --resume"
+
+    @property
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; half-written ones are removed."""
-        if not self.resumes or not self.checkpoints.is_dir():
-            return None
-        found = [
-            folder
-            for folder in self.checkpoints.iterdir()
-            if re.fullmatch(r"checkpoint-\d+", folder.name)
-        ]
-        whole = []
-        for folder in found:
-            if _is_whole(folder):
-                whole.append(folder)
-            else:
-                shutil.rmtree(folder)
-        return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that is whole, of a run that is resumed."""
+        return self.found.newest.path if self.found.newest else None
+
+    def begin(self) -> list[str]:
+        """Make the working folder, or take up the one to resume; return what there is to say."""
+        if self.working.exists():
+            self._lock(self.working)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        clear_after_a_kill(self.path)
+        clear_after_a_kill(self.working)
+        if self.resumes:
+            return self._take_up()
+        if self.lacks_only_its_name:
+            self._take_its_name()  # rather than discard what --force was once told to make
+        new = Path(tempfile.mkdtemp(prefix=f".{self.working.name}.partial-", dir=self.path.parent))
+        self._lock(new)
+        new.chmod(0o755)  # mkdtemp's folders are private
+        (new / self.checkpoints.name).mkdir()
+        write_settings(self.settings, new / CONFIG)
+        sync(new)
+        put_in_place(new, self.working)
+        return []
 
     def write_json(self, name: str, content: Mapping[str, Any] | list[Any]) -> None:
         """Write a JSON file of the run."""
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        (self.working / name).write_text(text, encoding="utf-8")
+        write_whole(self.working / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def finish(self) -> Path:
         """Drop the checkpoints and give the folder its name; return where the run now is."""
-        shutil.rmtree(self.checkpoints)
-        (self.working / BEFORE).unlink(missing_ok=True)
-        if self.path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-            self.path.rename(replaced / self.path.name)
-            self.working.rename(self.path)
-            shutil.rmtree(replaced)
-        else:
-            self.working.rename(self.path)
+        sync(self.working)
+        self._take_its_name()
+        self.release()
         return self.path
+
+    def clear(self) -> None:
+        """Remove what a process left that was killed after the run was complete."""
+        clear_after_a_kill(self.path)
+
+    def release(self) -> None:
+        """Let other processes work on the run again."""
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def _take_its_name(self) -> None:
+        clear_after_a_kill(self.path)
+        if self.checkpoints.exists():
+            away = tempfile.mkdtemp(prefix=f".{self.path.name}.old-", dir=self.path.parent)
+            self.checkpoints.rename(Path(away) / self.checkpoints.name)
+        put_in_place(self.working, self.path)
+        clear_after_a_kill(self.path)
+
+    def _take_up(self) -> list[str]:
+        self.checkpoints.mkdir(exist_ok=True)
+        clear(self.checkpoints)
+        notes = []
+        for path, fault in self.found.damaged.items():
+            remove(path)
+            notes.append(f"skipped {path.name}: {fault}")
+        newest = self.found.newest
+        if newest:
+            notes.append(f"goes on after step {newest.step}, from {newest.path}")
+        elif self.found.damaged:
+            notes.append("no checkpoint is whole: starts again from the beginning")
+        # What may be changed has to stand in the file, for the next time.
+        beside = self.working / f".{CONFIG}.partial"
+        write_settings(self.settings, beside)
+        beside.replace(self.working / CONFIG)
+        return notes
+
+    def _lock(self, folder: Path) -> None:
+        """Hold the folder until this process ends, however it ends, under any name it is given."""
+        self._locks.append(os.open(folder, os.O_RDONLY))
+        try:
+            fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise RunFolderError(
+                f"another process is at work on the run in {self.working}. Wait for it, or stop it."
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks: then it is the user's to take care
 
     def _check_writable(self) -> None:
         parent = self.path.parent
@@ -143,9 +218,21 @@ class RunFolder:
                     f"its adapter with init_from and another output, or pass --force to redo it."
                 )
             raise RunFolderError(
-                f"there is no unfinished run of {self.path} to resume. Leave --resume out."
+                f"there is no unfinished run of {self.path} to resume. Leave --resume out, or pass "
+                f"--resume auto, which starts one."
             )
-        before = _flat(read_settings(self.working / CONFIG).to_dict())
+        self._check_same_settings(self.working)
+        self.found = find_newest(self.checkpoints)
+        newest, now = self.found.newest, int(os.environ.get("WORLD_SIZE", "1"))
+        if newest and newest.processes != now:
+            raise RunFolderError(
+                f"{newest.path} was written by {newest.processes} processes, and this run has "
+                f"{now}. Resume with {newest.processes}, or pass --force instead to start anew."
+            )
+
+    def _check_same_settings(self, folder: Path) -> None:
+        what = "unfinished" if folder == self.working else "complete"
+        before = _flat(read_settings(folder / CONFIG).to_dict())
         now = _flat(self.settings.to_dict())
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
@@ -154,22 +241,13 @@ class RunFolder:
         ]
         if changed:
             raise RunFolderError(
-                f"the unfinished run in {self.working} has other settings: {'; '.join(changed)}. "
+                f"the {what} run in {folder} has other settings: {'; '.join(changed)}. "
                 f"Resume with the same ones, or pass --force instead to start anew."
             )
 
 
 def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    # The trainer writes this file last.
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

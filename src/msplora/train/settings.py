@@ -205,8 +205,13 @@ class TrainingSettings(_Section):
     eval_steps: int | None = Field(
         None, ge=1, description="Evaluate and save every so many steps instead of every epoch."
     )
+    save_steps: int | None = Field(
+        None, ge=1, description="Save every so many steps too, besides at each evaluation."
+    )
     save_limit: int = Field(
-        2, ge=1, description="Checkpoints kept while training; the best one is always kept."
+        2,
+        ge=1,
+        description="Checkpoints kept while training, beside the best one at the time of each.",
     )
     early_stopping_patience: int | None = Field(
         None,

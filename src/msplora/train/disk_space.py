@@ -1,0 +1,61 @@
+"""Whether the disk has room for what a run writes, asked before the run is begun."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from msplora.errors import MSPLoraError
+
+from .job import Job
+
+
+class DiskTooSmall(MSPLoraError):
+    """Not even one checkpoint fits on the disk."""
+
+
+def check_space(job: Job, output: Path) -> list[str]:
+    """Return a note where the checkpoints that are kept may not fit.
+
+    A checkpoint holds what is saved (the adapter, or the whole model) and AdamW's two moments of
+    what trains, in float32.
+
+    Raises:
+        DiskTooSmall: there is no room for one checkpoint and the result.
+    """
+    model, settings = job.adapted.model, job.record.settings
+    parameters = list(model.parameters())
+    training = sum(its.nbytes for its in parameters if its.requires_grad)
+    whole = settings.method in ("full", "frozen")
+    result = sum(its.nbytes for its in parameters) if whole else training
+    checkpoint = result + 2 * training
+    free = _free(output)
+    if free < checkpoint + result:
+        raise DiskTooSmall(
+            f"a checkpoint takes about {_size(checkpoint)} and the result {_size(result)}, and "
+            f"{free_space(output)} Name an output on another disk."
+        )
+    # The newest ones, as many best ones, and the one that is being written.
+    kept = 2 * settings.training.save_limit + 1
+    if free < kept * checkpoint + result:
+        return [
+            f"up to {kept} checkpoints of about {_size(checkpoint)} are there at once, and "
+            f"{free_space(output)} Lower training.save_limit, or free some space meanwhile."
+        ]
+    return []
+
+
+def free_space(output: Path) -> str:
+    """How much is free where `output` is to be, in a sentence."""
+    return f"{_size(_free(output))} are free on the disk of {output.parent}."
+
+
+def _free(output: Path) -> int:
+    folder = output.parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
