@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from msplora.train.settings import (
     AdapterSettings,
     DataSettings,
+    DeviceSettings,
     Settings,
     StageSettings,
     TrainingSettings,
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSettings,
     "adapter": AdapterSettings,
     "training": TrainingSettings,
+    "devices": DeviceSettings,
     "a stage": StageSettings,
 }
 _MARKED = r"<!-- keys: {} -->\n(.*?)<!-- end of keys -->"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -66,6 +67,12 @@ def main() -> None:
     try:
         app()
     except MSPLoraError as error:
+        if int(os.environ.get("RANK", "0")) > 0:
+            # Of several processes the first prints; where another fails alone, the launcher does.
+            from msplora.train.devices import report_failure
+
+            report_failure(error)
+            sys.exit(error.exit_code)
         from rich.console import Console
         from rich.markup import escape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,10 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a run, or discard an unfinished one.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that train together, by accelerate: one for each GPU."),
+    ] = None,
 ) -> None:
     """Fine-tune a model; leaves a complete run folder with the adapter, its numbers and a card."""
     from msplora.extras import train_extra
@@ -62,8 +67,15 @@ def train(
         from msplora.train.settings_file import read_settings
 
         flags = {"output": str(output) if output else None, "method": method, "seed": seed}
-        settings = read_settings(config, set_ or (), flags)
+        changes = [*(set_ or ())]
+        if processes is not None:
+            changes.append(f"devices.processes={processes}")
+        settings = read_settings(config, changes, flags)
         # Only now: a mistake in the config should not wait for torch to be imported.
+        from msplora.train.devices import is_worker, launch
+
+        if settings.devices.processes > 1 and not is_worker():
+            raise typer.Exit(launch(settings.devices, sys.argv[1:]))
         from msplora.train.run import train_run
 
         how = "auto" if resume == "auto" else resume is not None

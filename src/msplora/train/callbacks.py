@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback
-from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+from transformers.integrations import (
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+    is_deepspeed_zero3_enabled,
+)
 
 from msplora.errors import ConfigError
 
+from .devices import is_main_process
 from .level_norms import LevelNorms
 from .methods import Adapted
 from .settings import Settings
@@ -75,8 +80,9 @@ def add_callbacks(
             told = tell if len(stages) > 1 else lambda _: None
             restarts = training.restart_schedule
             trainer.add_callback(StagedTraining(stages, restart_schedule=restarts, tell=told))
-        LevelNorms().attach(trainer)
-    if TENSORBOARD in training.report_to:
+        if not is_deepspeed_zero3_enabled():  # which leaves no process a whole pair
+            LevelNorms().attach(trainer)
+    if is_main_process() and TENSORBOARD in training.report_to:
         from torch.utils.tensorboard import SummaryWriter
 
         # By itself it would write among the checkpoints, which go when the run is complete.

@@ -83,6 +83,9 @@ def classification_trainer(
         ),
     )
     trainer.settings, trainer.head = settings, base.head
+    # A classifier's loss is a mean over its rows. Most of them take the keywords that tell the
+    # trainer otherwise, and it would multiply the loss by the batches or processes of a step.
+    trainer.model_accepts_loss_kwargs = False
     quieten(trainer)
     return trainer
 

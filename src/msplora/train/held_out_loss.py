@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .devices import process_index, sum_over_processes, world_size
 from .tokenise_sft import IGNORED, Tokens
 
 
@@ -23,7 +25,7 @@ def held_out_loss(
     """Return `loss`, `perplexity`, `token_accuracy` and `tokens` over all tokens that count.
 
     The mean is over tokens, not over batches of different lengths, so that it depends neither on
-    the batch size nor on the order of the rows.
+    the batch size nor on the order of the rows. Several processes share the batches out.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -32,9 +34,8 @@ def held_out_loss(
     # Rows of like length together: less padding to compute.
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     try:
-        for start in range(0, len(rows), batch_size):
-            batch = _pad(rows[start : start + batch_size], pad_token_id)
-            ids, mask, labels = (tensor.to(device) for tensor in batch)
+        for batch in _share_of_this_process(rows, batch_size):
+            ids, mask, labels = (its.to(device) for its in _pad(batch, pad_token_id))
             with autocast(device.type, arithmetic):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             # What does not count is left out first: with prompts and padding it is most of it.
@@ -46,13 +47,27 @@ def held_out_loss(
             tokens += len(labels)
     finally:
         model.train(was_training)
+    loss, right, tokens = sum_over_processes(loss, right, tokens)
     mean = loss / max(tokens, 1)
     return {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700.0)),
         "token_accuracy": right / max(tokens, 1),
-        "tokens": tokens,
+        "tokens": int(tokens),
     }
+
+
+def _share_of_this_process(rows: list[Tokens], batch_size: int) -> Iterator[list[Tokens]]:
+    """Batches of the rows, dealt out; every process gets as many, as sharded models have to run."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    processes = world_size()
+    for place in range(process_index(), math.ceil(len(batches) / processes) * processes, processes):
+        # One without a token that counts fills up.
+        yield batches[place] if place < len(batches) else [_without_labels(rows[0])]
+
+
+def _without_labels(row: Tokens) -> Tokens:
+    return Tokens(row.place, row.input_ids, [IGNORED] * len(row.input_ids))
 
 
 def autocast(device: str, arithmetic: torch.dtype) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from msplora.pyramid import Pair
 from msplora.spectrum import as_matrices
 from msplora.store import factors, plan_of
 
-from .levels import level_parameters
+from .levels import level_parameters, whole
 
 
 class LevelNorms(TrainerCallback):
@@ -80,7 +80,7 @@ def level_norms(model: nn.Module, adapter_name: str = "default") -> dict[str, fl
     found = factors(model, adapter_name)
     squares: dict[str, list[tuple[float, int]]] = {}
     for pair, (a, b, _) in zip(plan_of(model, adapter_name).pairs, found.values(), strict=True):
-        square = _square(pair, _whole(a), _whole(b))
+        square = _square(pair, whole(a), whole(b))
         squares.setdefault(pair.level, []).append((square * len(pair.sites), len(pair.sites)))
     return {
         level: math.sqrt(sum(square for square, _ in of) / sum(sites for _, sites in of))
@@ -97,9 +97,4 @@ def _square(pair: Pair, a: Tensor, b: Tensor) -> float:
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(_whole(its).float().square().sum().item() for its in gradients))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP has sharded, gathered."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+    return math.sqrt(sum(whole(its).float().square().sum().item() for its in gradients))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from msplora.errors import ConfigError, nearest
 from msplora.store import factors
@@ -56,3 +56,8 @@ def check_level_names(asked: Iterable[str], known: Iterable[str], key: str) -> N
                 f"{key} names the level {level!r}, and the pyramid has {', '.join(known)}."
                 + nearest(level, known, count=1)
             )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has sharded, gathered."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore

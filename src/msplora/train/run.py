@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -12,23 +10,25 @@ from typing import Any
 
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 
 from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
-from msplora.versions import versions
 
 from .callbacks import add_callbacks, check_trackers
 from .checkpoints import find_newest
+from .devices import is_main_process, join, wait_for_everyone, world_size
 from .disk_space import check_space, free_space
 from .job import Job
-from .model_card import model_card
 from .next_steps import next_steps
-from .preview import plan_record, plan_text, show_preview
+from .preview import show_preview
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
+from .results import measured, write_records, write_weights
 from .resumable import make_resumable
-from .run_folder import BEFORE, METRICS, Resume, RunFolder
+from .run_folder import BEFORE, Resume, RunFolder
+from .self_check import check_trained
 from .settings import Settings
 from .stopping import Interrupted, Stopped, StopSignals
 
@@ -53,7 +53,10 @@ def train_run(
         Interrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to go on.
         NotWritten: the disk is full. The checkpoints before are whole.
     """
+    join()
     console = console or Console()
+    if not is_main_process():
+        console = Console(quiet=True)
     settings = with_absolute_paths(settings)
     folder = RunFolder(settings, resume, force)
     if folder.is_complete or (folder.resumes and folder.lacks_only_its_name):
@@ -64,24 +67,35 @@ def train_run(
         notes = check_space(job, folder.path)
         show_preview(job, console)
         with StopSignals() as stop:
-            run, metrics = _run(job, folder, notes, stop, console)
-    _report(console, settings, run, job, metrics)
-    return run
+            metrics, warnings = _run(job, folder, notes, stop, console)
+    _report(console, settings, folder.path, job, metrics)
+    for warning in warnings:
+        console.print(f"[bold red]Look:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    return folder.path
 
 
 def _run(
     job: Job, folder: RunFolder, notes: list[str], stop: StopSignals, console: Console
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Everything that writes, with what is to be said where it is stopped."""
     try:
-        for note in [*notes, *folder.begin()]:
+        wait_for_everyone()  # all have looked at what is there
+        if is_main_process():
+            notes = [*notes, *folder.begin()]
+        wait_for_everyone()
+        for note in notes:
             console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
         trainer = job.make_trainer(folder.checkpoints)
         make_resumable(trainer, stop, job.record.settings.training.save_steps)
         _train(trainer, job, folder, stop, console)
-        metrics = _metrics(trainer.state, job, folder)
-        _write(folder, job, trainer, metrics)
-        return folder.finish(), metrics
+        metrics = measured(trainer.state, job, folder)
+        weights = write_weights(folder, job, trainer)
+        warnings = check_trained(trainer, job, weights, metrics)
+        if is_main_process():
+            write_records(folder, weights, job, trainer, metrics)
+            folder.finish()
+        wait_for_everyone()
+        return metrics, warnings
     except Stopped:
         raise Interrupted(
             f"stopped by {stop.name}. {_saved(folder)} To go on: {folder.go_on}",
@@ -153,8 +167,13 @@ def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console
     add_callbacks(trainer, settings, job.adapted, folder.working, tell)
     checkpoint = folder.last_checkpoint
     if checkpoint is None and job.held_out:
-        before = plain_metrics(trainer.evaluate())
-        folder.write_json(BEFORE, {"epoch": 0.0, "step": 0, **before})
+        if world_size() == 1:
+            before = plain_metrics(trainer.evaluate())
+            folder.write_json(BEFORE, {"epoch": 0.0, "step": 0, **before})
+        else:
+            # accelerate takes a model that was evaluated for one that is ready for training too,
+            # and each process would train for itself.
+            trainer.args.eval_on_start = True
     if stop.asked:
         raise Stopped
     # Again, so that what was measured before leaves no trace in the random numbers.
@@ -163,64 +182,6 @@ def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.stop()
-
-
-def _metrics(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
-    """The content of metrics.json: before, each evaluation, and the one that was kept."""
-    evaluations = [
-        {"epoch": entry["epoch"], "step": entry["step"], **plain_metrics(entry)}
-        for entry in state.log_history
-        if "eval_loss" in entry and entry["step"] > 0
-    ]
-    before_file = folder.working / BEFORE
-    before = None
-    if before_file.is_file():
-        before = json.loads(before_file.read_text(encoding="utf-8"))
-    best: dict[str, Any] = {"epoch": state.epoch, "step": state.global_step}
-    if job.held_out:
-        # Not `best_global_step`, which older versions of transformers lack.
-        step = int(state.best_model_checkpoint.rpartition("-")[2])
-        best = next(entry for entry in evaluations if entry["step"] == step)
-    return {
-        "metric_for_best": job.best if job.held_out else None,
-        "before": before,
-        "best": best,
-        "evaluations": evaluations,
-        "trainable": job.adapted.trainable.total,
-    }
-
-
-def _write(folder: RunFolder, job: Job, trainer: Any, metrics: dict[str, Any]) -> None:
-    from .loss_plot import draw_loss  # matplotlib takes a second to import
-
-    settings, adapted, here = job.record.settings, job.adapted, folder.working
-    history = [
-        {key: value for key, value in entry.items() if not key.startswith("eval_")}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
-    folder.write_json(METRICS, metrics)
-    folder.write_json("log_history.json", trainer.state.log_history)
-    folder.write_json("versions.json", versions())
-    folder.write_json("plan.json", plan_record(adapted, settings.method))
-    (here / "plan.txt").write_text(plan_text(adapted, settings.method), encoding="utf-8")
-    judged = [entry for entry in [metrics["before"], *metrics["evaluations"]] if entry]
-    draw_loss(history, judged, job.best, here / "loss.png")
-
-    weights = here / weights_folder(settings)
-    if weights.exists():
-        shutil.rmtree(weights)  # of an attempt that was killed while it wrote
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(weights)
-    job.base.tokenizer.save_pretrained(weights)
-    job.record.save(weights)
-    card = model_card(settings, adapted, metrics, versions(), folder.path)
-    (here / "README.md").write_text(card, encoding="utf-8")
-    (weights / "README.md").write_text(card, encoding="utf-8")
-
-
-def weights_folder(settings: Settings) -> str:
-    """The subfolder that holds what was trained."""
-    return "adapter" if settings.method in ("msplora", "lora") else "model"
 
 
 def _report(

@@ -222,6 +222,11 @@ class TrainingSettings(_Section):
         default_factory=list,
         description="Trackers that follow the run, by transformers' integrations.",
     )
+    check_saved: bool = Field(
+        True,
+        description="After training, load the saved adapter and evaluate it once more: it must "
+        "give what the run reports.",
+    )
     metric_for_best: str | None = Field(
         None,
         description="Metric that picks the checkpoint to keep; unset: accuracy, Matthews for CoLA, "
@@ -238,6 +243,24 @@ class TrainingSettings(_Section):
 
 LEVEL_KEYS = ("level_learning_rate_factors", "frozen_levels", "stages")
 """The training keys that mean nothing without a pyramid."""
+
+
+class DeviceSettings(_Section):
+    """The processes and devices a run is spread over."""
+
+    processes: int = Field(
+        1, ge=1, description="Processes that train together, each on a GPU where there are some."
+    )
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        "ddp",
+        description="How they share the work: each holds the whole model (`ddp`), or they shard it "
+        "(`fsdp2`; `zero2` and `zero3` by DeepSpeed).",
+    )
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None,
+        description="Instead of processes, one that spreads the base's layers over all GPUs and, "
+        "where they do not hold it, the CPU's memory.",
+    )
 
 
 KEYS_OF_ONE_TASK: dict[Task, tuple[str, ...]] = {
@@ -286,9 +309,10 @@ class Settings(_Section):
     )
     data: DataSettings = Field(default_factory=DataSettings)  # pyright: ignore[reportArgumentType]
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)  # pyright: ignore
+    devices: DeviceSettings = Field(default_factory=DeviceSettings)  # pyright: ignore
     training: TrainingSettings = Field(default_factory=TrainingSettings)  # pyright: ignore
 
-    @field_validator("data", "adapter", "training", mode="before")
+    @field_validator("data", "adapter", "devices", "training", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         """A section whose every key is commented out is there, and holds nothing."""

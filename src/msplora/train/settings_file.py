@@ -249,6 +249,11 @@ def _check(settings: Settings, source: str) -> None:
             f"data.validation, data.validation_split or data.validation_fraction above 0."
         )
     _check_training(settings, source)
+    if settings.devices.device_map and settings.devices.processes > 1:
+        raise ConfigError(
+            f"in {source}: devices.device_map spreads one process's model over all devices, and "
+            f"devices.processes = {settings.devices.processes} gives each process one. Choose one."
+        )
     if settings.init_from and settings.method not in ("msplora", "lora"):
         raise ConfigError(
             f"in {source}: init_from starts from an adapter, and method {settings.method!r} has "

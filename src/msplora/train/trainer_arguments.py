@@ -11,6 +11,7 @@ from transformers import PrinterCallback, Trainer
 
 from .base_model import Base
 from .callbacks import TENSORBOARD
+from .devices import has_accelerator, world_size
 from .settings import Settings
 
 
@@ -42,7 +43,7 @@ def trainer_arguments(
             {"use_reentrant": False} if training.gradient_checkpointing else None
         ),
         # Said outright, since bfloat16 is refused where a GPU is expected and there is none.
-        "use_cpu": not _has_accelerator(),
+        "use_cpu": not has_accelerator(),
         "bf16": base.arithmetic == torch.bfloat16,
         "fp16": base.arithmetic == torch.float16,
         "logging_steps": training.logging_steps,
@@ -56,6 +57,9 @@ def trainer_arguments(
         "load_best_model_at_end": held_out,
         "metric_for_best_model": best if held_out else None,
         "greater_is_better": best not in ("loss", "perplexity") if held_out else None,
+        # Looking for parameters without a gradient costs time, and only stages leave some.
+        "ddp_find_unused_parameters": bool(training.stages or training.frozen_levels),
+        "log_level_replica": "error",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": settings.seed,
         # TensorBoard's files belong to the run folder: `callbacks` adds it.
@@ -67,16 +71,10 @@ def trainer_arguments(
     }
 
 
-def _has_accelerator() -> bool:
-    return (
-        torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
-    )
-
-
 def training_steps(settings: Settings, rows: int) -> int:
     """The optimiser steps of a run over `rows` rows (packed ones, where they are packed)."""
     training = settings.training
-    batches = math.ceil(rows / training.batch_size)
+    batches = math.ceil(rows / (training.batch_size * world_size()))
     an_epoch = math.ceil(batches / training.gradient_accumulation)
     return training.max_steps or math.ceil(an_epoch * training.epochs)
 

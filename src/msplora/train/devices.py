@@ -1,0 +1,180 @@
+"""Several processes, by `accelerate launch`: how a run starts itself again, and who it then is."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from msplora.errors import ConfigError, MSPLoraError
+
+from .settings import DeviceSettings
+
+_FSDP2 = (
+    "--use_fsdp",
+    "--fsdp_version=2",
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+    "--fsdp_reshard_after_forward=true",
+    # Checkpoints hold the whole adapter, and can be read by any number of processes.
+    "--fsdp_state_dict_type=FULL_STATE_DICT",
+    "--fsdp_cpu_ram_efficient_loading=false",
+)
+_ZERO = ("--use_deepspeed", "--zero3_init_flag=false")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "ddp": ("--multi_gpu",),
+    "fsdp2": _FSDP2,
+    "zero2": (*_ZERO, "--zero_stage=2"),
+    "zero3": (*_ZERO, "--zero_stage=3", "--zero3_save_16bit_model=true"),
+}
+"""Strategy → what `accelerate launch` is told of it."""
+
+
+class WorkerFailed(MSPLoraError):
+    """A process of the run ended with an error of its own."""
+
+
+def world_size() -> int:
+    """How many processes train together; whatever launcher started them says it this way."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process: it does not start others then."""
+    return "LOCAL_RANK" in os.environ
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    return process_index() == 0
+
+
+def process_index() -> int:
+    """Which of the processes this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join() -> None:
+    """Meet the other processes, where a launcher started several."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not has_accelerator())
+
+
+def wait_for_everyone() -> None:
+    """Go on when every process of the run has come here."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def sum_over_processes(*numbers: float) -> list[float]:
+    """Each number summed over all processes, which have to ask together."""
+    if world_size() == 1:
+        return list(numbers)
+    import torch
+    from accelerate import PartialState
+
+    sums = torch.tensor(numbers, dtype=torch.float64, device=PartialState().device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def has_accelerator() -> bool:
+    """Whether there is anything but a CPU to compute on."""
+    import torch
+
+    return (
+        torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    )
+
+
+def check_devices(devices: DeviceSettings) -> None:
+    """Refuse what this machine has no devices or no library for, before anything is started.
+
+    Raises:
+        ConfigError: there are too few GPUs, or the strategy cannot run here.
+    """
+    import torch
+
+    if devices.strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"devices.strategy = {devices.strategy!r} needs deepspeed, which is not installed: "
+            f"pip install deepspeed. Strategy fsdp2 shards alike and needs nothing more."
+        )
+    if torch.cuda.is_available():
+        there = torch.cuda.device_count()
+        if devices.processes > there:
+            raise ConfigError(
+                f"devices.processes = {devices.processes}, but this machine has {there} GPUs. Use "
+                f"{there} or fewer; for more, start the command on each machine by accelerate "
+                f"launch."
+            )
+    elif devices.strategy != "ddp":
+        raise ConfigError(
+            f"devices.strategy = {devices.strategy!r} shards over GPUs, and this machine has none. "
+            f"Use strategy ddp on a CPU."
+        )
+
+
+def launch(devices: DeviceSettings, arguments: Sequence[str]) -> int:
+    """Run `msplora ARGUMENTS` in several processes; return the exit code.
+
+    Raises:
+        ConfigError: as `check_devices`.
+        WorkerFailed: a process other than the first, which prints its own errors, failed first.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    check_devices(devices)
+    command = launch_command_parser().parse_args(launch_arguments(devices, arguments))
+    if logging.getLogger("msplora").getEffectiveLevel() > logging.DEBUG:
+        # What it has to say of a process that failed, that process has said better.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(command)
+    except ChildFailedError as error:
+        first = error.failures.get(0)
+        if first and first.exitcode > 0:
+            return first.exitcode  # it has said why
+        rank, failure = error.get_first_failure()
+        raise WorkerFailed(
+            f"process {rank} of {devices.processes} failed (exit code {failure.exitcode}): "
+            f"{failure.message}"
+        ) from None
+    return 0
+
+
+def launch_arguments(devices: DeviceSettings, arguments: Sequence[str]) -> list[str]:
+    """What `accelerate launch` is given to run `msplora ARGUMENTS`.
+
+    All of it is said outright, so that a configuration file of accelerate's changes nothing.
+    """
+    return [
+        f"--num_processes={devices.processes}",
+        "--num_machines=1",
+        "--machine_rank=0",
+        "--main_process_port=0",  # a free one
+        "--mixed_precision=no",  # the trainer decides
+        "--dynamo_backend=no",
+        *PRESETS[devices.strategy],
+        "--module",
+        "msplora",
+        *arguments,
+    ]
+
+
+def report_failure(error: BaseException) -> None:
+    """Leave word of an error for the launcher, from a process that does not print.
+
+    After a moment: mostly all fail alike, and the first process, which prints, is to be first.
+    """
+    time.sleep(2)
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)

@@ -1,0 +1,90 @@
+"""What a run leaves in its folder: weights, metrics, curves, plan and card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from msplora.versions import versions
+
+from .devices import is_main_process, wait_for_everyone
+from .job import Job
+from .model_card import model_card
+from .preview import plan_record, plan_text
+from .progress import plain_metrics
+from .run_folder import BEFORE, METRICS, RunFolder
+from .settings import Settings
+
+
+def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
+    """The content of metrics.json: before, each evaluation, and the one that was kept."""
+    judged = [
+        {"epoch": entry.get("epoch", 0.0), "step": entry["step"], **plain_metrics(entry)}
+        for entry in state.log_history
+        if "eval_loss" in entry
+    ]
+    evaluations = [entry for entry in judged if entry["step"] > 0]
+    before = next((entry for entry in judged if entry["step"] == 0), None)
+    if before is None and (folder.working / BEFORE).is_file():
+        before = json.loads((folder.working / BEFORE).read_text(encoding="utf-8"))
+    best: dict[str, Any] = {"epoch": state.epoch, "step": state.global_step}
+    if job.held_out:
+        # Not `best_global_step`, which older versions of transformers lack.
+        step = int(state.best_model_checkpoint.rpartition("-")[2])
+        best = next(entry for entry in evaluations if entry["step"] == step)
+    return {
+        "metric_for_best": job.best if job.held_out else None,
+        "before": before,
+        "best": best,
+        "evaluations": evaluations,
+        "trainable": job.adapted.trainable.total,
+    }
+
+
+def write_weights(folder: RunFolder, job: Job, trainer: Any) -> Path:
+    """Save what was trained, and what its use needs beside it; return where.
+
+    Every process has to call it: where they share the weights out, each gives its part.
+    """
+    weights = folder.working / weights_folder(job.record.settings)
+    if is_main_process() and weights.exists():
+        shutil.rmtree(weights)  # of an attempt that was killed while it wrote
+    trainer.save_model(str(weights))
+    if is_main_process():
+        # The trainer's own, in pickle; config.yaml says it all.
+        (weights / "training_args.bin").unlink(missing_ok=True)
+        job.base.tokenizer.save_pretrained(weights)
+        job.record.save(weights)
+    wait_for_everyone()
+    return weights
+
+
+def write_records(
+    folder: RunFolder, weights: Path, job: Job, trainer: Any, metrics: dict[str, Any]
+) -> None:
+    """Write the numbers, curves and cards of a run beside its weights."""
+    from .loss_plot import draw_loss  # matplotlib takes a second to import
+
+    settings, adapted, here = job.record.settings, job.adapted, folder.working
+    history = [
+        {key: value for key, value in entry.items() if not key.startswith("eval_")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    folder.write_json(METRICS, metrics)
+    folder.write_json("log_history.json", trainer.state.log_history)
+    folder.write_json("versions.json", versions())
+    folder.write_json("plan.json", plan_record(adapted, settings.method))
+    (here / "plan.txt").write_text(plan_text(adapted, settings.method), encoding="utf-8")
+    judged = [entry for entry in [metrics["before"], *metrics["evaluations"]] if entry]
+    draw_loss(history, judged, job.best, here / "loss.png")
+    card = model_card(settings, adapted, metrics, versions(), folder.path)
+    (here / "README.md").write_text(card, encoding="utf-8")
+    (weights / "README.md").write_text(card, encoding="utf-8")
+
+
+def weights_folder(settings: Settings) -> str:
+    """The subfolder that holds what was trained."""
+    return "adapter" if settings.method in ("msplora", "lora") else "model"

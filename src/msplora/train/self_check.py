@@ -1,0 +1,158 @@
+"""After training: is what was saved what was measured, and has every level learnt something?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from msplora.errors import MSPLoraError
+from msplora.store import factors, plan_of
+
+from .job import Job
+from .levels import whole
+from .progress import plain_metrics
+from .settings import Settings
+
+_RELOADED = "reloaded"
+# Of the loss: the same weights give the same number, but for the order of sums on a GPU.
+_TOLERANCE = 1e-3
+
+
+class NotWhatWasMeasured(MSPLoraError):
+    """The saved adapter does not give the results that the run reports for it."""
+
+
+def check_trained(trainer: Any, job: Job, weights: Path, metrics: dict[str, Any]) -> list[str]:
+    """Return what looks wrong about a trained adapter, a sentence each.
+
+    `metrics` gets what the saved adapter gives on the held-out rows, as `reloaded`.
+
+    Raises:
+        NotWhatWasMeasured: the saved adapter is not the trained one.
+    """
+    settings, sharded = job.record.settings, _is_sharded(trainer)
+    if job.adapted.rank is None:
+        return []
+    if settings.training.check_saved and not sharded:
+        found = reload_and_evaluate(trainer, weights, metrics["best"] if job.held_out else None)
+        if found:
+            metrics["reloaded"] = found
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return []  # the pairs lie in pieces on the processes
+    meant = _meant_to_train(settings)
+    return [
+        f"the level {level} adds nothing at {len(sites)} of the adapted layers, its B is zero "
+        f"there: {_some(sites)}. They got no gradient, or too little to see."
+        for level, sites in untrained(trainer.model).items()
+        if meant is None or level in meant
+    ]
+
+
+@torch.no_grad()
+def untrained(model: nn.Module) -> dict[str, list[str]]:
+    """Level → the adapted layers to whose weights it adds nothing; only levels with such layers.
+
+    Of a plain LoRA, which has no levels, the key is `lora`.
+    """
+    if str(getattr(model, "peft_type", "")).rpartition(".")[2] != "MSPLORA":
+        sites = [
+            path
+            for path, layer in model.named_modules()
+            if isinstance(layer, LoraLayer) and _adds_nothing(layer)
+        ]
+        return {"lora": sites} if sites else {}
+    found: dict[str, list[str]] = {}
+    for pair, (a, b, _) in zip(plan_of(model).pairs, factors(model).values(), strict=True):
+        if not (whole(a).any() and whole(b).any()):
+            found.setdefault(pair.level, []).extend(pair.sites)
+    return found
+
+
+def reload_and_evaluate(
+    trainer: Any, weights: Path, measured: dict[str, Any] | None
+) -> dict[str, float] | None:
+    """Load a saved adapter beside the trained one; compare their tensors and held-out losses.
+
+    Args:
+        trainer: which trained; its model, a `PeftModel`, is left as it was.
+        weights: folder of the saved adapter.
+        measured: the held-out metrics that the run reports; None where no rows were held out.
+
+    Returns:
+        The held-out metrics of the saved adapter.
+
+    Raises:
+        NotWhatWasMeasured: they differ.
+    """
+    model = trainer.model
+    model.load_adapter(str(weights), adapter_name=_RELOADED)
+    history = list(trainer.state.log_history)
+    try:
+        different = [
+            name for name in _names_of(model, _RELOADED) if not _is_as_trained(model, name)
+        ]
+        if different:
+            raise NotWhatWasMeasured(
+                f"the adapter saved in {weights} is not the trained one: {len(different)} tensors "
+                f"differ, such as {different[0]}. Please report this."
+            )
+        if measured is None:
+            return None
+        model.set_adapter(_RELOADED)
+        # Nobody is to be told of this evaluation: trackers would take it for one of the run's.
+        trainer.callback_handler.callbacks.clear()
+        found = plain_metrics(trainer.evaluate())
+        if not math.isclose(found["loss"], measured["loss"], rel_tol=_TOLERANCE):
+            raise NotWhatWasMeasured(
+                f"the adapter saved in {weights} has a loss of {found['loss']:.6g} on the held-out "
+                f"rows, and the run measured {measured['loss']:.6g}. Please report this."
+            )
+        return found
+    finally:
+        trainer.state.log_history = history
+        model.set_adapter("default")
+        model.delete_adapter(_RELOADED)
+
+
+def _is_sharded(trainer: Any) -> bool:
+    kind = trainer.accelerator.distributed_type
+    return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def _meant_to_train(settings: Settings) -> set[str] | None:
+    """The levels that some stage names; None where all of them train."""
+    training = settings.training
+    if training.stages:
+        return {level for stage in training.stages for level in stage.levels}
+    return None
+
+
+def _names_of(model: nn.Module, adapter_name: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if f".{adapter_name}" in name]
+
+
+def _is_as_trained(model: nn.Module, name: str) -> bool:
+    reloaded = model.get_parameter(name)
+    trained = model.get_parameter(name.replace(f".{_RELOADED}", ".default"))
+    return torch.equal(reloaded, trained.to(reloaded))
+
+
+def _adds_nothing(layer: Any) -> bool:
+    owner = layer.lora_embedding_A if "default" in layer.lora_embedding_A else layer.lora_A
+    if "default" not in owner:
+        return False
+    if owner is layer.lora_embedding_A:
+        pair = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    else:
+        pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return not all(bool(whole(its).any()) for its in pair)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

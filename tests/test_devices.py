@@ -1,0 +1,225 @@
+"""Several processes train what one trains, and save and resume all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fsdp_on_cpu import STOP_AT
+from msplora.errors import ConfigError
+from msplora.train import devices
+from msplora.train.devices import PRESETS, launch_arguments
+from msplora.train.settings import DeviceSettings
+from runs import answered_rows, labelled_rows, save_decoder, save_encoder, write_config, write_jsonl
+from runs import msplora as command
+
+SCRIPT = Path(__file__).with_name("fsdp_on_cpu.py")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    # Without dropout, whose masks are drawn by each process for itself.
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    save_encoder(folder / "encoder", positions=16, **none)
+    save_decoder(folder / "decoder")
+    write_jsonl(folder / "labelled.jsonl", labelled_rows(44))
+    write_jsonl(folder / "answered.jsonl", answered_rows(44))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def config(bases: Path, task: str, output: str, processes: int, **training: Any) -> Path:
+    """Two epochs over 40 rows in steps of 8, whatever the number of processes."""
+    classifies = task == "classification"
+    usual = {"epochs": 2, "learning_rate": 0.01, "logging_steps": 1}
+    content: dict[str, Any] = {
+        "model": str(bases / ("encoder" if classifies else "decoder")),
+        "task": task,
+        "output": output,
+        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
+        "training": usual | {"batch_size": 8 // processes} | training,
+    }
+    return write_config(Path(f"{output}.yaml"), content)
+
+
+def in_processes(
+    strategy: str, *arguments: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `msplora ARGUMENTS` in two processes, as `--processes 2` does, but for the script."""
+    told = launch_arguments(DeviceSettings(processes=2), [str(its) for its in arguments])
+    place = told.index("--module")
+    told[place : place + 2] = [str(SCRIPT)]
+    told = [*PRESETS[strategy], *(its for its in told if its not in PRESETS["ddp"])]
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *told],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ | (environment or {}),
+    )
+
+
+def losses(run: str) -> list[float]:
+    history = json.loads(Path(run, "log_history.json").read_text())
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def adapter(run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run, "adapter", "adapter_model.safetensors"))
+
+
+def assert_alike(one: str, several: str) -> None:
+    """The same losses at every step, the same evaluations, and the same adapter, whole."""
+    assert losses(several) == pytest.approx(losses(one), rel=1e-4)
+    first, second = (json.loads(Path(run, "metrics.json").read_text()) for run in (one, several))
+    for before, after in zip(first["evaluations"], second["evaluations"], strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    expected, found = adapter(one), adapter(several)
+    assert {name: its.shape for name, its in found.items()} == {
+        name: its.shape for name, its in expected.items()
+    }
+    for name, tensor in found.items():
+        assert bool(tensor.isfinite().all())
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+    file = "adapter/adapter_model.safetensors"
+    assert Path(several, file).stat().st_size == Path(one, file).stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_two_processes_train_what_one_trains(bases: Path, task: str) -> None:
+    assert command("train", config(bases, task, "one", 1)).code == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "msplora", "train", config(bases, task, "two", 2), "--processes=2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("The run is in") == 1  # one of them prints
+    assert "Warning" not in done.stderr
+    assert_alike("one", "two")
+    reloaded = command("eval", "two", "--json")
+    best = json.loads(Path("two/metrics.json").read_text())["best"]
+    assert reloaded.json()["loss"] == pytest.approx(best["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_saves_and_resumes(bases: Path) -> None:
+    """FSDP2, every block and the rest sharded, with gradient checkpointing."""
+    options = {"gradient_checkpointing": True, "save_steps": 3}
+    assert command("train", config(bases, "sft", "one", 1, **options)).code == 0
+    two = config(bases, "sft", "two", 2, **options)
+    stopped = in_processes("fsdp2", "train", two, environment={STOP_AT: "4"})
+    assert stopped.returncode != 0
+    assert "of step 4" in " ".join(stopped.stderr.split())
+    assert not Path("two").exists()
+    alone = command("train", two, "--resume")
+    assert "2 processes, and this run has 1" in alone.error
+    resumed = in_processes("fsdp2", "train", two, "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "goes on after step 4" in resumed.stdout
+    assert_alike("one", "two")
+    reloaded = command("eval", "two", "--json")
+    best = json.loads(Path("two/metrics.json").read_text())["best"]
+    assert reloaded.json()["loss"] == pytest.approx(best["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_stages_under_ddp(bases: Path) -> None:
+    options = {"stages": ["global", ["mid", "local"]]}
+    assert command("train", config(bases, "sft", "one", 1, **options)).code == 0
+    done = in_processes("ddp", "train", config(bases, "sft", "two", 2, **options))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_alike("one", "two")
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_without_a_traceback(bases: Path) -> None:
+    file = config(bases, "sft", "two", 2, stages=["top"])
+    done = subprocess.run(
+        [sys.executable, "-m", "msplora", "train", file, "--processes", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Error:") == 1
+    assert "training.stages names the level 'top'" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not list(Path().glob("two*/"))
+
+
+def test_gradients_are_those_of_one_large_batch(bases: Path) -> None:
+    """A classifier's loss is a mean over rows, in several batches as in one."""
+    assert command("train", config(bases, "classification", "one", 1)).code == 0
+    halves = config(bases, "classification", "halves", 2, gradient_accumulation=2)
+    assert command("train", halves).code == 0
+    assert_alike("one", "halves")
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_accelerate_knows_every_preset(strategy: str) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    asked = DeviceSettings(processes=3, strategy=strategy)  # pyright: ignore
+    told = launch_command_parser().parse_args(launch_arguments(asked, ["train", "a.yaml"]))
+    assert (told.num_processes, told.training_script) == (3, "msplora")
+    assert told.module
+    assert told.training_script_args == ["train", "a.yaml"]
+    assert told.use_fsdp is (strategy == "fsdp2")
+    assert told.use_deepspeed is strategy.startswith("zero")
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"processes": 2, "strategy": "fsdp2"}, "this machine has none"),
+        ({"processes": 2, "strategy": "fdsp"}, "Did you mean 'fsdp2'?"),
+        ({"processes": 0}, "greater than or equal to 1"),
+        ({"processes": 2, "device_map": "auto"}, "Choose one"),
+    ],
+)
+def test_what_no_machine_can_do_is_refused(
+    bases: Path, asked: dict[str, Any], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = config(bases, "sft", "run", 1)
+    changes = [f"--set=devices.{key}={value}" for key, value in asked.items()]
+    found = command("train", file, *changes)
+    assert found.code == 1
+    assert error in found.error
+    assert not Path("run.unfinished").exists()
+
+
+def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="processes = 3, but this machine has 2 GPUs"):
+        devices.check_devices(DeviceSettings(processes=3))
+    devices.check_devices(DeviceSettings(processes=2))
+
+
+def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install deepspeed"):
+        devices.check_devices(DeviceSettings(processes=2, strategy="zero3"))
