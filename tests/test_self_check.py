@@ -1,0 +1,176 @@
+"""After training: what was saved is what was measured, and a level that learnt nothing is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import msplora
+from adapted_llama import LLAMA, TARGETS, adapted
+from msplora.train import results
+from msplora.train.self_check import untrained
+from runs import (
+    Result,
+    answered_rows,
+    labelled_rows,
+    save_decoder,
+    save_encoder,
+    write_config,
+    write_jsonl,
+)
+from runs import msplora as command
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    save_encoder(folder / "encoder", positions=16)
+    save_decoder(folder / "decoder")
+    write_jsonl(folder / "labelled.jsonl", labelled_rows(40))
+    write_jsonl(folder / "answered.jsonl", answered_rows(40))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(bases: Path, task: str = "sft", *flags: object, **changes: Any) -> Result:
+    classifies = task == "classification"
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
+    content: dict[str, Any] = {
+        "model": str(bases / ("encoder" if classifies else "decoder")),
+        "task": task,
+        "output": "run",
+        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
+        "training": training | changes.pop("training", {}),
+    }
+    return command("train", write_config(Path("config.yaml"), content | changes), *flags)
+
+
+def metrics() -> dict[str, Any]:
+    return json.loads(Path("run/metrics.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["msplora", "lora"])
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_the_saved_adapter_is_measured_again(bases: Path, task: str, method: str) -> None:
+    found = train(bases, task, "--method", method)
+    assert found.code == 0, found.err
+    assert "Look:" not in found.out
+    best = metrics()["best"]
+    assert metrics()["reloaded"] == {key: best[key] for key in metrics()["reloaded"]}
+    assert "loss" in metrics()["reloaded"]
+    # The check leaves no second adapter, and no entry in the history.
+    assert not any(
+        "reloaded" in name for name in load_file("run/adapter/adapter_model.safetensors")
+    )
+    history = json.loads(Path("run/log_history.json").read_text())
+    assert sum("eval_loss" in entry for entry in history) == 2
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str, by: float) -> None:
+    """Let something go wrong with one tensor between the model and the disk."""
+    usual = results.write_weights
+
+    def write_weights(*arguments: Any) -> Path:
+        weights = usual(*arguments)
+        file = weights / "adapter_model.safetensors"
+        tensors = load_file(file)
+        [spoilt] = [its for its in tensors if its.endswith(name)]
+        tensors[spoilt] = tensors[spoilt] + by
+        save_file(tensors, file, metadata={"format": "pt"})
+        return weights
+
+    monkeypatch.setattr("msplora.train.run.write_weights", write_weights)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("sft", "store.mid/1/self_attn/q_proj/pair.msplora_B.factor"),
+        ("classification", "classifier.weight"),
+    ],
+)
+def test_a_file_that_is_not_what_was_trained_stops_the_run(
+    bases: Path, monkeypatch: pytest.MonkeyPatch, task: str, name: str
+) -> None:
+    spoil(monkeypatch, name, 1e-4)
+    found = train(bases, task)
+    assert found.code == 1
+    assert "is not the trained one: 1 tensors differ" in found.error
+    assert not Path("run").exists()
+    unchecked = train(bases, task, "--force", training={"check_saved": False})
+    assert unchecked.code == 0
+    assert "reloaded" not in metrics()
+
+
+def test_a_loss_that_is_not_the_reported_one_stops_the_run(
+    bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = results.measured
+
+    def measured(*arguments: Any) -> dict[str, Any]:
+        found = usual(*arguments)
+        found["best"]["loss"] += 0.01
+        return found
+
+    monkeypatch.setattr("msplora.train.run.measured", measured)
+    found = train(bases)
+    assert found.code == 1
+    assert "on the held-out rows, and the run measured" in found.error
+
+
+def test_a_level_that_learnt_nothing_is_named(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that the loss does not reach, say: here its pair's gradient is taken away."""
+    from msplora.train import learning_rates
+
+    usual = learning_rates.parameter_groups
+
+    def without_the_last_layer(model: Any, *arguments: Any, **more: Any) -> Any:
+        for address, (a, b, _) in msplora.factors(model).items():
+            if address.startswith("local/3/"):
+                a.requires_grad_(False)
+                b.requires_grad_(False)
+        return usual(model, *arguments, **more)
+
+    monkeypatch.setattr("msplora.train.run_trainer.parameter_groups", without_the_last_layer)
+    found = train(bases)
+    assert found.code == 0, found.err
+    said = " ".join(found.out.split())
+    assert "Look: the level local adds nothing at 2 of the adapted layers" in said
+    assert "model.layers.3.self_attn.q_proj, model.layers.3.self_attn.v_proj" in said
+    assert said.count("Look:") == 1
+
+
+def test_levels_that_were_not_to_train_are_not_named(bases: Path) -> None:
+    assert "Look:" not in train(bases, training={"stages": ["global"]}).out
+
+
+def test_frozen_levels_of_a_new_adapter_are_named(bases: Path) -> None:
+    """They add nothing at all: that is worth a word, whatever was asked for."""
+    said = " ".join(train(bases, training={"frozen_levels": ["mid"]}).out.split())
+    assert "Look: the level mid adds nothing at 8 of the adapted layers" in said
+
+
+def test_untrained_finds_zeros_and_nothing_else() -> None:
+    model = adapted()
+    assert untrained(model) == {}
+    with torch.no_grad():
+        msplora.factors(model)["mid/2/self_attn.v_proj"][1].zero_()
+    assert untrained(model) == {"mid": ["model.layers.3.self_attn.v_proj"]}
+    assert untrained(adapted(random=False)).keys() == {"global", "mid", "local"}
+    lora: Any = get_peft_model(LLAMA.model(), LoraConfig(target_modules=TARGETS))
+    assert len(untrained(lora)["lora"]) == 8
+    for layer in lora.modules():
+        if hasattr(layer, "lora_B") and "default" in getattr(layer, "lora_B"):  # noqa: B009
+            torch.nn.init.ones_(layer.lora_B["default"].weight)
+    assert untrained(lora) == {}
