@@ -84,10 +84,11 @@ def test_killed_at_any_moment_a_run_ends_in_the_same_bits(
         "removing": lambda: any((working / "checkpoints").glob(".removing-*")),
         "writing the result": lambda: (working / "adapter").exists(),
     }
-    at = random.Random(f"{task} {moment}").uniform(0, seconds)
+    # The first quarter of the time goes into reading the model and the data.
+    at = random.Random(f"{task} {moment}").uniform(seconds / 4, seconds)
     process = start(content)
     killed = kill_when(process, seen[moment] if isinstance(moment, str) else after(at))
-    assert killed or isinstance(moment, int)
+    assert killed or moment not in ("saving", "writing the result")
     found = state_of(tmp_path / "run")
     # And once more, where the run that goes on still has something to save.
     again = kill_when(start(content), seen["saving"])
