@@ -224,6 +224,8 @@ def test_killed_at_any_moment_a_run_folder_is_taken_up_and_no_result_is_lost(
         elif folder.resumes and folder.lacks_only_its_name:
             folder.finish()
         else:
+            trained = result_in(folder.working) == "new"
+            assert bool(folder.found.newest) or not trained  # what it took is not lost either
             folder.begin()
             fill(folder, "new")
             folder.finish()

@@ -156,13 +156,18 @@ def test_resume_takes_nothing_or_auto(bases: Path, tmp_path: Path, words: list[s
     assert "stands alone or takes auto" in refused.error
 
 
+@pytest.mark.parametrize("task", ["classification", "sft"])
 def test_after_the_last_step_no_other_is_trained(
-    bases: Path, straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bases: Path,
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
 ) -> None:
     """A run of 7 steps ends within an epoch, which transformers would go on with."""
     import msplora.train.run as running
 
-    content = config(bases, "classification", tmp_path / "run", max_steps=7)
+    content = config(bases, task, tmp_path / "run", max_steps=7)
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -170,15 +175,19 @@ def test_after_the_last_step_no_other_is_trained(
     with monkeypatch.context() as patch:
         patch.setattr(running, "model_card", stopped)
         assert train(tmp_path, content).code == 130
+    # Moved too: its best checkpoint is no longer where it was.
+    (tmp_path / "run.unfinished").rename(tmp_path / "moved.unfinished")
     with at_step(8, pytest.fail):
-        assert train(tmp_path, content, "--resume").code == 0
-    assert what_was_found(tmp_path / "run") == straight("classification", max_steps=7)
+        assert train(tmp_path, content, "--resume", "--output", tmp_path / "moved").code == 0
+    assert what_was_found(tmp_path / "moved") == straight(task, max_steps=7)
 
 
 def test_an_unfinished_run_may_be_moved_and_one_that_is_damaged_goes_further_back(
     bases: Path, straight: Callable[..., Any], tmp_path: Path
 ) -> None:
-    content = config(bases, "sft", tmp_path / "run", save_steps=1)
+    content = config(bases, "classification", tmp_path / "run", save_steps=1)
+    expected = straight("classification")
+    assert expected["metrics"]["best"]["step"] == 5  # it has to go back to one before the move
     with at_step(8, send(signal.SIGTERM)):
         train(tmp_path, content)
     moved = tmp_path / "elsewhere/run.unfinished"
@@ -191,7 +200,7 @@ def test_an_unfinished_run_may_be_moved_and_one_that_is_damaged_goes_further_bac
     said = " ".join(resumed.out.split())
     assert "skipped checkpoint-8: optimizer.pt has" in said
     assert "goes on after step 7" in said
-    assert what_was_found(tmp_path / "elsewhere/run") == straight("sft")
+    assert what_was_found(tmp_path / "elsewhere/run") == expected
     assert str(tmp_path / "elsewhere/run") in (tmp_path / "elsewhere/run/config.yaml").read_text()
 
 
