@@ -270,6 +270,7 @@ class _LimitFiles:
         ShowProgress.on_step_end = on_step_end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, 40_000])  # the adapter fails, or the optimizer
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     bases: Path, straight: Callable[..., Any], tmp_path: Path, size: int
