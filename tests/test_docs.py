@@ -140,7 +140,7 @@ def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPa
             run(*command)
             continue
         if "--resume" in command:
-            stopped = [word for word in command if word != "--resume"] + ["--force"]
+            stopped = [*command[: command.index("--resume")], "--force"]
             with monkeypatch.context() as context:
                 context.setattr(run_module, "_write", _stop)
                 with pytest.raises(RuntimeError):

@@ -19,6 +19,7 @@ WRITING = ".writing"
 """The folder beside the checkpoints in which the next one is written."""
 _REMOVING = ".removing-"
 _FORMAT_VERSION = 1
+_SEALED = {"format_version", "step", "best", "processes", "files"}
 
 
 class Damaged(Exception):
@@ -58,7 +59,7 @@ def seal(folder: Path, step: int, best: int | None, processes: int) -> None:
         "best": best,
         "processes": processes,
         "files": {
-            file.relative_to(folder).as_posix(): [file.stat().st_size, _checksum(file)]
+            file.relative_to(folder).as_posix(): [file.stat().st_size, checksum(file)]
             for file in files
         },
     }
@@ -98,13 +99,13 @@ def read(folder: Path) -> Checkpoint:
         Damaged: it was not written to its end, or a file is missing, cut or altered.
     """
     content = _read_seal(folder)
-    for name, (size, checksum) in content["files"].items():
+    for name, (size, expected) in content["files"].items():
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{name} is missing")
         if file.stat().st_size != size:
             raise Damaged(f"{name} has {file.stat().st_size:,} bytes instead of {size:,}")
-        if _checksum(file) != checksum:
+        if checksum(file) != expected:
             raise Damaged(f"{name} is not what was written: its checksum differs")
     return Checkpoint(folder, content["step"], content["best"], content["processes"])
 
@@ -158,9 +159,10 @@ def _read_best(checkpoints: Path, step: int) -> None:
 def _read_seal(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        content["step"], content["best"], content["processes"], content["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"it has no readable {SEAL}, which is written last") from None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= _SEALED:
+        raise Damaged(f"it has no readable {SEAL}, which is written last")
     if content["format_version"] != _FORMAT_VERSION:
         raise Damaged(
             f"its format_version is {content['format_version']}; this msplora reads "
@@ -181,12 +183,13 @@ def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def _checksum(file: Path) -> int:
-    checksum = 0
+def checksum(file: Path) -> int:
+    """The CRC-32 of what a file holds: against accidents, and as fast as a disk reads."""
+    found = 0
     with file.open("rb") as content:
         while block := content.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _sync_one(path: Path) -> None:

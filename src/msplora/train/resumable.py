@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ class Resumable(Trainer):
         self.model.train(carried["training"])
         best = self.state.best_global_step
         if best:  # by its path, which another folder for the output changes
-            folder = checkpoint_folder(Path(self.args.output_dir), best)
-            self.state.best_model_checkpoint = str(folder)
+            self.state.best_model_checkpoint = str(checkpoint_folder(self._checkpoints, best))
 
     def get_batch_samples(self, *arguments: Any, **more: Any) -> Any:
         """No batch where the checkpoint was of the last step: there is none left to train."""
@@ -140,6 +140,10 @@ class Resumable(Trainer):
         return bool(self.accelerator.gather(asked).any())
 
     @property
+    def _checkpoints(self) -> Path:
+        return Path(self.args.output_dir or "")
+
+    @property
     def _carried_name(self) -> str:
         return f"unlogged_{self.args.process_index}.json"
 
@@ -150,7 +154,7 @@ class Resumable(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside the others, and name it once it is whole."""
         step, best = self.state.global_step, self.state.best_global_step or None
-        checkpoints, main = Path(self.args.output_dir), self.args.should_save
+        checkpoints, main = self._checkpoints, self.args.should_save
         beside = checkpoints / WRITING
         here = checkpoint_folder(beside, step)
         if main:
@@ -168,8 +172,8 @@ class Resumable(Trainer):
                 seal(here, step, best, self.args.world_size)
                 put(here, checkpoints)
         except RuntimeError as error:
-            if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-                raise OSError(f"{here.name} could not be written ({error})") from error
+            if _failed_to_write(error):
+                raise OSError(f"{here.name}: {error}") from error
             raise
         finally:
             self._writes = False
@@ -192,6 +196,12 @@ class Resumable(Trainer):
             "tokens": getattr(self, "_total_train_tokens", 0),
         }
         (folder / self._carried_name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _failed_to_write(error: RuntimeError) -> bool:
+    """Whether torch.save raised it, which has no error of its own for a full disk."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.serialization" for frame, _ in frames)
 
 
 class _GoOn(TrainerCallback):

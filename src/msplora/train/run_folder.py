@@ -19,6 +19,7 @@ from typing import Any, Literal
 from msplora.errors import MSPLoraError
 from msplora.folders import clear_after_a_kill, put_in_place
 
+from . import inputs
 from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
 from .settings import Settings
 from .settings_file import read_settings, write_settings
@@ -27,6 +28,8 @@ CONFIG = "config.yaml"
 METRICS = "metrics.json"
 BEFORE = "checkpoints/before.json"
 """What was measured before the first step, kept for a run that is resumed."""
+INPUTS = "checkpoints/inputs.json"
+"""The checksums of the data files that the run began with."""
 
 Resume = bool | Literal["auto"]
 """Whether to resume: False starts, True needs an unfinished run, "auto" does what is left to do."""
@@ -115,6 +118,7 @@ class RunFolder:
         new.chmod(0o755)  # mkdtemp's folders are private
         (new / self.checkpoints.name).mkdir()
         write_settings(self.settings, new / CONFIG)
+        write_whole(new / INPUTS, json.dumps(inputs.checksums(self.settings), indent=2) + "\n")
         sync(new)
         put_in_place(new, self.working)
         return []
@@ -222,12 +226,24 @@ class RunFolder:
                 f"--resume auto, which starts one."
             )
         self._check_same_settings(self.working)
+        self._check_same_data()
         self.found = find_newest(self.checkpoints)
         newest, now = self.found.newest, int(os.environ.get("WORLD_SIZE", "1"))
         if newest and newest.processes != now:
             raise RunFolderError(
                 f"{newest.path} was written by {newest.processes} processes, and this run has "
                 f"{now}. Resume with {newest.processes}, or pass --force instead to start anew."
+            )
+
+    def _check_same_data(self) -> None:
+        if not (self.working / INPUTS).is_file():
+            return  # it has been put away already: only the name is lacking
+        before = json.loads((self.working / INPUTS).read_text(encoding="utf-8"))
+        changed = inputs.changed(before, self.settings)
+        if changed:
+            raise RunFolderError(
+                f"the unfinished run in {self.working} began with other data: {', '.join(changed)} "
+                f"changed since. Put the old content back, or pass --force instead to start anew."
             )
 
     def _check_same_settings(self, folder: Path) -> None:
