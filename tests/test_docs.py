@@ -142,7 +142,7 @@ def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPa
         if "--resume" in command:
             stopped = [*command[: command.index("--resume")], "--force"]
             with monkeypatch.context() as context:
-                context.setattr(run_module, "_write", _stop)
+                context.setattr(run_module, "write_records", _stop)
                 with pytest.raises(RuntimeError):
                     run(*stopped, *SHORT)
             assert (workspace / "runs/first.unfinished/checkpoints").is_dir()

@@ -165,7 +165,7 @@ def test_after_the_last_step_no_other_is_trained(
     task: str,
 ) -> None:
     """A run of 7 steps ends within an epoch, which transformers would go on with."""
-    import msplora.train.run as running
+    import msplora.train.results as running
 
     content = config(bases, task, tmp_path / "run", max_steps=7)
 

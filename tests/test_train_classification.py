@@ -19,9 +19,9 @@ import msplora
 from msplora.train.base_model import load_base
 from msplora.train.data_classification import Classes
 from msplora.train.methods import adapt
+from msplora.train.run_trainer import settings_groups
 from msplora.train.settings import Settings
 from msplora.train.settings_file import make_settings
-from msplora.train.trainer_arguments import optimizer
 from runs import (
     labelled_rows,
     save_encoder,
@@ -166,7 +166,7 @@ def test_the_optimizer_gives_the_head_its_own_rate_and_biases_no_decay(place: Pl
     model = adapt(base, settings).model
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = set()
-    for group in optimizer(model, settings, base.head).param_groups:
+    for group in settings_groups(model, settings, base.head):
         for parameter in group["params"]:
             name = names[id(parameter)]
             seen.add(name)

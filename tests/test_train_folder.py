@@ -153,7 +153,7 @@ def test_an_interruption_before_the_first_checkpoint_starts_anew_on_resume(
 def test_a_full_disk_says_how_to_go_on(
     bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import msplora.train.run as running
+    import msplora.train.results as running
 
     content = config(bases, training={"epochs": 1})
 
@@ -173,7 +173,7 @@ def test_a_full_disk_says_how_to_go_on(
 def test_ctrl_c_outside_the_training_loop_says_how_to_go_on_too(
     bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import msplora.train.run as running
+    import msplora.train.results as running
 
     content = config(bases, training={"epochs": 1})
 
