@@ -145,3 +145,14 @@ def test_stories_reloaded_and_converted() -> None:
     logits = max(row["largest_logit_difference"] for row in pyramids)
     assert f"{len(rows)} runs, {len(pyramids)} of them pyramids" in text
     assert f"reloaded: {reloaded:.1e}; converted: {converted:.1e}; logits: {logits:.1e}" in text
+
+
+def test_every_killed_run_ended_in_the_same_bits() -> None:
+    runs = rows_of("interruptions.jsonl")
+    kills = sum(run["killed"] + run["killed_again"] for run in runs)
+    assert all(run["same_bits"] for run in runs)
+    assert f"{len(runs)} runs, {kills} kills, {len(runs)} times the same bits" in section(
+        "Killed runs"
+    )
+    random_moments = [run for run in runs if run["moment"].endswith(" s")]
+    assert len(random_moments) == 2 * 12

@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_stops_at_once(bases: Path, tmp_path: Path) -> None:
     with at_step(7, send(signal.SIGINT), send(signal.SIGINT)):
         stopped = train(tmp_path, content)
     assert stopped.code == 130
-    assert "stopped at once" in stopped.error
+    assert "Stopped at once" in stopped.error
     assert "of step 5" in stopped.error
 
 

@@ -76,6 +76,6 @@ def main() -> None:
         from rich.console import Console
         from rich.markup import escape
 
-        title = "[bold red]Error:[/]" if error.exit_code == 1 else "[bold]Stopped:[/]"
-        Console(stderr=True, soft_wrap=True).print(f"{title} {escape(str(error))}")
+        title = "[bold red]Error:[/] " if error.exit_code == 1 else ""
+        Console(stderr=True, soft_wrap=True).print(f"{title}{escape(str(error))}")
         sys.exit(error.exit_code)

@@ -173,7 +173,7 @@ class Resumable(Trainer):
                 put(here, checkpoints)
         except RuntimeError as error:
             if _failed_to_write(error):
-                raise OSError(f"{here.name}: {error}") from error
+                raise OSError(f"torch could not write {here.name} to its end") from error
             raise
         finally:
             self._writes = False

@@ -98,17 +98,18 @@ def _run(
         return metrics, warnings
     except Stopped:
         raise Interrupted(
-            f"stopped by {stop.name}. {_saved(folder)} To go on: {folder.go_on}",
+            f"Stopped by {stop.name}. {_saved(folder)} To go on: {folder.go_on}",
             stop.number or signal.SIGTERM,
         ) from None
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped at once by Ctrl-C. {_saved(folder)} To go on: {folder.go_on}", signal.SIGINT
+            f"Stopped at once by Ctrl-C. {_saved(folder)} To go on: {folder.go_on}", signal.SIGINT
         ) from None
     except (OSError, SafetensorError) as error:  # safetensors' own errors hide a full disk
         raise NotWritten(
-            f"the run could not be written in {folder.working}: {error}. {free_space(folder.path)} "
-            f"{_saved(folder)} Free some space; then to go on: {folder.go_on}"
+            f"the run could not be written in {folder.working}: {error}; "
+            f"{free_space(folder.path)} {_saved(folder)} Free some space; then to go on: "
+            f"{folder.go_on}"
         ) from error
     finally:
         folder.release()
