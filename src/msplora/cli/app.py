@@ -12,7 +12,7 @@ import typer
 from msplora import __version__
 from msplora.errors import MSPLoraError
 
-from . import bench, convert, demo, evaluate, generate, plan, predict, train
+from . import bench, convert, demo, evaluate, generate, plan, predict, recipes, train
 
 app = typer.Typer(
     name="msplora",
@@ -56,6 +56,7 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("demo")(demo.demo)
+app.add_typer(recipes.recipes_app, name="recipes")
 app.add_typer(bench.bench_app, name="bench")
 
 
