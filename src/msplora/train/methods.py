@@ -165,6 +165,12 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
         ) from error
 
 
+def save_trained(model: Any, folder: Path) -> None:
+    """Save a model, without the second adapter that dpo compares with."""
+    options = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
+    model.save_pretrained(folder, **options)
+
+
 def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: Any) -> Any:
     """The config of the adapter in `folder`, refused where the run's own asks for another."""
     found = read_config(folder)

@@ -15,6 +15,7 @@ from msplora.errors import ConfigError
 from .data_classification import examples
 from .data_files import DataError, read_rows
 from .data_glue import read_glue_file
+from .data_preference import read_prompts
 from .data_sft import detect_form, samples
 from .generation import continue_sample
 from .held_out_loss import autocast
@@ -46,7 +47,11 @@ def predict_file(
                 f"{path} was trained on plain text, which has no prompts to answer; use msplora "
                 f"generate --prompt."
             )
-        found = samples(rows, form, run.settings.data.columns, unanswered=True)
+        columns = run.settings.data.columns
+        if run.settings.task == "dpo":
+            found = read_prompts(rows, form, columns)
+        else:
+            found = samples(rows, form, columns, unanswered=True)
         return [
             {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
             for number, sample in enumerate(found, 1)

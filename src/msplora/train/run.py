@@ -17,6 +17,7 @@ from msplora.loading import resolve_source
 from msplora.versions import versions
 
 from .job import Job
+from .methods import save_trained
 from .model_card import model_card
 from .next_steps import next_steps
 from .preview import plan_record, plan_text, show_preview
@@ -96,6 +97,8 @@ def _prepare(settings: Settings) -> Job:
     prepare: Callable[[Settings], Job]
     if settings.task == "sft":
         from .sft import prepare
+    elif settings.task == "dpo":
+        from .dpo import prepare
     else:
         from .classification import prepare
     return prepare(settings)
@@ -161,7 +164,7 @@ def _write(folder: RunFolder, job: Job, trainer: Any, metrics: dict[str, Any]) -
     weights = here / weights_folder(settings)
     if weights.exists():
         shutil.rmtree(weights)  # of an attempt that was killed while it wrote
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(weights)
+    save_trained(trainer.accelerator.unwrap_model(trainer.model), weights)
     job.base.tokenizer.save_pretrained(weights)
     job.record.save(weights)
     card = model_card(settings, adapted, metrics, versions(), folder.path)

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["msplora", "lora", "full", "frozen"]
-Task = Literal["classification", "sft"]
+Task = Literal["classification", "sft", "dpo"]
+PreferenceLoss = Literal[
+    "sigmoid", "ipo", "hinge", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"
+]
 GlueTask = Literal["mrpc", "cola", "rte", "sst2", "qnli", "stsb"]
 
 
@@ -49,7 +52,7 @@ class DataSettings(_Section):
         ge=0.0,
         lt=1.0,
         description="Share of the training rows held out where no validation data is named; "
-        "0 holds out nothing (sft only).",
+        "0 holds out nothing (not for a classifier).",
     )
     text_columns: list[str] | None = Field(
         None,
@@ -66,7 +69,7 @@ class DataSettings(_Section):
     regression: bool = Field(False, description="Labels are numbers to predict, not classes.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="For sft: field of the form -> column of the file, as in "
+        description="For sft and dpo: field of the form -> column of the file, as in "
         "`{prompt: question, completion: answer}`.",
     )
     chat_template: str | None = Field(
@@ -162,7 +165,7 @@ class TrainingSettings(_Section):
     metric_for_best: str | None = Field(
         None,
         description="Metric that picks the checkpoint to keep; unset: accuracy, Matthews for CoLA, "
-        "Pearson for regression, loss for sft.",
+        "Pearson for regression, loss for sft and dpo.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
@@ -171,31 +174,37 @@ class TrainingSettings(_Section):
         True, description="For sft: the loss counts completions (assistant turns), not prompts."
     )
     packing: bool = Field(False, description="For sft: several rows in one training sequence.")
+    dpo_beta: float = Field(
+        0.1, gt=0, description="For dpo: how strongly the model is held to the reference."
+    )
+    dpo_loss: PreferenceLoss = Field(
+        "sigmoid", description="For dpo: the loss of a pair, by TRL's name; `sigmoid` is DPO's own."
+    )
 
 
-KEYS_OF_ONE_TASK: dict[Task, tuple[str, ...]] = {
-    "classification": (
-        "data.text_columns",
-        "data.label_column",
-        "data.labels",
-        "data.regression",
-        "training.head_learning_rate_factor",
-    ),
-    "sft": (
-        "data.columns",
-        "data.chat_template",
-        "training.completion_only_loss",
-        "training.packing",
-    ),
+TASKS_OF_KEY: dict[str, tuple[Task, ...]] = {
+    "data.text_columns": ("classification",),
+    "data.label_column": ("classification",),
+    "data.labels": ("classification",),
+    "data.regression": ("classification",),
+    "data.columns": ("sft", "dpo"),
+    "data.chat_template": ("sft", "dpo"),
+    "training.head_learning_rate_factor": ("classification",),
+    "training.completion_only_loss": ("sft",),
+    "training.packing": ("sft",),
+    "training.dpo_beta": ("dpo",),
+    "training.dpo_loss": ("dpo",),
 }
-"""The keys that mean nothing to the other task."""
+"""The keys that mean nothing to some tasks, and the tasks that read them."""
 
 
 class Settings(_Section):
     """One training run."""
 
     model: str = Field(description="Hugging Face model id, or folder of a model.")
-    task: Task = Field(description="`classification` or `sft` (supervised fine-tuning).")
+    task: Task = Field(
+        description="`classification`, `sft` (supervised fine-tuning) or `dpo` (preference pairs)."
+    )
     output: str = Field(description="The run folder to make.")
     method: Method = Field(
         "msplora",

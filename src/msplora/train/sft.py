@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from msplora.errors import ConfigError
 from .base_model import load_base
 from .data_sft import read_sft
 from .held_out_loss import held_out_loss
+from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
@@ -28,35 +28,22 @@ from .trainer_arguments import optimizer, quieten, trainer_arguments, warmup_ste
 METRICS = ("loss", "perplexity", "token_accuracy")
 
 
-class HeldOutSFTTrainer(SFTTrainer):
-    """TRL's trainer, judging by the loss per token that `msplora eval` gives too.
-
-    Its own evaluation averages the means of batches, which depends on how rows fall into batches.
-    """
+class HeldOutSFTTrainer(JudgesHeldOutRows, SFTTrainer):
+    """TRL's trainer, judging by the loss per token."""
 
     held_out: list[Tokens]
     pad_token_id: int
     arithmetic: Any
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out rows, and log what was found."""
-        start = time.perf_counter()
-        found = held_out_loss(
+    def measure(self) -> dict[str, float]:
+        """Return the loss per token of the held-out rows."""
+        return held_out_loss(
             self.model,
             self.held_out,
             self.pad_token_id,
             self.args.per_device_eval_batch_size,
             self.arithmetic,
         )
-        metrics = {f"eval_{name}": value for name, value in found.items()}
-        metrics["eval_runtime"] = round(time.perf_counter() - start, 4)
-        assert self.model is not None
-        self.model.eval()  # TRL files what is logged under training otherwise
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
 
 
 def prepare(settings: Settings) -> Job:
