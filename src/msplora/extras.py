@@ -10,6 +10,7 @@ from .errors import MSPLoraError
 # Top-level modules that each extra brings, beyond what the core needs.
 _MODULES = {
     "train": {
+        "PIL",
         "accelerate",
         "datasets",
         "matplotlib",

@@ -24,7 +24,7 @@ from .settings import Settings
 
 @dataclass
 class Base:
-    """A base model ready to be adapted.
+    """A base model ready to be adapted, and its tokenizer (of images, their processor).
 
     `head` names the modules that train beside any adapter: a classifier's head, and a pooler that
     the checkpoint never had. They are float32; the rest has the dtype `arithmetic`.
@@ -57,6 +57,17 @@ def load_tokenizer(settings: Settings) -> Any:
     return tokenizer
 
 
+def load_image_processor(settings: Settings) -> Any:
+    """Load what turns the images of the run into the model's input."""
+    source = resolve_source(settings.tokenizer or settings.model, "image processor")
+    with loading_errors_explained(source, "the image processor of"):
+        return transformers.AutoImageProcessor.from_pretrained(
+            source,
+            revision=None if settings.tokenizer else settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+
 def load_base(settings: Settings, classes: Classes | None, for_training: bool = True) -> Base:
     """Load the model of a run: a classifier where there are `classes`, else a causal model.
 
@@ -64,7 +75,8 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         BaseModelError: there is no such model, or some weights of its encoder are missing.
     """
     source = resolve_source(settings.model)
-    tokenizer = load_tokenizer(settings)
+    of_images = settings.task == "image-classification"
+    tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     with loading_errors_explained(source):
         config = transformers.AutoConfig.from_pretrained(source, **hub)
@@ -78,7 +90,11 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         "ignore_mismatched_sizes": True,  # reported below, and refused but in a head
     }
     if classes:
-        loader: Any = transformers.AutoModelForSequenceClassification
+        loader: Any = (
+            transformers.AutoModelForImageClassification
+            if of_images
+            else transformers.AutoModelForSequenceClassification
+        )
         config.num_labels = classes.outputs
         if classes.labels:
             config.id2label = dict(enumerate(classes.labels))
@@ -88,7 +104,7 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         loader = transformers.AutoModelForCausalLM
     with loading_errors_explained(source), quiet_loading():
         model, loading = loader.from_pretrained(source, **options)
-    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+    if not of_images and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     head = _head(model) if classes else ()
     base = Base(model, tokenizer, arithmetic, head)

@@ -18,6 +18,9 @@ from msplora.loading import adapter_folder, read_config
 from .base_model import Base
 from .settings import PYRAMID_KEYS, AdapterSettings, Settings
 
+_TASK_TYPES = {True: peft.TaskType.SEQ_CLS, False: peft.TaskType.CAUSAL_LM}
+"""By whether the model classifies."""
+
 
 @dataclass(frozen=True)
 class Trainable:
@@ -88,9 +91,10 @@ def adapter_config(settings: Settings, base: Base) -> Any:
 
 
 def _config_of(settings: Settings, base: Base) -> Any:
-    classifies = settings.task == "classification"
+    images = settings.task == "image-classification"
     common = {
-        "task_type": peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
+        # PEFT has no type for images, and then keeps the model's class.
+        "task_type": None if images else _TASK_TYPES[settings.classifies],
         "modules_to_save": [*base.head, *(settings.adapter.modules_to_save or [])] or None,
         "revision": settings.revision,
     }
@@ -99,6 +103,9 @@ def _config_of(settings: Settings, base: Base) -> Any:
         for key, value in settings.adapter.model_dump(exclude={"modules_to_save"}).items()
         if value is not None
     }
+    if images and given.get("target_modules") == "all-linear":
+        # PEFT leaves out the head of a model for texts only.
+        given["exclude_modules"] = _with_head(given.get("exclude_modules"), base)
     if settings.method == "msplora":
         return msplora.MSPLoraConfig(**given, **common)
     ours = {key: value for key, value in given.items() if key not in PYRAMID_KEYS}
@@ -106,6 +113,18 @@ def _config_of(settings: Settings, base: Base) -> Any:
     if ours["bias"] == "msplora_only":
         ours["bias"] = "lora_only"
     return peft.LoraConfig(**ours, **common)
+
+
+def _with_head(excluded: list[str] | str | None, base: Base) -> list[str] | str:
+    """What `adapter.exclude_modules` leaves alone, and the head too."""
+    if isinstance(excluded, str):
+        return "|".join([f"({excluded})", *(rf"(.*\.)?{name}(\..*)?" for name in base.head)])
+    within = [
+        name
+        for head in base.head
+        for name, _ in base.model.get_submodule(head).named_modules(prefix=head)
+    ]
+    return [*(excluded or []), *within]
 
 
 def _lora_rank_and_alpha(adapter: AdapterSettings) -> tuple[int, float]:

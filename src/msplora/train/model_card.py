@@ -57,7 +57,8 @@ def model_card(
 
 
 def _pipeline(settings: Settings) -> str:
-    return "text-classification" if settings.task == "classification" else "text-generation"
+    texts = {"classification": "text-classification", "image-classification": settings.task}
+    return texts.get(settings.task, "text-generation")
 
 
 def _data(settings: Settings) -> str:
@@ -89,10 +90,16 @@ def _results(metrics: dict[str, Any]) -> list[str]:
 
 
 def _loading(settings: Settings, adapted: Adapted) -> list[str]:
-    classifies = settings.task == "classification"
-    auto = "AutoPeftModelForSequenceClassification" if classifies else "AutoPeftModelForCausalLM"
-    # The base alone would get a head of two outputs, which another number of classes does not fit.
-    outputs = f", num_labels={adapted.model.get_base_model().num_labels}" if classifies else ""
+    classes = {
+        "classification": "AutoPeftModelForSequenceClassification",
+        "image-classification": "AutoPeftModel",
+    }
+    auto, outputs = classes.get(settings.task, "AutoPeftModelForCausalLM"), ""
+    if settings.classifies:
+        # The base alone would get a head of two outputs, which other classes do not fit.
+        outputs = f", num_labels={adapted.model.get_base_model().num_labels}"
+    if settings.task == "image-classification":
+        outputs += ", ignore_mismatched_sizes=True"  # of the head that the base may have
     first = ["import msplora  # makes the adapter's type known to PEFT"]
     return [
         "```python",

@@ -99,6 +99,8 @@ def _prepare(settings: Settings) -> Job:
         from .sft import prepare
     elif settings.task == "dpo":
         from .dpo import prepare
+    elif settings.task == "image-classification":
+        from .image_classification import prepare
     else:
         from .classification import prepare
     return prepare(settings)

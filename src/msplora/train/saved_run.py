@@ -20,6 +20,9 @@ from .settings import Settings
 from .settings_file import make_settings
 from .task_record import TaskRecord
 
+_TOKENIZERS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+"""What there is one of where a tokenizer, or a processor of images, was saved with the weights."""
+
 
 class SavedRunError(MSPLoraError):
     """The folder holds nothing that can be opened, or not what the verb needs."""
@@ -61,7 +64,8 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
         # The recorded revision is one of the recorded base.
         settings.model, settings.revision = base_override, None
     # The tokenizer was saved with the weights, and with it what the run set on it.
-    settings.tokenizer = str(weights) if (weights / "tokenizer_config.json").is_file() else None
+    with_it = any((weights / name).is_file() for name in _TOKENIZERS)
+    settings.tokenizer = str(weights) if with_it else None
     settings.data.chat_template = None
     base = load_base(settings, record.classes, for_training=settings.method == "full")
     model = base.model

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["msplora", "lora", "full", "frozen"]
-Task = Literal["classification", "sft", "dpo"]
+Task = Literal["classification", "image-classification", "sft", "dpo"]
 PreferenceLoss = Literal[
     "sigmoid", "ipo", "hinge", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"
 ]
@@ -39,9 +39,11 @@ class DataSettings(_Section):
     )
     path: str | None = Field(None, description="Folder that holds `train.tsv` and `dev.tsv`.")
     train: str | None = Field(
-        None, description="Training file: .tsv, .csv, .jsonl, .json, and for sft also .txt."
+        None,
+        description="Training file: .tsv, .csv, .jsonl, .json, and for sft also .txt; for images "
+        "also a folder with a folder of images for each class.",
     )
-    validation: str | None = Field(None, description="Held-out file, of the same form.")
+    validation: str | None = Field(None, description="Held-out file or folder, of the same form.")
     hub: str | None = Field(None, description="Id of a dataset on the Hugging Face hub.")
     hub_config: str | None = Field(None, description="Configuration of the hub dataset.")
     hub_revision: str | None = Field(None, description="Revision of the hub dataset.")
@@ -59,6 +61,9 @@ class DataSettings(_Section):
         min_length=1,
         max_length=2,
         description="One or two columns of text to classify; usual names are found by themselves.",
+    )
+    image_column: str = Field(
+        "image", description="Column of the image: a path, relative to the table, or an image."
     )
     label_column: str = Field("label", description="Column of the label.")
     labels: list[ClassName] | None = Field(
@@ -184,12 +189,15 @@ class TrainingSettings(_Section):
 
 TASKS_OF_KEY: dict[str, tuple[Task, ...]] = {
     "data.text_columns": ("classification",),
-    "data.label_column": ("classification",),
-    "data.labels": ("classification",),
+    "data.image_column": ("image-classification",),
+    "data.label_column": ("classification", "image-classification"),
+    "data.labels": ("classification", "image-classification"),
     "data.regression": ("classification",),
     "data.columns": ("sft", "dpo"),
     "data.chat_template": ("sft", "dpo"),
-    "training.head_learning_rate_factor": ("classification",),
+    "data.max_length": ("classification", "sft", "dpo"),
+    "data.too_long": ("classification", "sft", "dpo"),
+    "training.head_learning_rate_factor": ("classification", "image-classification"),
     "training.completion_only_loss": ("sft",),
     "training.packing": ("sft",),
     "training.dpo_beta": ("dpo",),
@@ -203,7 +211,8 @@ class Settings(_Section):
 
     model: str = Field(description="Hugging Face model id, or folder of a model.")
     task: Task = Field(
-        description="`classification`, `sft` (supervised fine-tuning) or `dpo` (preference pairs)."
+        description="`classification` (of texts), `image-classification`, `sft` (supervised "
+        "fine-tuning) or `dpo` (preference pairs)."
     )
     output: str = Field(description="The run folder to make.")
     method: Method = Field(
@@ -218,7 +227,10 @@ class Settings(_Section):
         "the checkpoint's (float32 instead of float16 where there is no GPU).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
-    tokenizer: str | None = Field(None, description="Id or folder, where it is not the model's.")
+    tokenizer: str | None = Field(
+        None,
+        description="Id or folder, where it is not the model's; of images, of their processor.",
+    )
     trust_remote_code: bool = Field(
         False,
         description="Run Python code that comes with the model. Only if you trust its author.",
@@ -235,6 +247,11 @@ class Settings(_Section):
     def _empty_section(cls, value: Any) -> Any:
         """A section whose every key is commented out is there, and holds nothing."""
         return {} if value is None else value
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a head gives classes (or a number): the model generates nothing."""
+        return self.task in ("classification", "image-classification")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved settings, as they are written to config.yaml."""

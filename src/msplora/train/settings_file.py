@@ -202,7 +202,7 @@ def _check(settings: Settings, source: str) -> None:
     def default(key: str) -> Any:
         return DataSettings.model_fields[key].get_default(call_default_factory=True)
 
-    if settings.task in ("sft", "dpo") and settings.method == "frozen":
+    if not settings.classifies and settings.method == "frozen":
         raise ConfigError(
             f"in {source}: method 'frozen' trains a classifier's head only, and task "
             f"{settings.task!r} has none. Use method msplora, lora or full."
@@ -249,7 +249,7 @@ def _check(settings: Settings, source: str) -> None:
         )
     if data.regression and data.labels:
         raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")
-    if settings.task == "classification" and not _has_validation(settings):
+    if settings.classifies and not _has_validation(settings):
         raise ConfigError(
             f"in {source}: a classifier keeps its best epoch, so it needs held-out rows: set "
             f"data.validation, data.validation_split or data.validation_fraction above 0."
