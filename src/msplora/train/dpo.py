@@ -24,6 +24,7 @@ from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
+from .quantisation import trained_in_float32
 from .settings import Settings
 from .settings_file import check_metric
 from .sft import padding_id
@@ -136,21 +137,22 @@ def preference_trainer(
     An adapter is compared with the model it started from: the base, or the base with the adapter
     that `init_from` names. A model without an adapter needs a `reference`, a second model.
     """
-    trainer = HeldOutDPOTrainer(
-        model=model,
-        ref_model=reference,
-        args=DPOConfig(
-            **arguments,
-            beta=settings.training.dpo_beta,
-            loss_type=[settings.training.dpo_loss],
-            max_length=None,  # cut already, and counted
-        ),
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(held_out) if held_out else None,
-        processing_class=base.tokenizer,
-        data_collator=DataCollatorForPreference(padding_id(base.tokenizer)),
-        optimizers=(optimizer, None),
-    )
+    with trained_in_float32(model):
+        trainer = HeldOutDPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=DPOConfig(
+                **arguments,
+                beta=settings.training.dpo_beta,
+                loss_type=[settings.training.dpo_loss],
+                max_length=None,  # cut already, and counted
+            ),
+            train_dataset=_dataset(train),
+            eval_dataset=_dataset(held_out) if held_out else None,
+            processing_class=base.tokenizer,
+            data_collator=DataCollatorForPreference(padding_id(base.tokenizer)),
+            optimizers=(optimizer, None),
+        )
     if isinstance(model, peft.PeftModel):
         _set_reference(model, settings)
     quieten(trainer)

@@ -61,7 +61,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     plan = None
     if isinstance(config, msplora.MSPLoraConfig):
         plan = msplora.plan(base.model, config)
-    base_numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    base_numbers = base.model.num_parameters()  # two of 4 bits are one number in memory
     if folder:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
@@ -151,7 +151,7 @@ def _inapplicable(settings: Settings) -> list[str]:
 
 
 def _without_adapter(base: Base, settings: Settings) -> Adapted:
-    base_numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    base_numbers = base.model.num_parameters()
     if settings.method == "full":
         base.model.requires_grad_(True)
         trainable = Trainable(base_numbers, 0, base_numbers)
@@ -186,8 +186,10 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
 
 def save_trained(model: Any, folder: Path) -> None:
     """Save a model, without the second adapter that dpo compares with."""
-    options = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
-    model.save_pretrained(folder, **options)
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(str(folder), selected_adapters=["default"])
+    else:
+        model.save_pretrained(folder)
 
 
 def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: Any) -> Any:

@@ -100,11 +100,19 @@ def _loading(settings: Settings, adapted: Adapted) -> list[str]:
         outputs = f", num_labels={adapted.model.get_base_model().num_labels}"
     if settings.task == "image-classification":
         outputs += ", ignore_mismatched_sizes=True"  # of the head that the base may have
+    quantised = []
+    if settings.quantization:
+        quantised = ["from transformers import BitsAndBytesConfig"]
+        bits = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+        bits = bits if settings.quantization == "4bit" else "load_in_8bit=True"
+        quantised += ["", f"as_trained = BitsAndBytesConfig({bits})"]
+        outputs += ", quantization_config=as_trained"
     first = ["import msplora  # makes the adapter's type known to PEFT"]
     return [
         "```python",
         *(first if settings.method == "msplora" else []),
         f"from peft import {auto}",
+        *quantised,
         "",
         f'model = {auto}.from_pretrained("adapter"{outputs})',
         "```",

@@ -16,6 +16,7 @@ from msplora.loading import TASK_FILE
 
 from .base_model import Base, load_base
 from .methods import load_adapter
+from .quantisation import is_quantised
 from .settings import Settings
 from .settings_file import make_settings
 from .task_record import TaskRecord
@@ -74,8 +75,9 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
             if base_override:  # that it is not the recorded path is what was asked for
                 warnings.filterwarnings("ignore", message="the adapter names")
             model = load_adapter(model, weights)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return SavedRun(path, base, model, record)
+    if not is_quantised(base.model):  # which is where it shall be already, and may not be moved
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return SavedRun(path, base, model.eval(), record)
 
 
 def _weights(path: Path) -> Path:

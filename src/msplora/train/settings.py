@@ -226,6 +226,10 @@ class Settings(_Section):
         description="Of the frozen weights and the arithmetic; what trains is float32. `auto` is "
         "the checkpoint's (float32 instead of float16 where there is no GPU).",
     )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="Load the frozen base in so many bits, by bitsandbytes (4bit: NF4, as QLoRA).",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
     tokenizer: str | None = Field(
         None,

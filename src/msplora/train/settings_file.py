@@ -207,6 +207,12 @@ def _check(settings: Settings, source: str) -> None:
             f"in {source}: method 'frozen' trains a classifier's head only, and task "
             f"{settings.task!r} has none. Use method msplora, lora or full."
         )
+    if settings.quantization and settings.method not in ("msplora", "lora"):
+        raise ConfigError(
+            f"in {source}: a base in {settings.quantization} trains with an adapter only, and "
+            f"method {settings.method!r} has none. Use method msplora or lora, or leave "
+            f"quantization out."
+        )
     if settings.task == "dpo" and settings.adapter.bias != "none":
         raise ConfigError(
             f"in {source}: adapter.bias = {settings.adapter.bias!r} trains biases of the base, and "

@@ -19,6 +19,7 @@ from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
+from .quantisation import trained_in_float32
 from .settings import Settings
 from .settings_file import check_metric
 from .task_record import TaskRecord
@@ -75,22 +76,23 @@ def prepare(settings: Settings) -> Job:
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
         arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
-        trainer = HeldOutSFTTrainer(
-            model=adapted.model,
-            args=SFTConfig(
-                **arguments,
-                packing=settings.training.packing,
-                max_length=packed_length if settings.training.packing else None,
-            ),
-            train_dataset=_dataset(train),
-            eval_dataset=_dataset(held_out) if held_out else None,
-            processing_class=tokenizer,
-            # Our own, so that a tokenizer with neither padding nor end token will do.
-            data_collator=(
-                None if settings.training.packing else DataCollatorForLanguageModeling(pad)
-            ),
-            optimizers=(optimizer(adapted.model, settings, base.head), None),
-        )
+        with trained_in_float32(adapted.model):
+            trainer = HeldOutSFTTrainer(
+                model=adapted.model,
+                args=SFTConfig(
+                    **arguments,
+                    packing=settings.training.packing,
+                    max_length=packed_length if settings.training.packing else None,
+                ),
+                train_dataset=_dataset(train),
+                eval_dataset=_dataset(held_out) if held_out else None,
+                processing_class=tokenizer,
+                # Our own, so that a tokenizer with neither padding nor end token will do.
+                data_collator=(
+                    None if settings.training.packing else DataCollatorForLanguageModeling(pad)
+                ),
+                optimizers=(optimizer(adapted.model, settings, base.head), None),
+            )
         # Only now is it known how many rows are left once they are packed.
         packed: Any = trainer.train_dataset
         trainer.args.warmup_steps = warmup_steps(settings, len(packed))
