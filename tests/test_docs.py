@@ -21,12 +21,20 @@ from msplora.cli.app import app
 from msplora.errors import MSPLoraError
 from msplora.train import run as run_module
 from settings_tables import PAGE, SECTIONS, table, tables
+from tiny_images import paint_folder, save_vision_model
 from tiny_saved import save_encoder, save_language_model
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (PAGE, PAGE.with_name("data.md"))}
 TEXT = "\n".join(PAGES.values())
 SHORT = ["--set", "training.max_steps=3", "--set", "training.batch_size=2"]
 LANGUAGE_MODEL, CLASSIFIER = "Qwen/Qwen3-0.6B", "FacebookAI/roberta-base"
+VISION_MODEL = "google/vit-base-patch16-224"
+MODELS = {
+    "sft": LANGUAGE_MODEL,
+    "dpo": LANGUAGE_MODEL,
+    "classification": CLASSIFIER,
+    "image-classification": VISION_MODEL,
+}
 _FILE = r"`([\w/-]+\.\w+)`(?:, and `([\w/-]+\.\w+)` alike)?:\n\n```\w+\n(.*?)```"
 
 
@@ -64,6 +72,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with every file, model and data set that the page names."""
     save_language_model(tmp_path / LANGUAGE_MODEL)
     save_encoder(tmp_path / CLASSIFIER)
+    save_vision_model(tmp_path / VISION_MODEL)
+    paint_folder(tmp_path / "colours", 4)
     shown = {name: grown(name, content) for name, content in FILES.items()}
     shown |= {
         "story.txt": "Once upon a time there was a fox.\n" * 20,
@@ -85,7 +95,7 @@ def config_with(part: str) -> dict[str, Any]:
     """A whole config that says what a part of one says."""
     content: dict[str, Any] = yaml.safe_load(part)
     task = content.setdefault("task", "sft")
-    content.setdefault("model", LANGUAGE_MODEL if task == "sft" else CLASSIFIER)
+    content.setdefault("model", MODELS[task])
     content.setdefault("data", {"train": "train.jsonl"})
     content.setdefault("output", "runs/part")
     return content
@@ -119,7 +129,7 @@ def test_every_block_is_run_by_one_of_these_tests() -> None:
     languages = re.findall(r"^```(\w+)$", TEXT, flags=re.MULTILINE)
     assert set(languages) == {"yaml", "json", "text", "sh", "python"}
     assert set(FILES) >= {"train.jsonl", "sft.yaml", "reviews.yaml", "glue/RTE/dev.tsv", "new.csv"}
-    assert len(PARTS) == len(blocks("yaml")) - 2  # sft.yaml and reviews.yaml
+    assert len(PARTS) == len(blocks("yaml")) - 3  # sft.yaml, reviews.yaml and colours.yaml
     assert len(COMMANDS) >= 12
 
 
@@ -207,6 +217,11 @@ ERRORS: dict[str, list[str]] = {
     "r must be at least 4": ["sft.yaml", "adapter.r=2"],
     "is none of the classes": ["reviews.yaml", "data.validation=strange.tsv"],
     "it needs held-out rows": ["reviews.yaml", "data.validation_fraction=0"],
+    "are no preference pair": ["sft.yaml", "task=dpo"],
+    "is in no format that is known": [
+        "colours.yaml",
+        "data.train=spoilt",
+    ],
     "is not empty": ["sft.yaml", "output=taken"],
     "an unfinished run is in": ["sft.yaml", "output=stopped"],
     "there is nothing to resume": ["sft.yaml", "output=complete"],
@@ -225,6 +240,8 @@ def test_an_error_of_the_table(message: str, workspace: Path) -> None:
     (workspace / "mixed.jsonl").write_text(MIXED)
     (workspace / "long.jsonl").write_text(LONG * 4)
     (workspace / "strange.tsv").write_text("review\tsentiment\nOdd.\tbaffled\n")
+    shutil.copytree(workspace / "colours", workspace / "spoilt")
+    (workspace / "spoilt/red/0.png").write_text("no image")
     (workspace / "taken").mkdir()
     (workspace / "taken/notes.txt").write_text("mine")
     shutil.copytree(workspace / "taken", workspace / "stopped.unfinished")

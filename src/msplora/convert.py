@@ -49,6 +49,7 @@ _COMPANIONS = (
     "merges.txt",
     "spiece.model",
     "chat_template.*",
+    "preprocessor_config.json",
 )
 
 

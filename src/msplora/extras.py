@@ -10,6 +10,7 @@ from .errors import MSPLoraError
 # Top-level modules that each extra brings, beyond what the core needs.
 _MODULES = {
     "train": {
+        "PIL",
         "accelerate",
         "datasets",
         "matplotlib",
@@ -20,6 +21,7 @@ _MODULES = {
         "yaml",
     },
     "report": {"jinja2", "matplotlib"},
+    "quantised": {"bitsandbytes"},
 }
 
 
@@ -39,6 +41,11 @@ def _extra(name: str) -> Iterator[None]:
 def train_extra() -> AbstractContextManager[None]:
     """Turn a failed import of the training libraries into an error that says what to install."""
     return _extra("train")
+
+
+def quantised_extra() -> AbstractContextManager[None]:
+    """The same for the library that quantises a base."""
+    return _extra("quantised")
 
 
 def report_extra() -> AbstractContextManager[None]:

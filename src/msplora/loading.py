@@ -157,13 +157,30 @@ def load_base_of(
     }
     labels = _number_of_labels(tensors)
     task = str(getattr(config.task_type, "value", config.task_type))
-    if task in ("SEQ_CLS", "TOKEN_CLS") and labels is not None:
+    with loading_errors_explained(source):
+        loader = _base_class(config, source, base)
+    of_images = loader.__name__.endswith("ForImageClassification")
+    if (task in ("SEQ_CLS", "TOKEN_CLS") or of_images) and labels is not None:
         options["num_labels"] = labels
         if len(classes) == labels:
             options["id2label"] = dict(enumerate(classes))
             options["label2id"] = {name: place for place, name in enumerate(classes)}
+    if not of_images:
+        with loading_errors_explained(source), quiet_loading():
+            return loader.from_pretrained(source, **options)
+    # Image models are published with the head of other classes, which the adapter's replaces.
     with loading_errors_explained(source), quiet_loading():
-        return _base_class(config, source, base).from_pretrained(source, **options)
+        model, info = loader.from_pretrained(
+            source, **options, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    replaced = {key.removeprefix("base_model.model.") for key in tensors}
+    lost = {entry[0] for entry in info["mismatched_keys"]} | set(info["missing_keys"])
+    if lost - replaced:
+        raise BaseModelError(
+            f"{source}: weights that the adapter does not bring are missing or have another shape: "
+            f"{', '.join(sorted(lost - replaced)[:5])}."
+        )
+    return model
 
 
 def _base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:

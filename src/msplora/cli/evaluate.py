@@ -12,7 +12,8 @@ import typer
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or adapter folder.")],
     data: Annotated[
-        str | None, typer.Option(help="Labelled file; the rows its run held out if left out.")
+        str | None,
+        typer.Option(help="Labelled file or folder; else the rows its run held out."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, where the recorded one has moved.")
@@ -20,7 +21,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per step.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure a run or an adapter: GLUE's metrics for classifiers, loss per token for others."""
+    """Measure a run or an adapter: a classifier's metrics, a loss per token or of pairs."""
     from msplora.extras import train_extra
 
     with train_extra():

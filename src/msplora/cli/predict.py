@@ -10,7 +10,10 @@ import typer
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder, or adapter folder.")],
-    file: Annotated[Path, typer.Argument(help="Rows without labels: .tsv, .csv, .jsonl, .json.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Rows without labels, as a table, or a folder of images."),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="File to write, .jsonl or .tsv; printed if left out.")
     ] = None,

@@ -19,12 +19,13 @@ from msplora.loading import (
 )
 
 from .data_classification import Classes
+from .quantisation import is_quantised, prepare_quantised, quantisation_config
 from .settings import Settings
 
 
 @dataclass
 class Base:
-    """A base model ready to be adapted.
+    """A base model ready to be adapted, and its tokenizer (of images, their processor).
 
     `head` names the modules that train beside any adapter: a classifier's head, and a pooler that
     the checkpoint never had. They are float32; the rest has the dtype `arithmetic`.
@@ -57,6 +58,17 @@ def load_tokenizer(settings: Settings) -> Any:
     return tokenizer
 
 
+def load_image_processor(settings: Settings) -> Any:
+    """Load what turns the images of the run into the model's input."""
+    source = resolve_source(settings.tokenizer or settings.model, "image processor")
+    with loading_errors_explained(source, "the image processor of"):
+        return transformers.AutoImageProcessor.from_pretrained(
+            source,
+            revision=None if settings.tokenizer else settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+
 def load_base(settings: Settings, classes: Classes | None, for_training: bool = True) -> Base:
     """Load the model of a run: a classifier where there are `classes`, else a causal model.
 
@@ -64,21 +76,28 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         BaseModelError: there is no such model, or some weights of its encoder are missing.
     """
     source = resolve_source(settings.model)
-    tokenizer = load_tokenizer(settings)
-    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    of_images = settings.task == "image-classification"
+    tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
+    hub: dict[str, Any] = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
     with loading_errors_explained(source):
         config = transformers.AutoConfig.from_pretrained(source, **hub)
     arithmetic = _arithmetic(settings, config)
-    everything_trains = settings.method == "full" and for_training
     options: dict[str, Any] = {
         **hub,
         "config": config,
-        dtype_argument(): torch.float32 if everything_trains else arithmetic,
+        dtype_argument(): arithmetic,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, and refused but in a head
     }
     if classes:
-        loader: Any = transformers.AutoModelForSequenceClassification
+        loader: Any = (
+            transformers.AutoModelForImageClassification
+            if of_images
+            else transformers.AutoModelForSequenceClassification
+        )
         config.num_labels = classes.outputs
         if classes.labels:
             config.id2label = dict(enumerate(classes.labels))
@@ -86,12 +105,24 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         config.problem_type = "regression" if classes.regression else "single_label_classification"
     else:
         loader = transformers.AutoModelForCausalLM
+    whole = _head_of(loader, config, settings) if classes else ()
+    quantised = quantisation_config(settings, config, arithmetic, whole)
+    if quantised:
+        options["quantization_config"] = quantised
+    elif settings.method == "full" and for_training:
+        options[dtype_argument()] = torch.float32
     with loading_errors_explained(source), quiet_loading():
         model, loading = loader.from_pretrained(source, **options)
-    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+    if is_quantised(model):
+        model = prepare_quantised(model)
+    if not of_images and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     head = _head(model) if classes else ()
     base = Base(model, tokenizer, arithmetic, head)
+    if is_quantised(model):
+        base.notes.append(
+            f"the base is quantised: {settings.quantization or 'as it was published'}"
+        )
     _check_weights(base, loading, source)
     for name in base.head:
         model.get_submodule(name).float()
@@ -119,6 +150,15 @@ def _head(model: nn.Module) -> tuple[str, ...]:
         if name != getattr(model, "base_model_prefix", "")
         and any(True for _ in module.parameters())
     )
+
+
+def _head_of(loader: Any, config: Any, settings: Settings) -> tuple[str, ...]:
+    """The modules that stay whole: the head, and a pooler, which may turn out to be new."""
+    if not settings.quantization:
+        return ()
+    with torch.device("meta"):
+        model = loader.from_config(config, trust_remote_code=settings.trust_remote_code)
+    return (*_head(model), *(name for name, _ in model.named_modules() if name.endswith("pooler")))
 
 
 def _check_weights(base: Base, loading: dict[str, Any], source: str) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 from rich.text import Text
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from msplora.errors import ConfigError
 
@@ -67,17 +71,20 @@ def classification_trainer(
     classes: Classes,
     model: Any,
     arguments: dict[str, Any],
-    train_rows: datasets.Dataset | None = None,
-    held_rows: datasets.Dataset | None = None,
+    train_rows: Any = None,
+    held_rows: Any = None,
 ) -> Trainer:
     """Make the trainer that trains and evaluates; evaluation alone needs no training rows."""
-    compute, _ = metrics_for(settings.data.glue, classes.regression)
+    of_images = settings.task == "image-classification"
+    compute, _ = metrics_for(settings.data.glue, classes.regression, of_images)
     trainer = RunTrainer(
         model=model,
         args=TrainingArguments(**arguments, label_names=["labels"]),
         train_dataset=train_rows,
         eval_dataset=held_rows,
-        data_collator=DataCollatorWithPadding(base.tokenizer),
+        data_collator=(
+            default_data_collator if of_images else DataCollatorWithPadding(base.tokenizer)
+        ),
         compute_metrics=lambda found: compute(
             predictions(found.predictions, classes.regression), _labels(found.label_ids)
         ),
@@ -92,7 +99,8 @@ def classification_trainer(
 
 def best_metric(settings: Settings, classes: Classes) -> str:
     """The metric that picks the best epoch: the task's own unless another is asked for."""
-    compute, usual = metrics_for(settings.data.glue, classes.regression)
+    of_images = settings.task == "image-classification"
+    compute, usual = metrics_for(settings.data.glue, classes.regression, of_images)
     import numpy as np
 
     names = ["loss", *compute(np.array([0, 1]), np.array([0, 1]))]

@@ -37,6 +37,7 @@ class Classes:
     """How labels read: their columns, and the classes in order (none for regression)."""
 
     text_columns: tuple[str, ...]
+    """Of the texts; of an image, its one column."""
     label_column: str
     labels: tuple[str, ...]
     label_range: tuple[float, float] | None = None
@@ -69,7 +70,7 @@ def examples(rows: list[Row], classes: Classes, labelled: bool = True) -> list[E
         Example(
             row.place,
             tuple(_text(row, column) for column in classes.text_columns),
-            _label(row, classes) if labelled else None,
+            label_of(row, classes) if labelled else None,
         )
         for row in rows
     ]
@@ -84,23 +85,33 @@ def _classes(data: DataSettings, train: list[Row]) -> Classes:
     require_columns(train, [data.label_column], "data.label_column")
     if data.regression:
         return Classes(text_columns, data.label_column, ())
+    return with_classes(data, train, text_columns, ", or set data.regression for numbers")
+
+
+def with_classes(
+    data: DataSettings, train: list[Row], columns: tuple[str, ...], otherwise: str = ""
+) -> Classes:
+    """The classes that are listed, or else those of the training rows, of what is in `columns`.
+
+    `otherwise` ends the advice where the labels are no classes.
+    """
     if data.labels:
-        return Classes(text_columns, data.label_column, tuple(data.labels))
+        return Classes(columns, data.label_column, tuple(data.labels))
     found = {_class_name(row[data.label_column]) for row in train}
     found.discard("")  # reported with its place, where labels are read
     if len(found) < 2:
         raise DataError(
             f"{train[0].place.rsplit(',', 1)[0]}: the column {data.label_column!r} holds "
             f"{len(found)} class(es) ({', '.join(sorted(found))}); a classifier needs two or more. "
-            f"Name them in data.labels, or set data.regression for numbers."
+            f"Name them in data.labels{otherwise}."
         )
     if len(found) > max(20, len(train) // 2):
         raise DataError(
             f"the column {data.label_column!r} holds {len(found)} different labels in "
             f"{len(train)} rows; these are hardly classes. Name another data.label_column, list "
-            f"the classes in data.labels, or set data.regression for numbers."
+            f"the classes in data.labels{otherwise}."
         )
-    return Classes(text_columns, data.label_column, tuple(sorted(found, key=_class_order)))
+    return Classes(columns, data.label_column, tuple(sorted(found, key=_class_order)))
 
 
 def _usual_text_columns(row: Row) -> tuple[str, ...]:
@@ -134,7 +145,8 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _label(row: Row, classes: Classes) -> int | float:
+def label_of(row: Row, classes: Classes) -> int | float:
+    """The index of the row's class, or the number to predict."""
     name = _class_name(row[classes.label_column])
     if not name:
         raise DataError(f"{row.place}: no label in the column {classes.label_column!r}.")

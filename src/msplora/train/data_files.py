@@ -180,6 +180,9 @@ def read_hub(
             f"goes under data.train."
         ) from error
     assert isinstance(data, datasets.Dataset)
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):  # all of them decoded would fill the memory
+            data = data.cast_column(column, datasets.Image(decode=False))
     classes = {
         column: feature
         for column, feature in data.features.items()

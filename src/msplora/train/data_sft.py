@@ -23,10 +23,10 @@ _FORMS: dict[Form, tuple[str, ...]] = {
     "text": ("text",),
 }
 
-_ANSWERS = ("completion", "output")
+_ANSWERS = ("completion", "output", "chosen", "rejected")
 
 # The names that chat data goes by -> the roles that chat templates know.
-_ROLES = {
+ROLES = {
     "system": "system",
     "developer": "developer",
     "user": "user",
@@ -133,13 +133,13 @@ def samples(
     rows: list[Row], form: Form, columns: Mapping[str, str], unanswered: bool = False
 ) -> list[Sample]:
     """Return the samples of `rows`, without those that have nothing to learn."""
-    found = [_sample(_named(row, columns, unanswered), form, unanswered) for row in rows]
+    found = [_sample(named(row, columns, unanswered), form, unanswered) for row in rows]
     return [
         sample for sample in found if unanswered or sample.messages or sample.completion.strip()
     ]
 
 
-def _named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
+def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
     """The row with its columns renamed to the form's fields, and sharegpt's list to `messages`."""
     values = dict(row.values)
     for name, column in columns.items():
@@ -157,7 +157,7 @@ def _named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Ro
 
 
 def _form_of(row: Row, columns: Mapping[str, str]) -> Form:
-    values = _named(row, columns).values
+    values = named(row, columns).values
     for form, fields in _FORMS.items():
         if all(values.get(field) is not None for field in fields):
             return form
@@ -219,16 +219,16 @@ def _turn(place: str, number: int, turn: Any) -> dict[str, Any]:
         raise DataError(f"{place}, turn {number}: found a {type(turn).__name__}, not an object.")
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
-    if role not in _ROLES:
+    if role not in ROLES:
         raise DataError(
-            f"{place}, turn {number}: role {role!r} is none of {', '.join(_ROLES)}."
-            + nearest(str(role), _ROLES, count=1)
+            f"{place}, turn {number}: role {role!r} is none of {', '.join(ROLES)}."
+            + nearest(str(role), ROLES, count=1)
         )
     if not isinstance(content, str):
         raise DataError(
             f"{place}, turn {number}: the content is a {type(content).__name__}, not text."
         )
-    return {"role": _ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": content}
 
 
 def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:

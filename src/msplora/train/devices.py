@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from msplora.errors import ConfigError, MSPLoraError
 
@@ -69,6 +70,13 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether each process holds only a share of the weights."""
+    from accelerate.utils import DistributedType
+
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def sum_over_processes(*numbers: float) -> list[float]:

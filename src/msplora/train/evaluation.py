@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .base_model import load_base
 from .classification import classification_trainer
 from .data_classification import Example, examples, read_classification
 from .data_files import DataError, read_rows
 from .data_glue import read_glue_file
+from .data_images import labelled_images, read_images, read_more_images
+from .data_preference import Pair, read_more_preferences, read_preferences
 from .data_sft import Form, Sample, detect_form, read_more_sft, read_sft
+from .dpo import preference_trainer
 from .held_out_loss import held_out_loss
+from .image_classification import Pixels
 from .lengths import row_limit
 from .progress import plain_metrics
 from .quiet import quiet_libraries
 from .saved_run import SavedRun, open_run
+from .settings import Task
 from .sft import padding_id
 from .tokenise_classification import tokenise_examples
+from .tokenise_preference import tokenise_pairs
 from .tokenise_sft import tokenise_samples
 from .trainer_arguments import trainer_arguments
 
@@ -32,10 +40,8 @@ def evaluate_run(
     with quiet_libraries():
         run = open_run(path, base)
         batch_size = batch_size or run.settings.training.eval_batch_size
-        found = _classification if run.record.classes else _language_model
-        return {"run": str(path), "data": data or "held out by the run"} | found(
-            run, data, batch_size
-        )
+        found = _BY_TASK[run.settings.task](run, data, batch_size)
+        return {"run": str(path), "data": data or "held out by the run"} | found
 
 
 def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
@@ -48,13 +54,31 @@ def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[st
         _, held_out, _ = read_classification(settings.data, settings.seed)
     limit = row_limit(settings, run.base.model)
     rows, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
+    return {"rows": len(rows), **report.left_out(), **_judge(run, rows, batch_size)}
+
+
+def _images(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
+    classes, settings = run.record.classes, run.settings
+    assert classes
+    if data:
+        held_out = labelled_images(read_more_images(data, classes), classes)
+    else:
+        _, held_out, _ = read_images(settings.data, settings.seed)
+    rows = Pixels(held_out, run.base.tokenizer)
+    return {"rows": len(rows), **_judge(run, rows, batch_size)}
+
+
+def _judge(run: SavedRun, rows: Any, batch_size: int) -> dict[str, float]:
+    """The metrics of a classifier."""
+    classes, settings = run.record.classes, run.settings
+    assert classes
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
         arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
         arguments["per_device_eval_batch_size"] = batch_size
         trainer = classification_trainer(
             settings, run.base, classes, run.model, arguments, held_rows=rows
         )
-        return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
+        return plain_metrics(trainer.evaluate())
 
 
 def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
@@ -84,5 +108,35 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
     return {"rows": len(rows), **report.left_out(), **found}
 
 
+def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
+    settings, form = run.settings, run.record.form
+    assert form
+    held_out: list[Pair]
+    if data:
+        held_out = read_more_preferences(data, form, settings.data)
+    else:
+        held_out = read_preferences(settings.data, settings.seed).held_out
+        if not held_out:
+            raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
+    limit = row_limit(settings, run.base.model)
+    rows, report = tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out")
+    reference = load_base(settings, None).model if settings.method == "full" else None
+    with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
+        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
+        arguments["per_device_eval_batch_size"] = batch_size
+        trainer = preference_trainer(
+            settings, run.base, run.model, arguments, rows, rows, reference=reference
+        )
+        return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
+
+
 def _form_of_file(file: str) -> Form:
     return "text-file" if file.endswith(".txt") else detect_form(read_rows(file), {})
+
+
+_BY_TASK: dict[Task, Callable[[SavedRun, str | None, int], dict[str, Any]]] = {
+    "classification": _classification,
+    "image-classification": _images,
+    "sft": _language_model,
+    "dpo": _preferences,
+}

@@ -19,6 +19,9 @@ from .base_model import Base
 from .levels import check_level_names, freeze_levels, level_parameters
 from .settings import LEVEL_KEYS, PYRAMID_KEYS, AdapterSettings, Settings
 
+_TASK_TYPES = {True: peft.TaskType.SEQ_CLS, False: peft.TaskType.CAUSAL_LM}
+"""By whether the model classifies."""
+
 
 @dataclass(frozen=True)
 class Trainable:
@@ -59,7 +62,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     plan = None
     if isinstance(config, msplora.MSPLoraConfig):
         plan = msplora.plan(base.model, config)
-    base_numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    base_numbers = base.model.num_parameters()  # two of 4 bits are one number in memory
     if folder:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
@@ -103,9 +106,10 @@ def adapter_config(settings: Settings, base: Base) -> Any:
 
 
 def _config_of(settings: Settings, base: Base) -> Any:
-    classifies = settings.task == "classification"
+    images = settings.task == "image-classification"
     common = {
-        "task_type": peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
+        # PEFT has no type for images, and then keeps the model's class.
+        "task_type": None if images else _TASK_TYPES[settings.classifies],
         "modules_to_save": [*base.head, *(settings.adapter.modules_to_save or [])] or None,
         "revision": settings.revision,
     }
@@ -114,6 +118,9 @@ def _config_of(settings: Settings, base: Base) -> Any:
         for key, value in settings.adapter.model_dump(exclude={"modules_to_save"}).items()
         if value is not None
     }
+    if images and given.get("target_modules") == "all-linear":
+        # PEFT leaves out the head of a model for texts only.
+        given["exclude_modules"] = _with_head(given.get("exclude_modules"), base)
     if settings.method == "msplora":
         return msplora.MSPLoraConfig(**given, **common)
     ours = {key: value for key, value in given.items() if key not in PYRAMID_KEYS}
@@ -121,6 +128,18 @@ def _config_of(settings: Settings, base: Base) -> Any:
     if ours["bias"] == "msplora_only":
         ours["bias"] = "lora_only"
     return peft.LoraConfig(**ours, **common)
+
+
+def _with_head(excluded: list[str] | str | None, base: Base) -> list[str] | str:
+    """What `adapter.exclude_modules` leaves alone, and the head too."""
+    if isinstance(excluded, str):
+        return "|".join([f"({excluded})", *(rf"(.*\.)?{name}(\..*)?" for name in base.head)])
+    within = [
+        name
+        for head in base.head
+        for name, _ in base.model.get_submodule(head).named_modules(prefix=head)
+    ]
+    return [*(excluded or []), *within]
 
 
 def _lora_rank_and_alpha(adapter: AdapterSettings) -> tuple[int, float]:
@@ -156,7 +175,7 @@ def _default(section: str, key: str) -> Any:
 
 
 def _without_adapter(base: Base, settings: Settings) -> Adapted:
-    base_numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    base_numbers = base.model.num_parameters()
     if settings.method == "full":
         base.model.requires_grad_(True)
         trainable = Trainable(base_numbers, 0, base_numbers)
@@ -187,6 +206,17 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
             f"{' '.join(str(error).split())[:400]} Use the base and the "
             f"classes it was trained with."
         ) from error
+
+
+def save_trained(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Save a model, without the second adapter that dpo compares with.
+
+    `state_dict` holds its weights where the model itself has only a share of them.
+    """
+    adapters: dict[str, Any] = {}
+    if isinstance(model, peft.PeftModel):
+        adapters["selected_adapters"] = ["default"]
+    model.save_pretrained(str(folder), state_dict=state_dict, **adapters)
 
 
 def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: Any) -> Any:

@@ -23,6 +23,12 @@ def _accuracy_and_f1(predicted: np.ndarray, labels: np.ndarray) -> Metrics:
     return {**_accuracy(predicted, labels), "f1": float(f1)}
 
 
+def _accuracy_and_macro_f1(predicted: np.ndarray, labels: np.ndarray) -> Metrics:
+    # The mean over the classes, each as heavy as the others.
+    f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)  # pyright: ignore
+    return {**_accuracy(predicted, labels), "macro_f1": float(f1)}
+
+
 def _matthews(predicted: np.ndarray, labels: np.ndarray) -> Metrics:
     return {
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
@@ -52,11 +58,13 @@ _GLUE: dict[str, tuple[Callable[[np.ndarray, np.ndarray], Metrics], str]] = {
 
 
 def metrics_for(
-    glue: str | None, regression: bool
+    glue: str | None, regression: bool, of_images: bool = False
 ) -> tuple[Callable[[np.ndarray, np.ndarray], Metrics], str]:
     """Return (metrics of predictions and labels, name of the one that picks the best epoch)."""
     if glue in _GLUE:
         return _GLUE[glue]
+    if of_images:
+        return _accuracy_and_macro_f1, "accuracy"
     return (_correlations, "pearson") if regression else (_accuracy, "accuracy")
 
 

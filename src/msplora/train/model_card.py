@@ -57,7 +57,8 @@ def model_card(
 
 
 def _pipeline(settings: Settings) -> str:
-    return "text-classification" if settings.task == "classification" else "text-generation"
+    texts = {"classification": "text-classification", "image-classification": settings.task}
+    return texts.get(settings.task, "text-generation")
 
 
 def _data(settings: Settings) -> str:
@@ -89,15 +90,29 @@ def _results(metrics: dict[str, Any]) -> list[str]:
 
 
 def _loading(settings: Settings, adapted: Adapted) -> list[str]:
-    classifies = settings.task == "classification"
-    auto = "AutoPeftModelForSequenceClassification" if classifies else "AutoPeftModelForCausalLM"
-    # The base alone would get a head of two outputs, which another number of classes does not fit.
-    outputs = f", num_labels={adapted.model.get_base_model().num_labels}" if classifies else ""
+    classes = {
+        "classification": "AutoPeftModelForSequenceClassification",
+        "image-classification": "AutoPeftModel",
+    }
+    auto, outputs = classes.get(settings.task, "AutoPeftModelForCausalLM"), ""
+    if settings.classifies:
+        # The base alone would get a head of two outputs, which other classes do not fit.
+        outputs = f", num_labels={adapted.model.get_base_model().num_labels}"
+    if settings.task == "image-classification":
+        outputs += ", ignore_mismatched_sizes=True"  # of the head that the base may have
+    quantised = []
+    if settings.quantization:
+        quantised = ["from transformers import BitsAndBytesConfig"]
+        bits = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+        bits = bits if settings.quantization == "4bit" else "load_in_8bit=True"
+        quantised += ["", f"as_trained = BitsAndBytesConfig({bits})"]
+        outputs += ", quantization_config=as_trained"
     first = ["import msplora  # makes the adapter's type known to PEFT"]
     return [
         "```python",
         *(first if settings.method == "msplora" else []),
         f"from peft import {auto}",
+        *quantised,
         "",
         f'model = {auto}.from_pretrained("adapter"{outputs})',
         "```",

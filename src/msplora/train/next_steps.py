@@ -13,10 +13,10 @@ from .settings import Settings
 def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[str, str]]:
     """Return (what for, command) for a run; `rank` is that of each layer's adapter."""
     folder = shlex.quote(_short(run))
-    classifies = settings.task == "classification"
     steps = [("evaluate", f"msplora eval {folder}")]
-    if classifies:
-        steps.append(("predict", f"msplora predict {folder} FILE.tsv"))
+    if settings.classifies:
+        given = "FILE.tsv" if settings.task == "classification" else "FOLDER"
+        steps.append(("predict", f"msplora predict {folder} {given}"))
     else:
         steps.append(("generate", f'msplora generate {folder} --prompt "..."'))
     if rank is None:
@@ -28,7 +28,7 @@ def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[st
         steps.append(("convert", f"msplora convert {adapter} --to lora {shlex.quote(lora)}"))
     merged = shlex.quote(_short(run.with_name(run.name + "-merged")))
     steps.append(("merge", f"msplora convert {adapter} --to merged {merged}"))
-    if not classifies:
+    if not settings.classifies:
         steps.append(("serve", serve_command(settings.model, lora, rank, run.name)))
     return steps
 

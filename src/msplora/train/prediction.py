@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from msplora.errors import ConfigError
 
-from .data_classification import examples
+from .data_classification import Classes, examples
 from .data_files import DataError, read_rows
 from .data_glue import read_glue_file
+from .data_images import labelled_images, read_more_images
+from .data_preference import read_prompts
 from .data_sft import detect_form, samples
 from .generation import continue_sample
 from .held_out_loss import autocast
+from .image_classification import Pixels
 from .lengths import Limit, row_limit
 from .quiet import quiet_libraries
 from .saved_run import SavedRun, open_run
@@ -34,9 +38,14 @@ def predict_file(
     max_new_tokens: int = 128,
 ) -> list[Prediction]:
     """Return one prediction for each row of `file`, in its order; labels in it are not read."""
-    rows = read_rows(file)  # first, so that a bad file costs no loading
+    is_folder = Path(file).is_dir()
+    rows = [] if is_folder else read_rows(file)  # first, so that a bad file costs no loading
     with quiet_libraries():
         run = open_run(path, base)
+        if run.settings.task == "image-classification":
+            return list(_classify_images(run, file, batch_size))
+        if is_folder:
+            raise DataError(f"{file} is a folder, and {path} was not trained on images.")
         if run.record.classes:
             rows = read_glue_file(run.settings.data.glue, file)
             return list(_classify(run, rows, batch_size))
@@ -46,7 +55,11 @@ def predict_file(
                 f"{path} was trained on plain text, which has no prompts to answer; use msplora "
                 f"generate --prompt."
             )
-        found = samples(rows, form, run.settings.data.columns, unanswered=True)
+        columns = run.settings.data.columns
+        if run.settings.task == "dpo":
+            found = read_prompts(rows, form, columns)
+        else:
+            found = samples(rows, form, columns, unanswered=True)
         return [
             {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
             for number, sample in enumerate(found, 1)
@@ -100,21 +113,40 @@ def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Predi
     data, _ = tokenise_examples(
         examples(rows, classes, labelled=False), run.base.tokenizer, limit, "given"
     )
-    number = 0
-    for start in range(0, len(data), batch_size):
-        batch = run.base.tokenizer.pad(data[start : start + batch_size], return_tensors="pt")
-        batch = batch.to(run.model.device)
-        with torch.no_grad(), autocast(run.model.device.type, run.base.arithmetic):
-            logits = run.model(**batch).logits.float()
-        for its in logits:
-            number += 1
-            if classes.regression:
-                yield {"row": number, "prediction": its.squeeze().item()}
-                continue
-            odds = its.softmax(-1).tolist()
-            name = classes.labels[its.argmax().item()]
-            probabilities = dict(zip(classes.labels, odds, strict=True))
-            yield {"row": number, "prediction": name, "probabilities": probabilities}
+    batches = (
+        run.base.tokenizer.pad(data[start : start + batch_size], return_tensors="pt")
+        for start in range(0, len(data), batch_size)
+    )
+    for number, its in enumerate(_logits(run, batches), 1):
+        yield {"row": number, **_said(its, classes)}
+
+
+def _classify_images(run: SavedRun, path: Path | str, batch_size: int) -> Iterator[Prediction]:
+    classes = run.record.classes
+    assert classes
+    images = labelled_images(read_more_images(path, classes), classes, labelled=False)
+    batches = DataLoader(Pixels(images, run.base.tokenizer), batch_size)
+    for number, (image, its) in enumerate(zip(images, _logits(run, batches), strict=True), 1):
+        named = {"image": image.source} if isinstance(image.source, str) else {}
+        yield {"row": number, **named, **_said(its, classes)}
+
+
+def _logits(run: SavedRun, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """The outputs for each row of the batches."""
+    device = run.model.device
+    for batch in batches:
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.no_grad(), autocast(device.type, run.base.arithmetic):
+            logits = run.model(**inputs).logits.float()
+        yield from logits
+
+
+def _said(logits: torch.Tensor, classes: Classes) -> Prediction:
+    if classes.regression:
+        return {"prediction": logits.squeeze().item()}
+    odds = logits.softmax(-1).tolist()
+    name = classes.labels[int(logits.argmax().item())]
+    return {"prediction": name, "probabilities": dict(zip(classes.labels, odds, strict=True))}
 
 
 def _flat(found: Prediction) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def plan_text(adapted: Adapted, method: str) -> str:
 
 
 def _legend(task: str) -> str:
-    return " (the loss counts what stands between ▶ and ◀):" if task == "sft" else ":"
+    counts = " (the loss counts what stands between ▶ and ◀):"
+    return counts if task in ("sft", "dpo") else ":"
 
 
 def _trainable_table(adapted: Adapted) -> Table:

@@ -23,7 +23,7 @@ def quiet_libraries() -> Iterator[None]:
         return
     bars = datasets.are_progress_bars_disabled(), transformers.logging.is_progress_bar_enabled()
     verbosity = transformers.logging.get_verbosity()
-    others = [logging.getLogger(name) for name in ("trl", "accelerate", "datasets")]
+    others = [logging.getLogger(name) for name in ("trl", "accelerate", "datasets", "bitsandbytes")]
     levels = [logger.level for logger in others]
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

@@ -9,8 +9,9 @@ from typing import Any
 
 from msplora.versions import versions
 
-from .devices import is_main_process, wait_for_everyone
+from .devices import is_main_process, is_sharded, wait_for_everyone
 from .job import Job
+from .methods import save_trained
 from .model_card import model_card
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
@@ -51,10 +52,11 @@ def write_weights(folder: RunFolder, job: Job, trainer: Any) -> Path:
     weights = folder.working / weights_folder(job.record.settings)
     if is_main_process() and weights.exists():
         shutil.rmtree(weights)  # of an attempt that was killed while it wrote
-    trainer.save_model(str(weights))
+    state_dict = None
+    if is_sharded(trainer.accelerator):
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_main_process():
-        # The trainer's own, in pickle; config.yaml says it all.
-        (weights / "training_args.bin").unlink(missing_ok=True)
+        save_trained(trainer.accelerator.unwrap_model(trainer.model), weights, state_dict)
         job.base.tokenizer.save_pretrained(weights)
         job.record.save(weights)
     wait_for_everyone()

@@ -156,6 +156,10 @@ def _prepare(settings: Settings) -> Job:
     prepare: Callable[[Settings], Job]
     if settings.task == "sft":
         from .sft import prepare
+    elif settings.task == "dpo":
+        from .dpo import prepare
+    elif settings.task == "image-classification":
+        from .image_classification import prepare
     else:
         from .classification import prepare
     return prepare(settings)

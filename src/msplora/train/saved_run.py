@@ -16,9 +16,13 @@ from msplora.loading import TASK_FILE
 
 from .base_model import Base, load_base
 from .methods import load_adapter
+from .quantisation import is_quantised
 from .settings import Settings
 from .settings_file import make_settings
 from .task_record import TaskRecord
+
+_TOKENIZERS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+"""What there is one of where a tokenizer, or a processor of images, was saved with the weights."""
 
 
 class SavedRunError(MSPLoraError):
@@ -61,7 +65,8 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
         # The recorded revision is one of the recorded base.
         settings.model, settings.revision = base_override, None
     # The tokenizer was saved with the weights, and with it what the run set on it.
-    settings.tokenizer = str(weights) if (weights / "tokenizer_config.json").is_file() else None
+    with_it = any((weights / name).is_file() for name in _TOKENIZERS)
+    settings.tokenizer = str(weights) if with_it else None
     settings.data.chat_template = None
     base = load_base(settings, record.classes, for_training=settings.method == "full")
     model = base.model
@@ -70,8 +75,9 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
             if base_override:  # that it is not the recorded path is what was asked for
                 warnings.filterwarnings("ignore", message="the adapter names")
             model = load_adapter(model, weights)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return SavedRun(path, base, model, record)
+    if not is_quantised(base.model):  # which is where it shall be already, and may not be moved
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return SavedRun(path, base, model.eval(), record)
 
 
 def _weights(path: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from msplora.errors import MSPLoraError
 from msplora.store import factors, plan_of
 
+from .devices import is_sharded
 from .job import Job
 from .levels import whole
 from .progress import plain_metrics
@@ -36,7 +37,7 @@ def check_trained(trainer: Any, job: Job, weights: Path, metrics: dict[str, Any]
     Raises:
         NotWhatWasMeasured: the saved adapter is not the trained one.
     """
-    settings, sharded = job.record.settings, _is_sharded(trainer)
+    settings, sharded = job.record.settings, is_sharded(trainer.accelerator)
     if job.adapted.rank is None:
         return []
     if settings.training.check_saved and not sharded:
@@ -118,11 +119,6 @@ def reload_and_evaluate(
         trainer.state.log_history = history
         model.set_adapter("default")
         model.delete_adapter(_RELOADED)
-
-
-def _is_sharded(trainer: Any) -> bool:
-    kind = trainer.accelerator.distributed_type
-    return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _meant_to_train(settings: Settings) -> set[str] | None:

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Method = Literal["msplora", "lora", "full", "frozen"]
-Task = Literal["classification", "sft"]
+Task = Literal["classification", "image-classification", "sft", "dpo"]
+PreferenceLoss = Literal[
+    "sigmoid", "ipo", "hinge", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"
+]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab"]
 GlueTask = Literal["mrpc", "cola", "rte", "sst2", "qnli", "stsb"]
 
@@ -37,9 +40,11 @@ class DataSettings(_Section):
     )
     path: str | None = Field(None, description="Folder that holds `train.tsv` and `dev.tsv`.")
     train: str | None = Field(
-        None, description="Training file: .tsv, .csv, .jsonl, .json, and for sft also .txt."
+        None,
+        description="Training file: .tsv, .csv, .jsonl, .json, and for sft also .txt; for images "
+        "also a folder with a folder of images for each class.",
     )
-    validation: str | None = Field(None, description="Held-out file, of the same form.")
+    validation: str | None = Field(None, description="Held-out file or folder, of the same form.")
     hub: str | None = Field(None, description="Id of a dataset on the Hugging Face hub.")
     hub_config: str | None = Field(None, description="Configuration of the hub dataset.")
     hub_revision: str | None = Field(None, description="Revision of the hub dataset.")
@@ -50,13 +55,16 @@ class DataSettings(_Section):
         ge=0.0,
         lt=1.0,
         description="Share of the training rows held out where no validation data is named; "
-        "0 holds out nothing (sft only).",
+        "0 holds out nothing (not for a classifier).",
     )
     text_columns: list[str] | None = Field(
         None,
         min_length=1,
         max_length=2,
         description="One or two columns of text to classify; usual names are found by themselves.",
+    )
+    image_column: str = Field(
+        "image", description="Column of the image: a path, relative to the table, or an image."
     )
     label_column: str = Field("label", description="Column of the label.")
     labels: list[ClassName] | None = Field(
@@ -67,7 +75,7 @@ class DataSettings(_Section):
     regression: bool = Field(False, description="Labels are numbers to predict, not classes.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="For sft: field of the form -> column of the file, as in "
+        description="For sft and dpo: field of the form -> column of the file, as in "
         "`{prompt: question, completion: answer}`.",
     )
     chat_template: str | None = Field(
@@ -230,7 +238,7 @@ class TrainingSettings(_Section):
     metric_for_best: str | None = Field(
         None,
         description="Metric that picks the checkpoint to keep; unset: accuracy, Matthews for CoLA, "
-        "Pearson for regression, loss for sft.",
+        "Pearson for regression, loss for sft and dpo.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
@@ -239,6 +247,12 @@ class TrainingSettings(_Section):
         True, description="For sft: the loss counts completions (assistant turns), not prompts."
     )
     packing: bool = Field(False, description="For sft: several rows in one training sequence.")
+    dpo_beta: float = Field(
+        0.1, gt=0, description="For dpo: how strongly the model is held to the reference."
+    )
+    dpo_loss: PreferenceLoss = Field(
+        "sigmoid", description="For dpo: the loss of a pair, by TRL's name; `sigmoid` is DPO's own."
+    )
 
 
 LEVEL_KEYS = ("level_learning_rate_factors", "frozen_levels", "stages")
@@ -263,29 +277,33 @@ class DeviceSettings(_Section):
     )
 
 
-KEYS_OF_ONE_TASK: dict[Task, tuple[str, ...]] = {
-    "classification": (
-        "data.text_columns",
-        "data.label_column",
-        "data.labels",
-        "data.regression",
-        "training.head_learning_rate_factor",
-    ),
-    "sft": (
-        "data.columns",
-        "data.chat_template",
-        "training.completion_only_loss",
-        "training.packing",
-    ),
+TASKS_OF_KEY: dict[str, tuple[Task, ...]] = {
+    "data.text_columns": ("classification",),
+    "data.image_column": ("image-classification",),
+    "data.label_column": ("classification", "image-classification"),
+    "data.labels": ("classification", "image-classification"),
+    "data.regression": ("classification",),
+    "data.columns": ("sft", "dpo"),
+    "data.chat_template": ("sft", "dpo"),
+    "data.max_length": ("classification", "sft", "dpo"),
+    "data.too_long": ("classification", "sft", "dpo"),
+    "training.head_learning_rate_factor": ("classification", "image-classification"),
+    "training.completion_only_loss": ("sft",),
+    "training.packing": ("sft",),
+    "training.dpo_beta": ("dpo",),
+    "training.dpo_loss": ("dpo",),
 }
-"""The keys that mean nothing to the other task."""
+"""The keys that mean nothing to some tasks, and the tasks that read them."""
 
 
 class Settings(_Section):
     """One training run."""
 
     model: str = Field(description="Hugging Face model id, or folder of a model.")
-    task: Task = Field(description="`classification` or `sft` (supervised fine-tuning).")
+    task: Task = Field(
+        description="`classification` (of texts), `image-classification`, `sft` (supervised "
+        "fine-tuning) or `dpo` (preference pairs)."
+    )
     output: str = Field(description="The run folder to make.")
     method: Method = Field(
         "msplora",
@@ -298,8 +316,15 @@ class Settings(_Section):
         description="Of the frozen weights and the arithmetic; what trains is float32. `auto` is "
         "the checkpoint's (float32 instead of float16 where there is no GPU).",
     )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="Load the frozen base in so many bits, by bitsandbytes (4bit: NF4, as QLoRA).",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the hub.")
-    tokenizer: str | None = Field(None, description="Id or folder, where it is not the model's.")
+    tokenizer: str | None = Field(
+        None,
+        description="Id or folder, where it is not the model's; of images, of their processor.",
+    )
     trust_remote_code: bool = Field(
         False,
         description="Run Python code that comes with the model. Only if you trust its author.",
@@ -317,6 +342,11 @@ class Settings(_Section):
     def _empty_section(cls, value: Any) -> Any:
         """A section whose every key is commented out is there, and holds nothing."""
         return {} if value is None else value
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a head gives classes (or a number): the model generates nothing."""
+        return self.task in ("classification", "image-classification")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved settings, as they are written to config.yaml."""

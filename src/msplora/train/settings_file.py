@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 
-from .settings import KEYS_OF_ONE_TASK, DataSettings, Settings
+from .settings import TASKS_OF_KEY, DataSettings, Settings
 
 # A GLUE task has files, columns and classes of its own.
 _DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
@@ -202,20 +202,30 @@ def _check(settings: Settings, source: str) -> None:
     def default(key: str) -> Any:
         return DataSettings.model_fields[key].get_default(call_default_factory=True)
 
-    if settings.task == "sft" and settings.method == "frozen":
+    if not settings.classifies and settings.method == "frozen":
         raise ConfigError(
-            f"in {source}: method 'frozen' trains a classifier's head only, and task 'sft' has "
-            f"none. Use method msplora, lora or full."
+            f"in {source}: method 'frozen' trains a classifier's head only, and task "
+            f"{settings.task!r} has none. Use method msplora, lora or full."
+        )
+    if settings.quantization and settings.method not in ("msplora", "lora"):
+        raise ConfigError(
+            f"in {source}: a base in {settings.quantization} trains with an adapter only, and "
+            f"method {settings.method!r} has none. Use method msplora or lora, or leave "
+            f"quantization out."
+        )
+    if settings.task == "dpo" and settings.adapter.bias != "none":
+        raise ConfigError(
+            f"in {source}: adapter.bias = {settings.adapter.bias!r} trains biases of the base, and "
+            f"task 'dpo' compares with the base as it was. Leave it out."
         )
     unset = Settings(model="", task=settings.task, output="")  # pyright: ignore[reportCallIssue]
-    for task, keys in KEYS_OF_ONE_TASK.items():
-        for key in keys:
-            value = operator.attrgetter(key)(settings)
-            if settings.task != task and value != operator.attrgetter(key)(unset):
-                raise ConfigError(
-                    f"in {source}: {key} = {value!r} is for task {task!r}, and the task is "
-                    f"{settings.task!r}. Leave it out, or change the task."
-                )
+    for key, tasks in TASKS_OF_KEY.items():
+        value = operator.attrgetter(key)(settings)
+        if settings.task not in tasks and value != operator.attrgetter(key)(unset):
+            raise ConfigError(
+                f"in {source}: {key} = {value!r} is for task {' or '.join(map(repr, tasks))}, and "
+                f"the task is {settings.task!r}. Leave it out, or change the task."
+            )
     sources = [key for key in ("glue", "train", "hub") if getattr(data, key) is not None]
     if len(sources) != 1:
         found = " and ".join(f"data.{key}" for key in sources) or "none of them"
@@ -224,7 +234,9 @@ def _check(settings: Settings, source: str) -> None:
             f"data.train or data.hub; found {found}."
         )
     if data.glue and settings.task != "classification":
-        raise ConfigError(f"in {source}: data.glue is for task 'classification', not 'sft'.")
+        raise ConfigError(
+            f"in {source}: data.glue is for task 'classification', not {settings.task!r}."
+        )
     if data.glue and not data.path:
         raise ConfigError(
             f"in {source}: data.glue = {data.glue!r} needs data.path, the folder with train.tsv "
@@ -243,7 +255,7 @@ def _check(settings: Settings, source: str) -> None:
         )
     if data.regression and data.labels:
         raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")
-    if settings.task == "classification" and not _has_validation(settings):
+    if settings.classifies and not _has_validation(settings):
         raise ConfigError(
             f"in {source}: a classifier keeps its best epoch, so it needs held-out rows: set "
             f"data.validation, data.validation_split or data.validation_fraction above 0."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from .base_model import load_base
 from .callbacks import check_stages
 from .data_sft import read_sft
 from .held_out_loss import held_out_loss
+from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
+from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
@@ -30,35 +31,22 @@ from .trainer_arguments import quieten, trainer_arguments, training_steps, warmu
 METRICS = ("loss", "perplexity", "token_accuracy")
 
 
-class HeldOutSFTTrainer(RunTrainer, SFTTrainer):
-    """TRL's trainer, judging by the loss per token that `msplora eval` gives too.
-
-    Its own evaluation averages the means of batches, which depends on how rows fall into batches.
-    """
+class HeldOutSFTTrainer(JudgesHeldOutRows, RunTrainer, SFTTrainer):
+    """TRL's trainer, judging by the loss per token."""
 
     held_out: list[Tokens]
     pad_token_id: int
     arithmetic: Any
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out rows, and log what was found."""
-        start = time.perf_counter()
-        found = held_out_loss(
+    def measure(self) -> dict[str, float]:
+        """Return the loss per token of the held-out rows."""
+        return held_out_loss(
             self.model,
             self.held_out,
             self.pad_token_id,
             self.args.per_device_eval_batch_size,
             self.arithmetic,
         )
-        metrics = {f"eval_{name}": value for name, value in found.items()}
-        metrics["eval_runtime"] = round(time.perf_counter() - start, 4)
-        assert self.model is not None
-        self.model.eval()  # TRL files what is logged under training otherwise
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
 
 
 def prepare(settings: Settings) -> Job:
@@ -92,21 +80,22 @@ def prepare(settings: Settings) -> Job:
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
         arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
-        trainer = HeldOutSFTTrainer(
-            model=adapted.model,
-            args=SFTConfig(
-                **arguments,
-                packing=settings.training.packing,
-                max_length=packed_length if settings.training.packing else None,
-            ),
-            train_dataset=_dataset(train),
-            eval_dataset=_dataset(held_out) if held_out else None,
-            processing_class=tokenizer,
-            # Our own, so that a tokenizer with neither padding nor end token will do.
-            data_collator=(
-                None if settings.training.packing else DataCollatorForLanguageModeling(pad)
-            ),
-        )
+        with trained_in_float32(adapted.model):
+            trainer = HeldOutSFTTrainer(
+                model=adapted.model,
+                args=SFTConfig(
+                    **arguments,
+                    packing=settings.training.packing,
+                    max_length=packed_length if settings.training.packing else None,
+                ),
+                train_dataset=_dataset(train),
+                eval_dataset=_dataset(held_out) if held_out else None,
+                processing_class=tokenizer,
+                # Our own, so that a tokenizer with neither padding nor end token will do.
+                data_collator=(
+                    None if settings.training.packing else DataCollatorForLanguageModeling(pad)
+                ),
+            )
         trainer.settings, trainer.head = settings, base.head
         # Only now is it known how many rows are left once they are packed.
         packed: Any = trainer.train_dataset

@@ -47,7 +47,7 @@ def tokenise_samples(
         return rows, report
     rows = []
     for sample in samples:
-        row = _chat(sample, tokenizer) if sample.messages else _completion(sample, tokenizer)
+        row = whole_row(sample, tokenizer)
         if not keep(len(row.input_ids), row.place, limit, report):
             continue
         if not completion_only:
@@ -61,6 +61,11 @@ def tokenise_samples(
             report.empty += 1
     refuse_if_none_left(rows, limit, what)
     return rows, report
+
+
+def whole_row(sample: Sample, tokenizer: Any) -> Tokens:
+    """Return the tokens of a sample, however many they are."""
+    return _chat(sample, tokenizer) if sample.messages else _completion(sample, tokenizer)
 
 
 def prompt_ids(sample: Sample, tokenizer: Any) -> list[int]:

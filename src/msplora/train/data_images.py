@@ -1,0 +1,218 @@
+"""Images and their classes: a folder with one folder per class, a table of paths, or the hub."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .data_classification import Classes, label_of, with_classes
+from .data_files import DataError, Row, read_rows, require_columns
+from .data_split import hold_out, read_splits
+from .settings import DataSettings
+
+# The folders of a data set that comes divided, by what they are for.
+_TRAINING = ("train", "training")
+_HELD_OUT = ("validation", "valid", "val", "dev", "test")
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """Where an image is, and its class's index."""
+
+    place: str
+    source: Any
+    """A path, the bytes of a file, or an image in memory."""
+    label: int | None
+
+
+def read_images(
+    data: DataSettings, seed: int
+) -> tuple[list[LabelledImage], list[LabelledImage], Classes]:
+    """Return (training images, held-out images, classes). Every image has been looked at.
+
+    Raises:
+        DataError: an image or a label is missing, or a file is no image.
+    """
+    train, held_out = _splits(data, seed)
+    require_columns(train, [data.image_column, data.label_column], "data.image_column")
+    classes = with_classes(data, train, (data.image_column,))
+    images = labelled_images(train, classes), labelled_images(held_out, classes)
+    for image in (*images[0], *images[1]):
+        _look_at(image)
+    return *images, classes
+
+
+def labelled_images(
+    rows: list[Row], classes: Classes, labelled: bool = True
+) -> list[LabelledImage]:
+    """Return the images of rows; without `labelled`, a label that stands there is not read."""
+    (column,) = classes.text_columns
+    wanted = [column, classes.label_column] if labelled else [column]
+    require_columns(rows, wanted, "data.image_column and data.label_column")
+    return [
+        LabelledImage(
+            row.place, _source(row, column), int(label_of(row, classes)) if labelled else None
+        )
+        for row in rows
+    ]
+
+
+def read_more_images(path: Path | str, classes: Classes) -> list[Row]:
+    """Return the rows of another folder or table; a folder's images need no folders of classes."""
+    (column,) = classes.text_columns
+    path = Path(path)
+    if not path.is_dir():
+        return _beside(read_rows(path), path, column)
+    if any(_class_folders(path)):
+        return _folder_rows(path, column, classes.label_column)
+    files = _images_in(path)
+    if not files:
+        raise DataError(f"the folder {path} holds no image.")
+    return [Row(str(file), {column: str(file)}) for file in files]
+
+
+def open_image(image: LabelledImage) -> Image.Image:
+    """Return the image in RGB, upright.
+
+    Raises:
+        DataError: it cannot be read to its end.
+    """
+    try:
+        opened = ImageOps.exif_transpose(_open(image.source))
+        return opened.convert("RGB")
+    except _UNREADABLE as error:
+        raise _no_image(image, error) from error
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and to hold out."""
+    columns = data.image_column, data.label_column
+    if data.hub or not data.train or not Path(data.train).is_dir():
+        tables = data
+        if data.validation and Path(data.validation).is_dir():
+            tables = data.model_copy(update={"validation": None, "validation_fraction": 0})
+        train, held_out = read_splits(tables, seed)
+        if data.train:
+            train = _beside(train, Path(data.train), data.image_column)
+            held_out = _beside(held_out, Path(data.validation or data.train), data.image_column)
+        if tables is not data:
+            held_out = _folder_rows(Path(data.validation or ""), *columns)
+        return train, held_out[: data.max_rows]
+    root = Path(data.train)
+    training, apart = _part(root, _TRAINING), _part(root, _HELD_OUT)
+    train = _folder_rows(training or root, *columns)
+    if data.validation:
+        beside = Path(data.validation)
+        held_out = (
+            _folder_rows(beside, *columns)
+            if beside.is_dir()
+            else _beside(read_rows(beside), beside, data.image_column)
+        )
+    elif training and apart:
+        held_out = _folder_rows(apart, *columns)
+    else:
+        train, held_out = hold_out(train, data.validation_fraction, seed)
+    return train[: data.max_rows], held_out[: data.max_rows]
+
+
+def _part(root: Path, names: tuple[str, ...]) -> Path | None:
+    """The part of a divided data set: a folder of such a name that holds folders, not images."""
+    return next((root / name for name in names if any(_class_folders(root / name))), None)
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(its for its in folder.iterdir() if its.is_dir() and its.name[0] not in "._")
+
+
+def _folder_rows(folder: Path, image_column: str, label_column: str) -> list[Row]:
+    """One row per image, the classes by turns: so that the first rows are of all classes."""
+    classes = _class_folders(folder)
+    if not classes:
+        raise DataError(
+            f"the folder {folder} holds no folders, one for each class, with its images in it "
+            f"(as in cats/1.png and dogs/1.png). For a table, name its file."
+        )
+    by_class = []
+    for its in classes:
+        files = _images_in(its)
+        if not files:
+            raise DataError(f"the folder {its} of the class {its.name!r} holds no image.")
+        by_class.append(
+            [Row(str(file), {image_column: str(file), label_column: its.name}) for file in files]
+        )
+    return [row for turn in zip_longest(*by_class) for row in turn if row is not None]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    known = Image.registered_extensions()
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")
+    )
+
+
+def _beside(rows: list[Row], table: Path, column: str) -> list[Row]:
+    """The rows of a table, whose paths are relative to its folder."""
+
+    def moved(value: Any) -> Any:
+        return str(table.parent / value) if isinstance(value, str) else value
+
+    return [
+        Row(row.place, {**row.values, column: moved(row[column])})
+        if row.values.get(column)
+        else row
+        for row in rows
+    ]
+
+
+def _source(row: Row, column: str) -> Any:
+    """Where the image is; data sets of the hub, and their parquet files, hold its bytes."""
+    value = row[column]
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not value or not isinstance(value, (str, bytes, Image.Image)):
+        found = type(value).__name__ if value else "nothing"
+        raise DataError(
+            f"{row.place}: the column {column!r} holds {found}, not the path of an image."
+        )
+    return value
+
+
+def _open(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _look_at(image: LabelledImage) -> None:
+    """Refuse what is no image before anything is spent; pixels are read when they are needed."""
+    if isinstance(image.source, Image.Image):
+        return
+    try:
+        with _open(image.source) as opened:
+            opened.verify()
+    except _UNREADABLE as error:
+        raise _no_image(image, error) from error
+
+
+def _no_image(image: LabelledImage, error: Exception) -> DataError:
+    named = isinstance(image.source, str) and image.source not in image.place
+    what = f"the image {image.source}" if named else "the image"
+    if isinstance(error, FileNotFoundError):
+        why = "does not exist"
+    elif isinstance(error, UnidentifiedImageError):
+        why = "is in no format that is known"
+    else:
+        why = f"cannot be read ({error})"
+    return DataError(f"{image.place}: {what} {why}. Replace it, or leave it out.")

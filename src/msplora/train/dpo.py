@@ -1,0 +1,197 @@
+"""Learn from preferences with TRL's DPOTrainer: the preferred answer against the other."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.text import Text
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from msplora.errors import AdapterFileError, ConfigError
+from msplora.loading import adapter_folder
+
+from .base_model import Base, load_base
+from .callbacks import check_stages
+from .data_preference import read_preferences
+from .held_out_trainer import JudgesHeldOutRows
+from .job import Job
+from .lengths import row_limit
+from .methods import adapt
+from .quantisation import trained_in_float32
+from .run_trainer import RunTrainer
+from .settings import Settings
+from .settings_file import check_metric
+from .sft import padding_id
+from .task_record import TaskRecord
+from .tokenise_preference import PairTokens, tokenise_pairs
+from .trainer_arguments import quieten, trainer_arguments, training_steps
+
+_REFERENCE = "ref"
+"""TRL's name for the adapter that it compares with; without one it turns the adapters off."""
+
+REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+"""TRL's names: the share of pairs in the right order, by how much, and the two halves of that."""
+
+
+class HeldOutDPOTrainer(JudgesHeldOutRows, RunTrainer, DPOTrainer):
+    """TRL's trainer on pairs that are token ids already, judging by the mean over all pairs."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """Keep the rows: TRL would tokenise texts, in a form of its own."""
+        return dataset
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return the loss and the rewards of the held-out pairs."""
+        assert self.model is not None
+        was_training = self.model.training
+        self.model.eval()
+        rows: list[Any] = list(self.eval_dataset)  # pyright: ignore[reportArgumentType]
+        size = self.args.per_device_eval_batch_size
+        totals = dict.fromkeys(("loss", *REWARDS), 0.0)
+        seen = self._metrics["eval"]
+        try:
+            for start in range(0, len(rows), size):
+                pairs = rows[start : start + size]
+                batch = self._prepare_inputs(self.data_collator(pairs))
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, batch)
+                totals["loss"] += float(loss) * len(pairs)
+                for name in REWARDS:
+                    totals[name] += seen[name][-1] * len(pairs)
+        finally:
+            seen.clear()
+            self.model.train(was_training)
+        return {name: total / len(rows) for name, total in totals.items()}
+
+
+def prepare(settings: Settings) -> Job:
+    """Read the pairs, load the model and apply the method."""
+    data = read_preferences(settings.data, settings.seed)
+    best = check_metric(settings, "loss", ("loss", "rewards/accuracies", "rewards/margins"))
+    base = load_base(settings, None)
+    limit = row_limit(settings, base.model)
+    train, report = tokenise_pairs(data.train, base.tokenizer, limit, "training")
+    notes = [f"form of the prompts: {data.form}", f"training: {report}"]
+    held_out: list[PairTokens] = []
+    if data.held_out:
+        held_out, report = tokenise_pairs(data.held_out, base.tokenizer, limit, "held-out")
+        notes.append(f"held out: {report}")
+    if data.alike:
+        notes.append(f"left out: {data.alike} rows whose two answers are the same")
+    if data.empty:
+        notes.append(f"left out: {data.empty} rows with an empty answer")
+    if settings.method != "full" and settings.adapter.lora_dropout:
+        notes.append("task dpo trains without dropout, so adapter.lora_dropout is not read")
+    check_stages(settings, training_steps(settings, len(train)))
+    adapted = adapt(base, settings)
+    notes.append(f"reference: {_reference_in_words(settings)}")
+    if isinstance(adapted.model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            "adapter.target_modules names the output layer, which task dpo reads past its adapter. "
+            "Leave it out."
+        )
+
+    def make_trainer(checkpoints: Path) -> DPOTrainer:
+        arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
+        return preference_trainer(
+            settings,
+            base,
+            adapted.model,
+            arguments,
+            train,
+            held_out,
+            reference=copy.deepcopy(adapted.model) if settings.method == "full" else None,
+        )
+
+    return Job(
+        base,
+        adapted,
+        TaskRecord(settings, form=data.form),
+        best,
+        held_out=bool(held_out),
+        data_notes=notes,
+        sample=_sample(train[0], base.tokenizer),
+        make_trainer=make_trainer,
+    )
+
+
+def preference_trainer(
+    settings: Settings,
+    base: Base,
+    model: Any,
+    arguments: dict[str, Any],
+    train: list[PairTokens],
+    held_out: list[PairTokens],
+    reference: Any = None,
+) -> DPOTrainer:
+    """Make the trainer that trains and evaluates.
+
+    An adapter is compared with the model it started from: the base, or the base with the adapter
+    that `init_from` names. A model without an adapter needs a `reference`, a second model.
+    """
+    with trained_in_float32(model):
+        trainer = HeldOutDPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=DPOConfig(
+                **arguments,
+                beta=settings.training.dpo_beta,
+                loss_type=[settings.training.dpo_loss],
+                max_length=None,  # cut already, and counted
+            ),
+            train_dataset=_dataset(train),
+            eval_dataset=_dataset(held_out) if held_out else None,
+            processing_class=base.tokenizer,
+            data_collator=DataCollatorForPreference(padding_id(base.tokenizer)),
+        )
+    if isinstance(model, peft.PeftModel):
+        _set_reference(model, settings)
+    trainer.settings, trainer.head = settings, base.head
+    quieten(trainer)
+    return trainer
+
+
+def _set_reference(model: peft.PeftModel, settings: Settings) -> None:
+    """Put the start of the run in the place of TRL's copy of the adapter as it now is.
+
+    Where the run began without an adapter, none is kept: TRL then turns the one that trains off.
+    """
+    if _REFERENCE in model.peft_config:
+        model.delete_adapter(_REFERENCE)
+    if settings.init_from:
+        try:
+            start = adapter_folder(Path(settings.init_from))
+        except AdapterFileError as error:
+            raise AdapterFileError(
+                f"the run is compared with the adapter it started from (init_from), and {error}"
+            ) from error
+        model.load_adapter(str(start), _REFERENCE)
+
+
+def _reference_in_words(settings: Settings) -> str:
+    if settings.method == "full":
+        return "a second copy of the model as it was"
+    if settings.init_from:
+        return f"the base with the adapter {settings.init_from}"
+    return "the base without the adapter"
+
+
+def _dataset(rows: list[PairTokens]) -> datasets.Dataset:
+    return datasets.Dataset.from_list([asdict(row) for row in rows])
+
+
+def _sample(row: PairTokens, tokenizer: Any) -> Text:
+    """A pair in words: the prompt, then each answer between ▶ and ◀."""
+    shown = Text(tokenizer.decode(row.prompt_ids), style="dim")
+    shown.append("\nchosen:   ").append(f"▶{tokenizer.decode(row.chosen_ids)}◀", style="green")
+    shown.append("\nrejected: ").append(f"▶{tokenizer.decode(row.rejected_ids)}◀", style="red")
+    return shown
