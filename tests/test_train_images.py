@@ -84,7 +84,9 @@ def test_the_head_trains_beside_the_adapter_and_is_not_adapted(folder: Path, pri
     assert config["auto_mapping"]["base_model_class"] == "ViTForImageClassification"
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "frozen"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(its, marks=pytest.mark.slow) for its in ("full", "frozen"))]
+)
 def test_every_method_trains_the_same_head(folder: Path, method: str) -> None:
     train(folder, method, method=method, training={"max_steps": 2, "batch_size": 8})
     plan = read_json(folder / method / "plan.json")

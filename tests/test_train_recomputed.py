@@ -22,7 +22,10 @@ from tiny_images import paint_folder, save_vision_model
 TARGETS = {"sft": "base", "dpo": "base", "classification": "encoder", "image-classification": "vit"}
 
 
-@pytest.mark.parametrize("task", TARGETS)
+@pytest.mark.parametrize(
+    "task",
+    ["sft", *(pytest.param(task, marks=pytest.mark.slow) for task in TARGETS if task != "sft")],
+)
 def test_recomputing_gives_the_same_adapter(task: str, tmp_path: Path) -> None:
     save_decoder(tmp_path / "base")
     save_encoder(tmp_path / "encoder", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
