@@ -92,6 +92,27 @@ def test_stages_and_a_resumed_run(bases: Path, monkeypatch: pytest.MonkeyPatch, 
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("asked", ["stages", "frozen_levels"])
+def test_under_dpo_which_turns_the_adapter_off_for_its_reference(bases: Path, asked: str) -> None:
+    """PEFT lets all of an adapter train again where it is turned on: here in every batch."""
+    levels = ["global"] if asked == "stages" else ["mid", "local"]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w7 w8"}
+        for row in answered_rows(40)
+    ]
+    found = train(
+        bases,
+        task="dpo",
+        data={"train": str(write_jsonl(Path("pairs.jsonl"), pairs))},
+        training={asked: levels, "gradient_accumulation": 2, "batch_size": 4, "max_steps": 4},
+    )
+    assert found.code == 0, found.err
+    assert all(gradients(entry) == {"global"} for entry in logged("run"))
+    for name, tensor in tensors(Path("run/adapter")).items():
+        if name.endswith("msplora_B.factor"):
+            assert bool(tensor.any()) is ("store.global/" in name)
+
+
 def test_frozen_levels_stay_what_they_were(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(bases, "--output", "first").code == 0
     second: dict[str, Any] = {

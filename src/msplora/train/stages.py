@@ -119,19 +119,29 @@ class StagedTraining(TrainerCallback):
     ) -> None:
         """Take up the stage that the step belongs to."""
         stage = sum(end <= state.global_step for end in self._ends)
-        if stage == self._stage:
-            return
-        self._stage = stage
-        levels = self.stages[stage].levels
+        if stage != self._stage:
+            self._stage = stage
+            self.tell(
+                f"stage {stage + 1} of {len(self.stages)}: {self.stages[stage]} until step "
+                f"{self._ends[stage]}"
+            )
+        self._freeze_others(model)
+
+    def on_substep_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Before each further batch of a step: PEFT thaws an adapter that was turned off, as DPO
+        does for its reference."""
+        self._freeze_others(model)
+
+    def _freeze_others(self, model: nn.Module) -> None:
+        assert self._stage is not None
+        levels = self.stages[self._stage].levels
         for level, parameters in level_parameters(model, self.adapter_name).items():
             for parameter in parameters:
                 parameter.requires_grad_(level in levels)
                 if level not in levels:
                     parameter.grad = None  # what is left of an earlier step would be applied
-        self.tell(
-            f"stage {stage + 1} of {len(self.stages)}: {self.stages[stage]} until step "
-            f"{self._ends[stage]}"
-        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave what was trainable trainable."""
