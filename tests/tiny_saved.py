@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 def save_language_model(folder: Path, chats: bool = False) -> Path:
     """A Llama of four layers."""
     torch.manual_seed(0)
-    config = hf.LlamaConfig(max_position_embeddings=512, num_key_value_heads=2, **_SIZES)
+    config = hf.LlamaConfig(max_position_embeddings=1024, num_key_value_heads=2, **_SIZES)
     hf.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = _tokenizer()
     if chats:
@@ -41,8 +41,8 @@ def save_language_model(folder: Path, chats: bool = False) -> Path:
 def save_encoder(folder: Path) -> Path:
     """A RoBERTa of four layers, pretrained as it were: with no classifier's head."""
     torch.manual_seed(0)
-    # Its positions start after the padding's, and 256 tokens are what the examples ask for.
-    config = hf.RobertaConfig(max_position_embeddings=300, **_SIZES)
+    # As many as RoBERTa's: positions start after the padding's.
+    config = hf.RobertaConfig(max_position_embeddings=515, **_SIZES)
     hf.RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     _tokenizer(closing=True).save_pretrained(folder)
     return folder
