@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
+"""The types of tensors that are nothing else (quantised, sharded); a dry run's have no storage."""
 
 
 class Factor(nn.Module):

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from . import _peft
 from .borrowed import SitePairs, View
 from .errors import UnsupportedError
+from .factor import PLAIN
 from .fused import Mix, linear_with_pairs, linear_with_stacks
 from .pyramid import Pair
 from .stacking import FEW_TOKENS
@@ -232,7 +233,7 @@ def _plain_weights(base_layer: nn.Module) -> tuple[Tensor, Tensor | None] | None
     else:  # FSDP puts views in the parameters' places
         weight, bias = base_layer.weight, base_layer.bias
     # A quantised or distributed weight is a tensor of another type.
-    return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None  # pyright: ignore
+    return (weight, bias) if type(weight) in PLAIN else None  # pyright: ignore
 
 
 def _dropout(module: nn.Module) -> float | None:

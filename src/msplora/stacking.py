@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .factor import Factor
+from .factor import PLAIN, Factor
 
 FEW_TOKENS = 512
 """Below this many, layers use stacks. From here on they stack in passing and keep nothing of it:
@@ -143,7 +143,7 @@ class Stacking:
         found = []
         for factor in self._laid_out().factors:
             its = factor.unhooked()
-            if its is None or its.device != device or type(its) not in (nn.Parameter, Tensor):
+            if its is None or its.device != device or type(its) not in PLAIN:
                 return None
             found.append(its)
         return found

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .progress_console import progress_console
+
+if TYPE_CHECKING:
+    from msplora.train.settings import Settings
+
+DOES_NOT_FIT = 3
+"""The exit code of a dry run of what is too big; 1 is an error, 2 a mistake in the command line."""
 
 
 def train(
@@ -27,16 +34,49 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a run, or discard an unfinished one.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would train and take, and stop.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of a dry run: cpu, cuda:0, a GPU's size (24GB) or name (H100)."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Of a dry run: take two real steps and compare.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a dry run: print JSON.")] = False,
 ) -> None:
     """Fine-tune a model; leaves a complete run folder with the adapter, its numbers and a card."""
     from msplora.extras import train_extra
 
+    if not dry_run and (device or measure or as_json):
+        raise typer.BadParameter("--device, --measure and --json belong to --dry-run")
+    if dry_run and (resume or force):
+        raise typer.BadParameter("a dry run leaves the output alone: no --resume, no --force")
     with train_extra():
         from msplora.train.settings_file import read_settings
 
         flags = {"output": str(output) if output else None, "method": method, "seed": seed}
         settings = read_settings(config, set_ or (), flags)
+        if dry_run:
+            _dry_run(settings, device, measure, as_json)
+            return
         # Only now: a mistake in the config should not wait for torch to be imported.
         from msplora.train.run import train_run
 
         train_run(settings, resume=resume, force=force, console=progress_console())
+
+
+def _dry_run(settings: Settings, device: str | None, measure: bool, as_json: bool) -> None:
+    from msplora.train.dry_run import dry_run
+    from msplora.train.dry_run_report import show_dry_run
+
+    found = dry_run(settings, device, measure)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        show_dry_run(found, Console())
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)

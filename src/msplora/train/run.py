@@ -16,6 +16,7 @@ from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
 from msplora.versions import versions
 
+from .base_model import LoadBase, load_base
 from .job import Job
 from .model_card import model_card
 from .next_steps import next_steps
@@ -50,7 +51,7 @@ def train_run(
     folder = RunFolder(settings, resume, force)
     with quiet_libraries():
         transformers.set_seed(settings.seed)
-        job = _prepare(settings)
+        job = prepare_job(settings)
         show_preview(job, console)
         try:
             folder.begin()
@@ -92,13 +93,14 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def _prepare(settings: Settings) -> Job:
-    prepare: Callable[[Settings], Job]
+def prepare_job(settings: Settings, load: LoadBase = load_base) -> Job:
+    """Read and check all that the run needs, by its task; `load` gives it the base model."""
+    prepare: Callable[[Settings, LoadBase], Job]
     if settings.task == "sft":
         from .sft import prepare
     else:
         from .classification import prepare
-    return prepare(settings)
+    return prepare(settings, load)
 
 
 def _train(trainer: Any, job: Job, folder: RunFolder, console: Console) -> None:
