@@ -25,13 +25,27 @@ _HALF = (torch.float16, torch.bfloat16)
 
 # https://docs.pytorch.org/docs/stable/amp.html: CUDA operations that autocast to float32 …
 _IN_FLOAT32 = frozenset(
-    """__pow__ __rdiv__ __rpow__ binary_cross_entropy_with_logits cosine_embedding_loss
-    cosine_similarity cross_entropy dist exp expm1 group_norm huber_loss kl_div l1_loss layer_norm
-    log log10 log1p log2 mse_loss nll_loss norm normalize pow reciprocal rsqrt smooth_l1_loss
-    softplus""".split()
+    [
+        *(
+            "__pow__",
+            "__rdiv__",
+            "__rpow__",
+            "pow",
+            "exp",
+            "expm1",
+            "log",
+            "log10",
+            "log1p",
+            "log2",
+        ),
+        *("reciprocal", "rsqrt", "softplus", "layer_norm", "group_norm", "norm", "normalize"),
+        *("cosine_similarity", "dist", "cross_entropy", "nll_loss", "kl_div", "mse_loss"),
+        *("l1_loss", "smooth_l1_loss", "huber_loss", "cosine_embedding_loss"),
+        *("binary_cross_entropy_with_logits",),
+    ]
 )
 # … and those that read what they get and write float32.
-_TO_FLOAT32 = frozenset("softmax log_softmax cumsum cumprod prod sum".split())
+_TO_FLOAT32 = frozenset(["softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum"])
 
 
 @contextmanager

@@ -85,9 +85,7 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
     return base
 
 
-def base_without_weights(
-    settings: Settings, classes: Classes | None, on_gpu: bool = False
-) -> Base:
+def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bool = False) -> Base:
     """The same model on the meta device: shapes without storage, from its config alone.
 
     Where the checkpoint is in a folder here, the names of its tensors say what would start from

@@ -191,7 +191,9 @@ def _schedule(settings: Settings, rows: Rows) -> Schedule:
     batches = math.ceil(rows.count / training.batch_size)
     per_epoch = math.ceil(batches / training.gradient_accumulation)
     steps = training.max_steps or math.ceil(per_epoch * training.epochs)
-    return Schedule(rows.count, rows.longest, rows.tokens, steps, warmup_steps(settings, rows.count))
+    return Schedule(
+        rows.count, rows.longest, rows.tokens, steps, warmup_steps(settings, rows.count)
+    )
 
 
 def _disk(job: Job) -> Disk:

@@ -46,7 +46,7 @@ def _memory_table(found: DryRun) -> Table:
     for held in Held:
         row = [peak.parts.get(held, 0) for _, peak in peaks]
         if any(row):
-            table.add_row(held.value, *map(size, row))
+            table.add_row(held.value, *(size(its) if its else "" for its in row))
     table.add_row("all tensors", *(size(peak.total) for _, peak in peaks), style="bold")
     if found.measured:
         measured = [found.measured.training, found.measured.evaluation]

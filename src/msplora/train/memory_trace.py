@@ -195,10 +195,8 @@ class MemoryTrace(TorchDispatchMode):
             args, kwargs = tree_unflatten(there, spec)
             return func(*args, **kwargs)
 
-    def _of_known_shape(
-        self, func: Any, args: tuple[Any, ...], real: Any, error: Exception
-    ) -> Any:
-        """The result of an operation whose shape depends on numbers, out of those that are known."""
+    def _of_known_shape(self, func: Any, args: tuple[Any, ...], real: Any, error: Exception) -> Any:
+        """The result of an operation whose shape depends on numbers, out of what is known."""
         if real is not None:
             return self.fake.from_tensor(real)
         if func is _aten.index.Tensor:
@@ -240,4 +238,3 @@ def _in_backward() -> bool:
 def _is_small_and_whole(value: Any) -> bool:
     whole = not (value.dtype.is_floating_point or value.dtype.is_complex)
     return whole and value.numel() <= KNOWN_NUMBERS
-

@@ -1,4 +1,4 @@
-"""A model without its weights that can be trained all the same, on tensors that only have shapes."""
+"""A model without its weights that can be trained all the same: its tensors only have shapes."""
 
 from __future__ import annotations
 
@@ -66,17 +66,16 @@ class Instead(TorchFunctionMode):
         """What the call gives."""
         raise NotImplementedError
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not Tensor.backward or len(args) > 1 or kwargs.keys() - {"retain_graph"}:
+        plain = not any(kwargs.get(key) for key in ("gradient", "create_graph", "inputs"))
+        if func is not Tensor.backward or len(args) != 1 or not plain:
             return self.call(func, args, kwargs)
         # A mode is off while it handles a call, but backward runs parts of the model again where
         # activations are recomputed. Past `torch.autograd.backward`, which would come here too.
         with self:
             return Variable._execution_engine.run_backward(
-                (args[0],),
+                args,
                 (torch.ones_like(args[0]),),
                 kwargs.get("retain_graph") or False,
                 False,
@@ -95,6 +94,10 @@ class _OnesForNumpy(Instead):
         return func(*args, **kwargs)
 
 
+def _no(_: Any) -> bool:
+    return False
+
+
 @contextmanager
 def taken_for_real() -> Iterator[None]:
     """Let libraries do with tensors without storage what they do with others.
@@ -104,6 +107,6 @@ def taken_for_real() -> Iterator[None]:
     """
     with ExitStack() as stack:
         if hasattr(import_utils, "is_fake_tensor"):  # since transformers 5
-            stack.enter_context(mock.patch.object(import_utils, "is_fake_tensor", lambda _: False))
+            stack.enter_context(mock.patch.object(import_utils, "is_fake_tensor", _no))
         stack.enter_context(_OnesForNumpy())
         yield
