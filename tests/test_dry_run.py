@@ -11,16 +11,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
+from msplora.bench.memory import peak_live_bytes
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
 from msplora.train.as_on_cuda import as_on_cuda
 from msplora.train.base_model import base_without_weights
-from msplora.train.dry_run import DryRun, dry_run
+from msplora.train.dry_run import DryRun, disk_use, dry_run
 from msplora.train.estimate import cpu_workspace, estimate
+from msplora.train.job import Job
 from msplora.train.memory_trace import Held, MemoryTrace
 from msplora.train.run import prepare_job
+from msplora.train.settings import Settings
 from msplora.train.settings_file import make_settings, read_settings
 from msplora.train.target import CUDA_CONTEXT, GIB, find_target
 from runs import (
@@ -42,8 +45,8 @@ CLOSE = 0.03
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bases that are wide enough for their activations to count, and rows."""
     folder = tmp_path_factory.mktemp("dry-run")
-    save_encoder(folder / "encoder", hidden_size=64, intermediate_size=128)
-    save_decoder(folder / "decoder", hidden_size=64, intermediate_size=128)
+    save_encoder(folder / "encoder", layers=2, hidden_size=64, intermediate_size=128)
+    save_decoder(folder / "decoder", layers=2, hidden_size=64, intermediate_size=128)
     write_jsonl(folder / "labelled.jsonl", labelled_rows(64))
     write_jsonl(folder / "answered.jsonl", answered_rows(64))
     return folder
@@ -68,6 +71,11 @@ def config(folder: Path, task: str = "classification", **changes: Any) -> dict[s
 def foreseen(folder: Path, task: str = "classification", real: bool = False, **changes: Any) -> Any:
     settings = make_settings(config(folder, task, **changes), "test")
     return dry_run(settings, "cpu", real=real)
+
+
+def without_weights(settings: Settings, on_gpu: bool = False) -> Job:
+    with torch.device("meta"):
+        return prepare_job(settings, partial(base_without_weights, on_gpu=on_gpu))
 
 
 SFT = "sft"
@@ -124,23 +132,24 @@ def assert_close(found: DryRun) -> None:
 def test_trainable_numbers_and_files_are_the_real_ones(
     method: str, folder: Path, tmp_path: Path
 ) -> None:
-    found = foreseen(folder, method=method)
-    job = prepare_job(make_settings(config(folder, method=method), "test"))
-    assert found.trainable == job.adapted.trainable
-    assert found.job.base.head == job.base.head
+    settings = make_settings(config(folder, method=method), "test")
+    found, job = without_weights(settings), prepare_job(settings)
+    assert found.adapted.trainable == job.adapted.trainable
+    assert found.base.head == job.base.head
     job.adapted.model.save_pretrained(tmp_path)
     with safe_open(next(tmp_path.glob("*.safetensors")), framework="pt") as file:
-        saved = sum(its.nbytes for its in map(file.get_tensor, file.keys()))  # noqa: SIM118
-    assert found.disk.weights == saved
-    assert found.disk.checkpoint - found.disk.weights == 8 * found.trainable.total
+        saved = sum(its.nbytes for its in map(file.get_tensor, file.keys()))
+    disk = disk_use(found)
+    assert disk.weights == saved
+    assert disk.checkpoint - disk.weights == 8 * found.adapted.trainable.total
 
 
 def test_a_pooler_that_the_checkpoint_lacks_trains_in_both(tmp_path: Path, folder: Path) -> None:
     save_encoder(tmp_path / "encoder")  # of a language model: no pooler
-    content = config(folder, model=str(tmp_path / "encoder"))
-    job = prepare_job(make_settings(content, "test"))
+    settings = make_settings(config(folder, model=str(tmp_path / "encoder")), "test")
+    job = prepare_job(settings)
     assert any("pooler" in name for name in job.base.head)
-    assert dry_run(make_settings(content, "test"), "cpu").trainable == job.adapted.trainable
+    assert without_weights(settings).adapted.trainable == job.adapted.trainable
 
 
 def test_no_weight_is_needed_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
@@ -177,6 +186,7 @@ def test_what_does_not_fit_says_so_and_what_would_help(folder: Path, tmp_path: P
     assert found["remedies"][-1]["needed"] == min(its["needed"] for its in found["remedies"])
 
 
+@pytest.mark.slow
 def test_a_remedy_takes_what_a_run_with_it_takes(folder: Path) -> None:
     settings = make_settings(config(folder, training__batch_size=32), "test")
     found = dry_run(settings, "cpu:1MB")
@@ -311,17 +321,14 @@ def test_whole_numbers_of_the_batch_are_known() -> None:
             logits[counted].sum()
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="MKL draws by whole numbers")
 def test_kernels_of_the_cpu_take_what_the_profiler_sees() -> None:
-    from msplora.bench.memory import peak_live_bytes
-
-    x, mask = torch.ones(64, 64), torch.ones(64, 64, dtype=torch.bool)
-    aten = torch.ops.aten
-    drawn = peak_live_bytes(lambda: mask.bernoulli_(0.5))
-    assert cpu_workspace(aten.bernoulli_.float, (mask, 0.5)) == drawn
-    multiplied = peak_live_bytes(lambda: x * mask)
-    assert cpu_workspace(aten.mul.Tensor, (x, mask)) + x.nbytes == multiplied
-    assert cpu_workspace(aten.mul.Tensor, (x, x)) == 0
+    x, mask, half = torch.ones(64, 64), torch.ones(64, 64, dtype=torch.bool), torch.ones(64, 64)
+    half = half.bfloat16()
+    mul, add_ = torch.ops.aten.mul.Tensor, torch.ops.aten.add_.Tensor
+    assert peak_live_bytes(lambda: x * mask) == x.nbytes + cpu_workspace(mul, (x, mask))
+    assert peak_live_bytes(lambda: x * x) == x.nbytes + cpu_workspace(mul, (x, x))
+    assert cpu_workspace(mul, (x, x)) == 0 < cpu_workspace(mul, (x, mask))
+    assert peak_live_bytes(lambda: x.add_(half)) == cpu_workspace(add_, (x, half)) > 0
 
 
 # -- as on a GPU ----------------------------------------------------------------------------------
@@ -352,9 +359,8 @@ def test_attention_on_a_gpu_keeps_no_probabilities(dtype: torch.dtype) -> None:
     assert long < 4.2 * short
     assert attended(1024, dtype, False, gpu=False) > 3 * long  # on a CPU dropout needs them
     # Of a mask there is one for all heads.
-    masked = attended(1024, dtype, True, gpu=True) - long
-    assert masked >= 2 * 1024 * 1024 * (1 + dtype.itemsize)
-    assert masked < 2 * 1024 * 1024 * (1 + 2 * dtype.itemsize)
+    masked = (attended(1024, dtype, True, gpu=True) - long) / (2 * 1024 * 1024)
+    assert masked == pytest.approx(1 + dtype.itemsize, rel=0.01)
 
 
 def test_dropout_on_a_gpu_keeps_truth_values() -> None:
@@ -409,9 +415,8 @@ def test_a_model_of_7b_takes_no_memory(folder: Path, tmp_path: Path) -> None:
 
 def test_a_job_estimates_the_same_again(folder: Path) -> None:
     settings = make_settings(config(folder), "test")
-    with torch.device("meta"):
-        job = prepare_job(settings, partial(base_without_weights, on_gpu=False))
+    job = without_weights(settings)
     first = estimate(job, on_gpu=False)
     assert estimate(job, on_gpu=False) == first
     assert estimate(job, on_gpu=True).training.total != first.training.total
-    assert all(its.is_meta for its in job.adapted.model.parameters())
+    assert not any(isinstance(its, FakeTensor) for its in job.adapted.model.parameters())

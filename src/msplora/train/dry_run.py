@@ -141,7 +141,7 @@ def dry_run(settings: Settings, device: str | None = None, real: bool = False) -
             transformers.set_seed(settings.seed)
             measured = measure(prepare_job(settings))
     schedule = _schedule(settings, found.rows)
-    return DryRun(job, target, found, schedule, _disk(job), remedies, measured)
+    return DryRun(job, target, found, schedule, disk_use(job), remedies, measured)
 
 
 def _needed(found: Estimate, target: Target) -> int:

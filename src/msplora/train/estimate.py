@@ -143,17 +143,19 @@ def _no_workspace(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """The bytes that a kernel of PyTorch on the CPU takes for itself while it runs."""
-    if func is torch.ops.aten.bernoulli_.float and torch.backends.mkl.is_available():
-        return 4 * args[0].numel()  # MKL draws whole numbers of 32 bits
-    if func.overloadpacket in _ARITHMETIC:
-        tensors = [its for its in args if isinstance(its, Tensor)]
-        if len({its.dtype for its in tensors}) > 1:
-            # Tensors of another dtype than that of the arithmetic are converted whole.
-            common = torch.result_type(*tensors[:2])
-            converted = sum(its.numel() for its in tensors if its.dtype != common and its.dim())
-            return converted * common.itemsize
-    return 0
+    """The bytes that a kernel of PyTorch on the CPU takes for itself while it runs.
+
+    Of arithmetic between dtypes: tensors of another dtype than the result's are converted whole.
+    """
+    if func.overloadpacket not in _ARITHMETIC:
+        return 0
+    tensors = [its for its in args if isinstance(its, Tensor)]
+    if len({its.dtype for its in tensors}) < 2:
+        return 0
+    common = torch.result_type(*tensors[:2])
+    return common.itemsize * sum(
+        its.numel() for its in tensors if its.dtype != common and its.dim()
+    )
 
 
 _ARITHMETIC = frozenset(

@@ -213,7 +213,9 @@ class MemoryTrace(TorchDispatchMode):
             else:
                 return func(args[0], found)
         if func is _aten.masked_select.default and (value := self._value(args[1])) is not None:
-            return args[0].new_empty(int(value.expand(args[0].shape).sum()))
+            with unset_fake_temporarily():
+                selected = int(value.expand(args[0].shape).sum())
+            return args[0].new_empty(selected)
         raise UnsupportedError(
             f"the dry run cannot follow {func}: the shape of what it makes depends on numbers that "
             f"only the real weights give. Train with training.max_steps = 1 instead."
