@@ -196,7 +196,8 @@ def _schedule(settings: Settings, rows: Rows) -> Schedule:
     )
 
 
-def _disk(job: Job) -> Disk:
+def disk_use(job: Job) -> Disk:
+    """What a job will write, without the tokenizer and what is small beside it."""
     model = job.adapted.model
     kept = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
     # Tied weights are in a file once.
