@@ -413,6 +413,7 @@ def test_a_model_of_7b_takes_no_memory(folder: Path, tmp_path: Path) -> None:
     assert not dry_run(make_settings(content, "test"), "12GB").fits
 
 
+@pytest.mark.slow
 def test_a_job_estimates_the_same_again(folder: Path) -> None:
     settings = make_settings(config(folder), "test")
     job = without_weights(settings)

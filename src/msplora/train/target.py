@@ -10,6 +10,8 @@ import torch
 
 from msplora.errors import ConfigError, nearest
 
+from .trainer_arguments import has_accelerator
+
 GIB = 2**30
 
 CUDA_CONTEXT = GIB // 2
@@ -94,8 +96,8 @@ def _size(text: str) -> int | None:
 
 
 def _cpu_here() -> Target:
-    here = not torch.cuda.is_available()
-    return Target("this machine's free memory", False, psutil.virtual_memory().available, here)
+    free = psutil.virtual_memory().available
+    return Target("this machine's free memory", False, free, here=not has_accelerator())
 
 
 def _gpu_here(number: int) -> Target:

@@ -41,7 +41,7 @@ def trainer_arguments(
             {"use_reentrant": False} if training.gradient_checkpointing else None
         ),
         # Said outright, since bfloat16 is refused where a GPU is expected and there is none.
-        "use_cpu": not _has_accelerator(),
+        "use_cpu": not has_accelerator(),
         "bf16": base.arithmetic == torch.bfloat16,
         "fp16": base.arithmetic == torch.float16,
         "logging_steps": training.logging_steps,
@@ -62,7 +62,8 @@ def trainer_arguments(
     }
 
 
-def _has_accelerator() -> bool:
+def has_accelerator() -> bool:
+    """Whether a run here trains on something other than the CPU."""
     return (
         torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
     )
