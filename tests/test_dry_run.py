@@ -152,6 +152,15 @@ def test_a_pooler_that_the_checkpoint_lacks_trains_in_both(tmp_path: Path, folde
     assert without_weights(settings).adapted.trainable == job.adapted.trainable
 
 
+def test_a_run_that_starts_from_an_adapter(folder: Path, tmp_path: Path) -> None:
+    first = prepare_job(make_settings(config(folder, adapter__r=16), "test"))
+    first.adapted.model.save_pretrained(tmp_path / "adapter")
+    settings = make_settings(config(folder, init_from=str(tmp_path / "adapter")), "test")
+    found = dry_run(settings, "cpu")
+    assert found.trainable.adapter == first.adapted.trainable.adapter
+    assert found.estimate.training.parts[Held.TRAINED] >= 4 * found.trainable.total
+
+
 def test_no_weight_is_needed_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -410,7 +419,7 @@ def test_a_model_of_7b_takes_no_memory(folder: Path, tmp_path: Path) -> None:
     assert found.estimate.training.parts[Held.FROZEN] == pytest.approx(2 * 6_738_415_616, rel=1e-3)
     assert found.estimate.training.parts[Held.OPTIMISER] >= 8 * 6_558_720
     assert found.fits
-    assert not dry_run(make_settings(content, "test"), "12GB").fits
+    assert 13.5 * GIB < found.needed < 20 * GIB
 
 
 @pytest.mark.slow
