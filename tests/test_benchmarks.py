@@ -13,6 +13,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").iterdir())
+TRAINING_PAGE = BENCHMARKS.parent / "docs" / "training.md"
 TEXT = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 NAMES = {"lora": "LoRA, r = 8", "lora, r = 6": "LoRA, r = 6"}
 
@@ -145,3 +146,19 @@ def test_stories_reloaded_and_converted() -> None:
     logits = max(row["largest_logit_difference"] for row in pyramids)
     assert f"{len(rows)} runs, {len(pyramids)} of them pyramids" in text
     assert f"reloaded: {reloaded:.1e}; converted: {converted:.1e}; logits: {logits:.1e}" in text
+
+
+def test_the_dry_runs_table_and_its_worst_error_are_those_of_the_results() -> None:
+    rows = rows_of("dry-run.jsonl")
+    lines = [
+        f"| {row['case']} | {row['training_measured'] / 2**20:,.0f} | {row['training_error']:+.2%} "
+        f"| {row['evaluation_error']:+.2%} | {row['anonymous_error']:+.1%} | {row['seconds']:.1f} |"
+        for row in rows
+    ]
+    assert len(lines) >= 10
+    shown = section("What the dry run foresees").splitlines()
+    assert [line for line in shown if line.startswith("| ") and "error" not in line] == lines
+    errors = [abs(row[f"{phase}_error"]) for row in rows for phase in ("training", "evaluation")]
+    assert max(errors) < 0.1
+    worst = f"{max(errors):.2%}".replace("%", " %")
+    assert f"was within {worst} of the bytes" in TRAINING_PAGE.read_text(encoding="utf-8")

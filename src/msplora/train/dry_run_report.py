@@ -10,7 +10,7 @@ from rich.table import Table
 from .dry_run import DryRun
 from .memory_trace import Held, Peak
 from .preview import show_preview
-from .target import CUDA_SLACK, GIB
+from .target import CPU_SLACK, CUDA_SLACK, GIB
 
 
 def show_dry_run(found: DryRun, console: Console) -> None:
@@ -68,11 +68,16 @@ def _lines(found: DryRun) -> list[Any]:
         f"{min(training.batch_size, schedule.rows)} rows, the longest of "
         f"{schedule.longest:,} tokens"
     ]
+    beside = size(found.needed - estimate.peak.total)
     if found.target.on_gpu:
         lines.append(
-            f"• beside the tensors {size(found.needed - estimate.peak.total)}: CUDA's context and "
-            f"cuBLAS, and {CUDA_SLACK:.0%} of what comes and goes for the allocator (assumed, not "
-            f"measured)"
+            f"• beside the tensors {beside}: CUDA's context and cuBLAS, and {CUDA_SLACK:.0%} of "
+            f"what comes and goes for the allocator (assumed, not measured)"
+        )
+    else:
+        lines.append(
+            f"• beside the tensors {beside}: {CPU_SLACK:.0%} of what comes and goes, for the "
+            f"allocator and what libraries keep for themselves"
         )
     lines += [
         f"• {schedule.steps:,} steps, {schedule.warmup_steps:,} of them to warm up; "

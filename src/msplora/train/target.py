@@ -24,6 +24,10 @@ CUDA_SLACK = 0.05
 """The share by which PyTorch's allocator reserves more than it hands out: assumed. It is counted
 on what comes and goes, not on the weights."""
 
+CPU_SLACK = 0.2
+"""The same of a process on the CPU, beside Python and its libraries, which take as much now: in
+benchmarks/results/dry-run.jsonl it is up to this."""
+
 # GiB, by the names they go by.
 _CARDS = {
     "T4": 16, "V100": 32, "P100": 16, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L4": 24,
@@ -47,7 +51,7 @@ class Target:
     def overhead(self, total: int, weights: int) -> int:
         """What is taken beside the tensors, of which `weights` bytes stay where they are."""
         if not self.on_gpu:
-            return 0
+            return int(CPU_SLACK * (total - weights))
         return CUDA_CONTEXT + CUBLAS_WORKSPACE + int(CUDA_SLACK * (total - weights))
 
 
