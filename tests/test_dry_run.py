@@ -218,7 +218,7 @@ def test_the_table_is_printed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_steps_and_tokens_are_those_of_the_run(folder: Path) -> None:
-    changes = {"training__batch_size": 5, "training__gradient_accumulation": 2}
+    changes: dict[str, Any] = {"training__batch_size": 5, "training__gradient_accumulation": 2}
     found = foreseen(folder, SFT, **changes)
     job = prepare_job(make_settings(config(folder, SFT, **changes), "test"))
     trainer = job.make_trainer(folder / "never-written")
@@ -389,9 +389,9 @@ def test_autocast_on_a_gpu_normalises_in_float32() -> None:
         assert F.layer_norm(x, (8,)).dtype == torch.float32
         assert F.softmax(x, -1).dtype == torch.float32
         assert F.linear(x.float(), torch.zeros(8, 8)).dtype == torch.bfloat16
-        assert F.scaled_dot_product_attention(*[torch.zeros(1, 1, 8, 8)] * 3).dtype == (
-            torch.bfloat16
-        )
+        heads = torch.zeros(1, 1, 8, 8)
+        attended = F.scaled_dot_product_attention(heads, heads, heads)
+        assert attended.dtype == torch.bfloat16
 
 
 def test_a_checkpointed_run_can_be_foreseen_for_a_gpu(folder: Path) -> None:
