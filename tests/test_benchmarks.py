@@ -13,6 +13,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").iterdir())
+TRAINING_PAGE = BENCHMARKS.parent / "docs" / "training.md"
 TEXT = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 NAMES = {"lora": "LoRA, r = 8", "lora, r = 6": "LoRA, r = 6"}
 
@@ -156,3 +157,19 @@ def test_every_killed_run_ended_in_the_same_bits() -> None:
     )
     random_moments = [run for run in runs if run["moment"].endswith(" s")]
     assert len(random_moments) == 2 * 12
+
+
+def test_the_dry_runs_table_and_its_worst_error_are_those_of_the_results() -> None:
+    rows = rows_of("dry-run.jsonl")
+    lines = [
+        f"| {row['case']} | {row['training_measured'] / 2**20:,.0f} | {row['training_error']:+.2%} "
+        f"| {row['evaluation_error']:+.2%} | {row['anonymous_error']:+.1%} | {row['seconds']:.1f} |"
+        for row in rows
+    ]
+    assert len(lines) >= 10
+    shown = section("What the dry run foresees").splitlines()
+    assert [line for line in shown if line.startswith("| ") and "error" not in line] == lines
+    errors = [abs(row[f"{phase}_error"]) for row in rows for phase in ("training", "evaluation")]
+    assert max(errors) < 0.1
+    worst = f"{max(errors):.2%}".replace("%", " %")
+    assert f"was within {worst} of the bytes" in TRAINING_PAGE.read_text(encoding="utf-8")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from .progress_console import progress_console
+
+if TYPE_CHECKING:
+    from msplora.train.settings import Settings
+
+DOES_NOT_FIT = 3
+"""The exit code of a dry run of what is too big; 1 is an error, 2 a mistake in the command line."""
 
 
 class TrainCommand(TyperCommand):
@@ -59,10 +66,25 @@ def train(
         int | None,
         typer.Option(help="Processes that train together, by accelerate: one for each GPU."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would train and take, and stop.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of a dry run: cpu, cuda:0, a GPU's size (24GB) or name (H100)."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Of a dry run: take two real steps and compare.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a dry run: print JSON.")] = False,
 ) -> None:
     """Fine-tune a model; leaves a complete run folder with the adapter, its numbers and a card."""
     from msplora.extras import train_extra
 
+    if not dry_run and (device or measure or as_json):
+        raise typer.BadParameter("--device, --measure and --json belong to --dry-run")
+    if dry_run and (resume or force):
+        raise typer.BadParameter("a dry run leaves the output alone: no --resume, no --force")
     with train_extra():
         from msplora.train.settings_file import read_settings
 
@@ -71,6 +93,9 @@ def train(
         if processes is not None:
             changes.append(f"devices.processes={processes}")
         settings = read_settings(config, changes, flags)
+        if dry_run:
+            _dry_run(settings, device, measure, as_json)
+            return
         # Only now: a mistake in the config should not wait for torch to be imported.
         from msplora.train.devices import is_worker, launch
 
@@ -80,3 +105,18 @@ def train(
 
         how = "auto" if resume == "auto" else resume is not None
         train_run(settings, resume=how, force=force, console=progress_console())
+
+
+def _dry_run(settings: Settings, device: str | None, measure: bool, as_json: bool) -> None:
+    from msplora.train.dry_run import dry_run
+    from msplora.train.dry_run_report import show_dry_run
+
+    found = dry_run(settings, device, measure)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        show_dry_run(found, Console())
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)

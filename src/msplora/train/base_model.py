@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from msplora.errors import BaseModelError, ConfigError
@@ -78,47 +80,24 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
     source = resolve_source(settings.model)
     of_images = settings.task == "image-classification"
     tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
-    hub: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    with loading_errors_explained(source):
-        config = transformers.AutoConfig.from_pretrained(source, **hub)
-    arithmetic = _arithmetic(settings, config)
+    config, loader = _config_and_class(settings, classes, source)
+    arithmetic = _arithmetic(settings, config, on_gpu=torch.cuda.is_available())
     options: dict[str, Any] = {
-        **hub,
+        **_hub(settings),
         "config": config,
-        dtype_argument(): arithmetic,
+        dtype_argument(): _weights_dtype(settings, arithmetic, for_training),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, and refused but in a head
     }
-    if classes:
-        loader: Any = (
-            transformers.AutoModelForImageClassification
-            if of_images
-            else transformers.AutoModelForSequenceClassification
-        )
-        config.num_labels = classes.outputs
-        if classes.labels:
-            config.id2label = dict(enumerate(classes.labels))
-            config.label2id = {label: place for place, label in enumerate(classes.labels)}
-        config.problem_type = "regression" if classes.regression else "single_label_classification"
-    else:
-        loader = transformers.AutoModelForCausalLM
     whole = _head_of(loader, config, settings) if classes else ()
     quantised = quantisation_config(settings, config, arithmetic, whole)
     if quantised:
-        options["quantization_config"] = quantised
-    elif settings.method == "full" and for_training:
-        options[dtype_argument()] = torch.float32
+        options |= {"quantization_config": quantised, dtype_argument(): arithmetic}
     with loading_errors_explained(source), quiet_loading():
         model, loading = loader.from_pretrained(source, **options)
     if is_quantised(model):
         model = prepare_quantised(model)
-    if not of_images and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    head = _head(model) if classes else ()
-    base = Base(model, tokenizer, arithmetic, head)
+    base = _base_of(model, tokenizer, arithmetic, classes)
     if is_quantised(model):
         base.notes.append(
             f"the base is quantised: {settings.quantization or 'as it was published'}"
@@ -129,15 +108,98 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
     return base
 
 
-def _arithmetic(settings: Settings, config: Any) -> torch.dtype:
-    on_cpu = not torch.cuda.is_available()
+def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bool = False) -> Base:
+    """The same model on the meta device: shapes without storage, from its config alone.
+
+    Where the checkpoint is in a folder here, the names of its tensors say what would start from
+    random numbers; elsewhere only the head is taken to be new.
+
+    Args:
+        settings: the run.
+        classes: of a classifier.
+        on_gpu: choose the arithmetic as on a GPU, whether there is one here or not.
+    """
+    source = resolve_source(settings.model)
+    of_images = settings.task == "image-classification"
+    tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
+    config, loader = _config_and_class(settings, classes, source)
+    if settings.quantization or getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"{source} is to be quantised, and a dry run knows only bases that are not. Leave "
+            f"quantization out: the frozen weights then take what --dry-run says, and about a "
+            f"quarter of it in 4 bits."
+        )
+    arithmetic = _arithmetic(settings, config, on_gpu)
+    dtype = {dtype_argument(): _weights_dtype(settings, arithmetic, for_training=True)}
+    code = {"trust_remote_code": settings.trust_remote_code}
+    with loading_errors_explained(source), quiet_loading(), torch.device("meta"):
+        model = loader.from_config(config, **dtype, **code).eval()
+        model.tie_weights()
+    base = _base_of(model, tokenizer, arithmetic, classes)
+    stored = _stored_names(source)
+    poolers = {_pooler(name) for name, _ in model.named_parameters()} - {None}
+    if classes and stored and not any(map(_pooler, stored)):
+        base.head = (*base.head, *sorted(name for name in poolers if name))
+    for name in base.head:
+        model.get_submodule(name).float()
+    return base
+
+
+LoadBase = Callable[[Settings, Classes | None], Base]
+
+
+def _hub(settings: Settings) -> dict[str, Any]:
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+
+
+def _config_and_class(settings: Settings, classes: Classes | None, source: str) -> tuple[Any, Any]:
+    """The config of the model, with the classes written into it, and what loads it."""
+    with loading_errors_explained(source):
+        config = transformers.AutoConfig.from_pretrained(source, **_hub(settings))
+    if classes:
+        loader: Any = (
+            transformers.AutoModelForImageClassification
+            if settings.task == "image-classification"
+            else transformers.AutoModelForSequenceClassification
+        )
+        config.num_labels = classes.outputs
+        if classes.labels:
+            config.id2label = dict(enumerate(classes.labels))
+            config.label2id = {label: place for place, label in enumerate(classes.labels)}
+        config.problem_type = "regression" if classes.regression else "single_label_classification"
+    else:
+        loader = transformers.AutoModelForCausalLM
+    return config, loader
+
+
+def _weights_dtype(settings: Settings, arithmetic: torch.dtype, for_training: bool) -> torch.dtype:
+    return torch.float32 if settings.method == "full" and for_training else arithmetic
+
+
+def _base_of(model: Any, tokenizer: Any, arithmetic: torch.dtype, classes: Classes | None) -> Base:
+    text = model.config.get_text_config()
+    if hasattr(tokenizer, "pad_token_id") and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, arithmetic, _head(model) if classes else ())
+
+
+def _stored_names(source: str) -> list[str]:
+    """The names of the tensors of a checkpoint in a folder, out of its headers."""
+    names: list[str] = []
+    for file in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+        with safe_open(file, framework="pt") as opened:
+            names += opened.keys()
+    return names
+
+
+def _arithmetic(settings: Settings, config: Any, on_gpu: bool) -> torch.dtype:
     if settings.dtype != "auto":
-        if settings.dtype == "float16" and on_cpu:
+        if settings.dtype == "float16" and not on_gpu:
             raise ConfigError("dtype 'float16' needs a GPU. Use bfloat16 or float32.")
         return getattr(torch, settings.dtype)
     stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    if stored not in (torch.bfloat16, torch.float16) or (stored == torch.float16 and on_cpu):
+    if stored not in (torch.bfloat16, torch.float16) or (stored == torch.float16 and not on_gpu):
         return torch.float32
     return stored
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from msplora.errors import ConfigError
 
-from .base_model import Base, load_base
+from .base_model import Base, LoadBase, load_base
 from .callbacks import check_stages
 from .data_classification import Classes, read_classification
 from .job import Job
@@ -30,11 +30,11 @@ from .tokenise_classification import tokenise_examples
 from .trainer_arguments import quieten, trainer_arguments, training_steps
 
 
-def prepare(settings: Settings) -> Job:
+def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the data, load the model and apply the method."""
     train, held_out, classes = read_classification(settings.data, settings.seed)
     best = best_metric(settings, classes)
-    base = load_base(settings, classes)
+    base = load(settings, classes)
     if base.tokenizer.pad_token is None:
         raise ConfigError(
             f"the tokenizer of {settings.tokenizer or settings.model} has no token for padding, "

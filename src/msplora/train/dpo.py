@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from msplora.errors import AdapterFileError, ConfigError
 from msplora.loading import adapter_folder
 
-from .base_model import Base, load_base
+from .base_model import Base, LoadBase, load_base
 from .callbacks import check_stages
 from .data_preference import read_preferences
 from .held_out_trainer import JudgesHeldOutRows
@@ -73,11 +73,11 @@ class HeldOutDPOTrainer(JudgesHeldOutRows, RunTrainer, DPOTrainer):
         return {name: total / len(rows) for name, total in totals.items()}
 
 
-def prepare(settings: Settings) -> Job:
+def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the pairs, load the model and apply the method."""
     data = read_preferences(settings.data, settings.seed)
     best = check_metric(settings, "loss", ("loss", "rewards/accuracies", "rewards/margins"))
-    base = load_base(settings, None)
+    base = load(settings, None)
     limit = row_limit(settings, base.model)
     train, report = tokenise_pairs(data.train, base.tokenizer, limit, "training")
     notes = [f"form of the prompts: {data.form}", f"training: {report}"]

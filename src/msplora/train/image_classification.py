@@ -11,7 +11,7 @@ from rich.text import Text
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from .base_model import load_base
+from .base_model import LoadBase, load_base
 from .callbacks import check_stages
 from .classification import best_metric, classification_trainer
 from .data_classification import Classes
@@ -40,11 +40,11 @@ class Pixels(Dataset):
         return row if image.label is None else row | {"labels": image.label}
 
 
-def prepare(settings: Settings) -> Job:
+def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Look at the images, load the model and apply the method."""
     train, held_out, classes = read_images(settings.data, settings.seed)
     best = best_metric(settings, classes)
-    base = load_base(settings, classes)
+    base = load(settings, classes)
     train_rows, held_rows = Pixels(train, base.tokenizer), Pixels(held_out, base.tokenizer)
     check_stages(settings, training_steps(settings, len(train)))
     adapted = adapt(base, settings)

@@ -67,7 +67,9 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
         try:
-            model = peft.get_peft_model(base.model, config)
+            # In a dry run the base has no numbers, and the adapter needs none.
+            on_meta = base.model.device.type == "meta"
+            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=on_meta)
         except ValueError as error:
             raise _explain(error, base.model, config) from error
     if plan:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
 
+from .base_model import LoadBase, load_base
 from .callbacks import add_callbacks, check_trackers
 from .checkpoints import find_newest
 from .devices import is_main_process, join, wait_for_everyone, world_size
@@ -63,7 +64,7 @@ def train_run(
         return _already_complete(folder, console)
     with quiet_libraries():
         transformers.set_seed(settings.seed)
-        job = _prepare(settings)
+        job = prepare_job(settings)
         notes = check_space(job, folder.path)
         show_preview(job, console)
         with StopSignals() as stop:
@@ -151,9 +152,10 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def _prepare(settings: Settings) -> Job:
+def prepare_job(settings: Settings, load: LoadBase = load_base) -> Job:
+    """Read and check all that the run needs, by its task; `load` gives it the base model."""
     check_trackers(settings)
-    prepare: Callable[[Settings], Job]
+    prepare: Callable[[Settings, LoadBase], Job]
     if settings.task == "sft":
         from .sft import prepare
     elif settings.task == "dpo":
@@ -162,7 +164,7 @@ def _prepare(settings: Settings) -> Job:
         from .image_classification import prepare
     else:
         from .classification import prepare
-    return prepare(settings)
+    return prepare(settings, load)
 
 
 def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console: Console) -> None:

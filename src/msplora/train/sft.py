@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from msplora.errors import ConfigError
 
-from .base_model import load_base
+from .base_model import LoadBase, load_base
 from .callbacks import check_stages
 from .data_sft import read_sft
 from .held_out_loss import held_out_loss
@@ -49,11 +49,11 @@ class HeldOutSFTTrainer(JudgesHeldOutRows, RunTrainer, SFTTrainer):
         )
 
 
-def prepare(settings: Settings) -> Job:
+def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the data, load the model and apply the method."""
     data = read_sft(settings.data, settings.seed)
     best = check_metric(settings, "loss", METRICS)
-    base = load_base(settings, None)
+    base = load(settings, None)
     limit = row_limit(settings, base.model)
     tokenizer, completions = base.tokenizer, settings.training.completion_only_loss
     rows = settings.data.max_rows

@@ -1,0 +1,216 @@
+"""`msplora train --dry-run`: what a run would train, take and leave, before it loads a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict
+
+from msplora.errors import ConfigError
+
+from .base_model import base_without_weights
+from .estimate import Estimate, estimate
+from .job import Job
+from .measured import Measured, measure
+from .memory_trace import Held, Peak
+from .methods import Trainable
+from .quiet import quiet_libraries
+from .rehearsal import Rows
+from .run import prepare_job, with_absolute_paths
+from .settings import Settings
+from .target import Target, find_target
+from .trainer_arguments import warmup_steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the run is."""
+
+    rows: int
+    longest: int
+    tokens_per_epoch: int
+    steps: int
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on the disk: of what is trained, of a checkpoint, and of all while it trains."""
+
+    weights: int
+    checkpoint: int
+    at_most: int
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that take less memory, and how much the run would need with them."""
+
+    changes: Mapping[str, Any]
+    needed: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found."""
+
+    job: Job
+    target: Target
+    estimate: Estimate
+    schedule: Schedule
+    disk: Disk
+    remedies: tuple[Remedy, ...]
+    measured: Measured | None
+
+    @property
+    def trainable(self) -> Trainable:
+        """How many numbers train."""
+        return self.job.adapted.trainable
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the device, with what is taken beside the tensors."""
+        return _needed(self.estimate, self.target)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that much."""
+        return self.needed <= self.target.capacity
+
+    @property
+    def error(self) -> float | None:
+        """The estimated peak over the measured one, less 1."""
+        return self.measured and self.estimate.peak.total / self.measured.peak - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it; sizes in bytes."""
+        evaluation = self.estimate.evaluation
+        return {
+            "device": {"name": self.target.name, "capacity": self.target.capacity},
+            "fits": self.fits,
+            "needed": self.needed,
+            "trainable": {**asdict(self.trainable), "total": self.trainable.total},
+            "training": _peak_record(self.estimate.training),
+            "evaluation": evaluation and _peak_record(evaluation),
+            "beside_tensors": self.needed - self.estimate.peak.total,
+            "schedule": asdict(self.schedule),
+            "disk": asdict(self.disk),
+            "remedies": [
+                {"changes": dict(its.changes), "needed": its.needed} for its in self.remedies
+            ],
+            "measured": self.measured and {**asdict(self.measured), "error": self.error},
+        }
+
+
+def dry_run(settings: Settings, device: str | None = None, real: bool = False) -> DryRun:
+    """Say what a run would take; nothing is written, and no weight is loaded.
+
+    Args:
+        settings: the run.
+        device: what it has to fit on, as `find_target` reads it; where it would run if left out.
+        real: load the weights after all, rehearse on this machine, and measure.
+
+    Raises:
+        MSPLoraError: what `train_run` would refuse, but for the output folder; or a measurement on
+            a device that is not here.
+    """
+    settings = with_absolute_paths(settings)
+    target = find_target(device)
+    if real and not target.here:
+        raise ConfigError(
+            f"--measure takes the steps here, and {target.name} is not what this machine trains "
+            f"on. Leave --device or --measure out."
+        )
+    with quiet_libraries():
+        transformers.set_seed(settings.seed)
+        with torch.device("meta"):
+            job = prepare_job(settings, partial(base_without_weights, on_gpu=target.on_gpu))
+        found = estimate(job, target.on_gpu)
+        remedies = ()
+        if _needed(found, target) > target.capacity:
+            remedies = tuple(_remedies(job, target, found))
+        measured = None
+        if real:
+            transformers.set_seed(settings.seed)
+            measured = measure(prepare_job(settings))
+    schedule = _schedule(settings, found.rows)
+    return DryRun(job, target, found, schedule, disk_use(job), remedies, measured)
+
+
+def _needed(found: Estimate, target: Target) -> int:
+    peak = found.peak
+    weights = peak.parts.get(Held.FROZEN, 0) + peak.parts.get(Held.TRAINED, 0)
+    return peak.total + target.overhead(peak.total, weights)
+
+
+def _remedies(job: Job, target: Target, found: Estimate) -> Iterator[Remedy]:
+    """What takes less memory: each change alone, then all of them."""
+    training = job.record.settings.training
+    single: list[dict[str, Any]] = []
+    if not training.gradient_checkpointing:
+        single.append({"training.gradient_checkpointing": True})
+    if training.batch_size > 1:
+        halved = training.batch_size // 2
+        more = math.ceil(training.batch_size * training.gradient_accumulation / halved)
+        single.append({"training.batch_size": halved, "training.gradient_accumulation": more})
+    judged = found.evaluation
+    if judged and judged.total > 0.8 * found.training.total and training.eval_batch_size > 1:
+        single.append({"training.eval_batch_size": training.eval_batch_size // 2})
+    if job.base.arithmetic == torch.float32:
+        single.append({"dtype": "bfloat16"})
+    together: dict[str, Any] = {}
+    for changes in single:
+        together |= changes
+    for changes in single + [together] * (len(single) > 1):
+        with _changed(job.record.settings, changes):
+            arithmetic = torch.bfloat16 if "dtype" in changes else None
+            yield Remedy(changes, _needed(estimate(job, target.on_gpu, arithmetic), target))
+
+
+@contextmanager
+def _changed(settings: Settings, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Settings of the trainer with other values for a while."""
+    before = settings.training
+    keys = {key.removeprefix("training."): its for key, its in changes.items() if key != "dtype"}
+    settings.training = before.model_copy(update=keys)
+    try:
+        yield
+    finally:
+        settings.training = before
+
+
+def _schedule(settings: Settings, rows: Rows) -> Schedule:
+    training = settings.training
+    batches = math.ceil(rows.count / training.batch_size)
+    per_epoch = math.ceil(batches / training.gradient_accumulation)
+    steps = training.max_steps or math.ceil(per_epoch * training.epochs)
+    return Schedule(
+        rows.count, rows.longest, rows.tokens, steps, warmup_steps(settings, rows.count)
+    )
+
+
+def disk_use(job: Job) -> Disk:
+    """What a job will write, without the tokenizer and what is small beside it."""
+    model = job.adapted.model
+    kept = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    # Tied weights are in a file once.
+    tensors = {id(its.untyped_storage()): its for its in kept.values()}.values()
+    weights = sum(its.numel() * its.element_size() for its in tensors)
+    trained = (its for its in model.parameters() if its.requires_grad)
+    states = sum(2 * its.numel() * its.element_size() for its in trained)
+    checkpoint = weights + states
+    # A new one is whole before an old one goes, and the best is never the one that goes.
+    limit = job.record.settings.training.save_limit
+    return Disk(weights, checkpoint, (limit + 1) * checkpoint + weights)
+
+
+def _peak_record(peak: Peak) -> dict[str, Any]:
+    parts = {held.value: size for held, size in peak.parts.items()}
+    return {"total": peak.total, "where": peak.where, "parts": parts}

@@ -1,0 +1,164 @@
+"""How much memory a run takes, found by rehearsing it on tensors without storage."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import optimizer as torch_optimizer
+
+from .as_on_cuda import as_on_cuda, steps_at_once
+from .job import Job
+from .memory_trace import Held, MemoryTrace, Peak
+from .rehearsal import Rehearsal, Rows, rehearsed
+from .weightless import taken_for_real, weightless_copy
+
+CUDA_ROUNDING = 512
+"""Bytes: the unit of PyTorch's allocator for CUDA."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The peaks of a step on the longest rows, and of an evaluation of the longest rows."""
+
+    training: Peak
+    evaluation: Peak | None
+    rows: Rows
+
+    @property
+    def peak(self) -> Peak:
+        """The higher of the two."""
+        return max(self.training, self.evaluation or Peak(), key=lambda peak: peak.total)
+
+
+def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> Estimate:
+    """Let the trainer of a job take its dearest steps on tensors without storage.
+
+    Args:
+        job: prepared on the meta device. Its settings may have been changed since then where they
+            only matter to the trainer.
+        on_gpu: as on a CUDA GPU, whether there is one here or not; else as on the CPU.
+        arithmetic: compute in this dtype instead of the job's.
+    """
+    arithmetic = arithmetic or job.base.arithmetic
+    # As wide, and accelerate would want to see a GPU for the other.
+    arithmetic = torch.bfloat16 if arithmetic == torch.float16 else arithmetic
+    frozen = {torch.float16: torch.bfloat16}
+    if arithmetic == torch.bfloat16:
+        frozen[torch.float32] = torch.bfloat16
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = weightless_copy(job.adapted.model, fake, frozen)
+    trace = MemoryTrace(
+        fake,
+        logits=_widths_of_logits(model),
+        rounding=CUDA_ROUNDING if on_gpu else 1,
+        workspace=_no_workspace if on_gpu else cpu_workspace,
+    )
+    for tensor in (*model.parameters(), *model.buffers()):
+        trace.hold(tensor, Held.TRAINED if tensor.requires_grad else Held.FROZEN)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(job.adapted, "model", model))
+        stack.enter_context(mock.patch.object(job.base, "arithmetic", arithmetic))
+        stack.enter_context(rehearsed(job.record.settings))
+        stack.enter_context(fake)
+        stack.enter_context(trace)
+        stack.enter_context(taken_for_real())
+        if on_gpu:
+            stack.enter_context(as_on_cuda())
+        trainer = job.make_trainer(Path(folder))
+        trainer.args.dataloader_pin_memory = False
+        if on_gpu:
+            steps_at_once(trainer.optimizer)
+        rehearsal = Rehearsal(trainer)
+        stack.enter_context(_purposes(trace, model))
+        trace.start_anew()
+        rehearsal.train()
+        training = trace.start_anew()
+        evaluation = None
+        if rehearsal.evaluates:
+            rehearsal.evaluate()
+            evaluation = replace(trace.start_anew(), where="evaluation")
+    return Estimate(training, evaluation, rehearsal.rows)
+
+
+@contextmanager
+def _purposes(trace: MemoryTrace, model: nn.Module) -> Iterator[None]:
+    """Tell the trace of gradients, and of the optimiser and what it keeps."""
+
+    def before(*_: Any) -> None:
+        trace.stepping = True
+
+    def after(optimizer: Any, *_: Any) -> None:
+        trace.stepping = False
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    trace.hold(value, Held.OPTIMISER)
+
+    def note_gradient(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            trace.hold(parameter.grad, Held.GRADIENTS)
+
+    handles = [
+        torch_optimizer.register_optimizer_step_pre_hook(before),
+        torch_optimizer.register_optimizer_step_post_hook(after),
+        *(
+            parameter.register_post_accumulate_grad_hook(note_gradient)
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _widths_of_logits(model: Any) -> set[int]:
+    """The width of a language model's logits, and of the parts that TRL computes them in."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return set()
+    vocabulary = weight.shape[0]
+    part = getattr(sys.modules.get("trl.trainer.utils"), "_CHUNKED_LOGPROB_CHUNK_SIZE", None)
+    return {vocabulary, part, vocabulary % part} if part else {vocabulary}
+
+
+def _no_workspace(func: Any, args: tuple[Any, ...]) -> int:
+    return 0
+
+
+def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """The bytes that a kernel of PyTorch on the CPU takes for itself while it runs.
+
+    Of arithmetic between dtypes: tensors of another dtype than the result's are converted whole.
+    """
+    if func.overloadpacket not in _ARITHMETIC:
+        return 0
+    tensors = [its for its in args if isinstance(its, Tensor)]
+    if len({its.dtype for its in tensors}) < 2:
+        return 0
+    common = torch.result_type(*tensors[:2])
+    return common.itemsize * sum(
+        its.numel() for its in tensors if its.dtype != common and its.dim()
+    )
+
+
+_ARITHMETIC = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
+)

@@ -1,0 +1,101 @@
+"""The dearest steps that a run can have to take: on its longest rows, then their evaluation.
+
+It is the run's own trainer that steps: the same code, whether on tensors without storage, to
+estimate its memory, or on real ones, to measure it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from torch.utils.data import SequentialSampler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .settings import Settings
+
+STEPS = 2
+"""The optimiser makes its state in the first; the second is like all that follow."""
+
+MICRO_BATCHES = 2
+"""Batches per step, at most: gradients are held from the second on, however many there are."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the trainer would train on, packed where rows are packed."""
+
+    count: int
+    tokens: int
+    longest: int
+
+
+@contextmanager
+def rehearsed(settings: Settings) -> Iterator[None]:
+    """Set what the trainer is made with, for a rehearsal instead of the whole run."""
+    training = settings.training
+    before = training.max_steps, training.gradient_accumulation
+    training.max_steps = STEPS
+    training.gradient_accumulation = min(training.gradient_accumulation, MICRO_BATCHES)
+    try:
+        yield
+    finally:
+        training.max_steps, training.gradient_accumulation = before
+
+
+class Rehearsal:
+    """A trainer that was made while its settings were `rehearsed`.
+
+    Args:
+        trainer: the trainer of the run; it keeps only its longest rows.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        arguments = trainer.args
+        found = lengths(trainer.train_dataset)
+        self.rows = Rows(len(found), sum(found), max(found))
+        arguments.eval_strategy = IntervalStrategy.NO
+        arguments.save_strategy = SaveStrategy.NO
+        arguments.load_best_model_at_end = False
+        batches = STEPS * arguments.gradient_accumulation_steps
+        rows = longest_rows(trainer.train_dataset, arguments.per_device_train_batch_size)
+        trainer.train_dataset = datasets.concatenate_datasets([rows] * batches)
+        trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+        evaluated = arguments.per_device_eval_batch_size
+        if hasattr(trainer, "held_out"):
+            by_length = sorted(trainer.held_out, key=lambda row: len(row.input_ids), reverse=True)
+            trainer.held_out = by_length[:evaluated]
+            self.evaluates = bool(trainer.held_out)
+        else:
+            self.evaluates = trainer.eval_dataset is not None
+            if self.evaluates:
+                trainer.eval_dataset = longest_rows(trainer.eval_dataset, evaluated)
+
+    def train(self) -> None:
+        """Take the steps."""
+        self.trainer.train()
+
+    def evaluate(self) -> None:
+        """Evaluate one batch."""
+        self.trainer.evaluate()
+
+
+def lengths(rows: datasets.Dataset) -> list[int]:
+    """How much each row puts into a batch: its tokens, or all that its lists hold."""
+    names = ["input_ids"] if "input_ids" in rows.column_names else rows.column_names
+    columns = [rows[name] for name in names]
+    return [
+        sum(len(value) for value in values if hasattr(value, "__len__"))
+        for values in zip(*columns, strict=True)
+    ]
+
+
+def longest_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """The `count` longest rows, longest first."""
+    found = lengths(rows)
+    order = sorted(range(len(found)), key=found.__getitem__, reverse=True)[:count]
+    return rows.select(order)

@@ -1,0 +1,432 @@
+"""A dry run foresees what a real run takes: its oracle is the same steps on real weights."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+
+from msplora.bench.memory import peak_live_bytes
+from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
+from msplora.train.as_on_cuda import as_on_cuda
+from msplora.train.base_model import base_without_weights
+from msplora.train.dry_run import DryRun, disk_use, dry_run
+from msplora.train.estimate import cpu_workspace, estimate
+from msplora.train.job import Job
+from msplora.train.memory_trace import Held, MemoryTrace
+from msplora.train.run import prepare_job
+from msplora.train.settings import Settings
+from msplora.train.settings_file import make_settings, read_settings
+from msplora.train.target import CPU_SLACK, CUDA_CONTEXT, GIB, find_target
+from runs import (
+    answered_rows,
+    labelled_rows,
+    msplora,
+    save_decoder,
+    save_encoder,
+    tree,
+    write_config,
+    write_jsonl,
+)
+
+CLOSE = 0.03
+"""How far an estimate may be off here; the promise is 0.10."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases that are wide enough for their activations to count, and rows."""
+    folder = tmp_path_factory.mktemp("dry-run")
+    save_encoder(folder / "encoder", layers=2, hidden_size=64, intermediate_size=128)
+    save_decoder(folder / "decoder", layers=2, hidden_size=64, intermediate_size=128)
+    write_jsonl(folder / "labelled.jsonl", labelled_rows(64))
+    write_jsonl(folder / "answered.jsonl", answered_rows(64))
+    return folder
+
+
+def config(folder: Path, task: str = "classification", **changes: Any) -> dict[str, Any]:
+    """A run's config; keys of sections with two underscores between, as in training__packing."""
+    classifies = task == "classification"
+    content: dict[str, Any] = {
+        "model": str(folder / ("encoder" if classifies else "decoder")),
+        "task": task,
+        "output": str(folder / "run"),
+        "data": {"train": str(folder / ("labelled.jsonl" if classifies else "answered.jsonl"))},
+        "adapter": {"target_modules": ["query", "value"] if classifies else ["q_proj", "v_proj"]},
+    }
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (content.setdefault(section, {}) if section else content)[name] = value
+    return content
+
+
+def foreseen(folder: Path, task: str = "classification", real: bool = False, **changes: Any) -> Any:
+    settings = make_settings(config(folder, task, **changes), "test")
+    return dry_run(settings, "cpu", real=real)
+
+
+def without_weights(settings: Settings, on_gpu: bool = False) -> Job:
+    with torch.device("meta"):
+        return prepare_job(settings, partial(base_without_weights, on_gpu=on_gpu))
+
+
+SFT = "sft"
+ALL = {"adapter__target_modules": "all-linear"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "classifier, dropout": ("classification", {**ALL, "adapter__lora_dropout": 0.1}),
+    "sft": (SFT, {}),
+    "half precision, checkpointed": (
+        SFT, {**ALL, "dtype": "bfloat16", "training__gradient_checkpointing": True}
+    ),
+}  # fmt: skip
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("classification", {"method": "lora"}),
+    "frozen": ("classification", {"method": "frozen"}),
+    "dora": (SFT, {"adapter__use_dora": True}),
+    "everything, accumulated": (
+        SFT, {"method": "full", "training__batch_size": 4, "training__gradient_accumulation": 4}
+    ),
+    "everything in half precision": (SFT, {"method": "full", "dtype": "bfloat16"}),
+    "packed": (SFT, {"training__packing": True, "data__max_length": 16}),
+    "evaluation is the peak": ("classification", {"training__batch_size": 1}),
+    "one short row": (SFT, {"training__batch_size": 1}),
+    "nothing held out": (SFT, {"data__validation_fraction": 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_is_measured(case: str, folder: Path) -> None:
+    task, changes = CASES[case]
+    assert_close(foreseen(folder, task, real=True, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE)
+def test_the_estimate_is_what_is_measured_of_more(case: str, folder: Path) -> None:
+    task, changes = MORE[case]
+    assert_close(foreseen(folder, task, real=True, **changes))
+
+
+def assert_close(found: DryRun) -> None:
+    assert found.measured
+    assert found.estimate.training.total == pytest.approx(found.measured.training, rel=CLOSE)
+    if found.measured.evaluation is None:
+        assert found.estimate.evaluation is None
+    else:
+        assert found.estimate.evaluation
+        its = found.estimate.evaluation.total
+        assert its == pytest.approx(found.measured.evaluation, rel=CLOSE)
+    assert found.error == pytest.approx(0, abs=CLOSE)
+    assert sum(found.estimate.training.parts.values()) == found.estimate.training.total
+
+
+@pytest.mark.parametrize("method", ["msplora", "lora", "full", "frozen"])
+def test_trainable_numbers_and_files_are_the_real_ones(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(config(folder, method=method), "test")
+    found, job = without_weights(settings), prepare_job(settings)
+    assert found.adapted.trainable == job.adapted.trainable
+    assert found.base.head == job.base.head
+    job.adapted.model.save_pretrained(tmp_path)
+    with safe_open(next(tmp_path.glob("*.safetensors")), framework="pt") as file:
+        saved = sum(its.nbytes for its in map(file.get_tensor, file.keys()))
+    disk = disk_use(found)
+    assert disk.weights == saved
+    assert disk.checkpoint - disk.weights == 8 * found.adapted.trainable.total
+
+
+def test_a_pooler_that_the_checkpoint_lacks_trains_in_both(tmp_path: Path, folder: Path) -> None:
+    save_encoder(tmp_path / "encoder")  # of a language model: no pooler
+    settings = make_settings(config(folder, model=str(tmp_path / "encoder")), "test")
+    job = prepare_job(settings)
+    assert any("pooler" in name for name in job.base.head)
+    assert without_weights(settings).adapted.trainable == job.adapted.trainable
+
+
+def test_a_run_that_starts_from_an_adapter(folder: Path, tmp_path: Path) -> None:
+    first = prepare_job(make_settings(config(folder, adapter__r=16), "test"))
+    first.adapted.model.save_pretrained(tmp_path / "adapter")
+    settings = make_settings(config(folder, init_from=str(tmp_path / "adapter")), "test")
+    found = dry_run(settings, "cpu")
+    assert found.trainable.adapter == first.adapted.trainable.adapter
+    assert found.estimate.training.parts[Held.TRAINED] >= 4 * found.trainable.total
+
+
+def test_no_weight_is_needed_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(folder / "decoder", tmp_path / "decoder")
+    for file in (tmp_path / "decoder").glob("*.safetensors"):
+        file.unlink()
+    content = config(folder, SFT, model=str(tmp_path / "decoder"), output=str(tmp_path / "run"))
+    file = write_config(tmp_path / "run.yaml", content)
+    before = tree(tmp_path)
+    result = msplora("train", file, "--dry-run", "--device", "24GB", "--json")
+    assert result.code == 0, result.err
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run.unfinished").exists()
+    assert result.json()["fits"] is True
+    assert result.json()["trainable"] == foreseen(folder, SFT).to_dict()["trainable"]
+    with pytest.raises(MSPLoraError):
+        prepare_job(read_settings(file))  # a real run does need them
+
+
+def test_what_does_not_fit_says_so_and_what_would_help(folder: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "run.yaml", config(folder, training__batch_size=32))
+    result = msplora("train", file, "--dry-run", "--device", "cpu:1MB", "--json")
+    assert result.code == 3
+    found = result.json()
+    assert found["fits"] is False
+    changes = [its["changes"] for its in found["remedies"]]
+    assert {"training.batch_size": 16, "training.gradient_accumulation": 2} in changes
+    assert {"training.gradient_checkpointing": True} in changes
+    assert {"dtype": "bfloat16"} in changes
+    assert all(its["needed"] < found["needed"] for its in found["remedies"])
+    assert found["remedies"][-1]["needed"] == min(its["needed"] for its in found["remedies"])
+
+
+@pytest.mark.slow
+def test_a_remedy_takes_what_a_run_with_it_takes(folder: Path) -> None:
+    settings = make_settings(config(folder, training__batch_size=32), "test")
+    found = dry_run(settings, "cpu:1MB")
+    for remedy in found.remedies[:3]:
+        changed = settings.model_copy(deep=True)
+        for key, value in remedy.changes.items():
+            section, _, name = key.rpartition(".")
+            setattr(changed.training if section else changed, name, value)
+        assert dry_run(changed, "cpu").needed == remedy.needed
+
+
+def test_the_table_is_printed(folder: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "run.yaml", config(folder, SFT))
+    result = msplora("train", file, "--dry-run", "--device", "L4")
+    assert result.code == 0, result.err
+    for said in ("frozen weights", "optimiser", "logits and loss", "all tensors"):
+        assert said in result.out
+    assert "not measured" in result.out
+    assert "of 24.0" in " ".join(result.out.split())
+
+
+def test_steps_and_tokens_are_those_of_the_run(folder: Path) -> None:
+    changes: dict[str, Any] = {"training__batch_size": 5, "training__gradient_accumulation": 2}
+    found = foreseen(folder, SFT, **changes)
+    job = prepare_job(make_settings(config(folder, SFT, **changes), "test"))
+    trainer = job.make_trainer(folder / "never-written")
+    loader = trainer.get_train_dataloader()
+    per_epoch = trainer.set_initial_training_values(trainer.args, loader)[1]
+    assert found.schedule.steps == 3 * per_epoch
+    assert found.schedule.warmup_steps == trainer.args.warmup_steps
+    tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert found.schedule.tokens_per_epoch == tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dry-run", "--device", "H10O"], "Did you mean 'H100'"),
+        (["--dry-run", "--device", "24 apples"], "is no device, no size"),
+        (["--dry-run", "--device", "cuda:7"], "Name a size instead"),
+        (["--dry-run", "--device", "24GB", "--measure"], "takes the steps here"),
+    ],
+)
+def test_an_odd_device_is_refused(
+    arguments: list[str], said: str, folder: Path, tmp_path: Path
+) -> None:
+    file = write_config(tmp_path / "run.yaml", config(folder))
+    result = msplora("train", file, *arguments)
+    assert result.code == 1
+    assert said in result.error
+
+
+@pytest.mark.parametrize("arguments", [["--measure"], ["--json"], ["--device", "cpu"]])
+def test_options_of_a_dry_run_need_one(arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "run.yaml", config(folder))
+    assert msplora("train", file, *arguments).code == 2
+    assert msplora("train", file, "--dry-run", "--resume").code == 2
+
+
+def test_targets() -> None:
+    assert find_target("24GB").capacity == find_target("24 gib").capacity == 24 * GIB
+    assert find_target("NVIDIA H100").capacity == 80 * GIB
+    assert find_target("RTX 4090").on_gpu
+    assert not find_target("cpu:8GB").on_gpu
+    assert find_target("cpu:8GB").overhead(1000, 200) == 800 * CPU_SLACK
+    assert find_target("8GB").overhead(0, 0) > CUDA_CONTEXT
+    with pytest.raises(ConfigError, match="cpu:16GB"):
+        find_target("")
+
+
+# -- the trace ------------------------------------------------------------------------------------
+
+
+def traced(**options: Any) -> tuple[FakeTensorMode, MemoryTrace]:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    return fake, MemoryTrace(fake, **options)
+
+
+def test_bytes_are_counted_until_they_are_let_go() -> None:
+    fake, trace = traced()
+    with fake, trace:
+        kept = torch.zeros(100)
+        gone = kept + 1
+        assert gone is not kept
+        del gone
+        view = kept[:10]  # no bytes of its own
+    assert trace.peak.total == 800
+    assert trace.start_anew().parts == {Held.ACTIVATIONS: 800}
+    assert trace.peak.total == 400
+    del kept
+    assert trace.start_anew().total == 400
+    del view
+    trace.start_anew()
+    assert trace.peak.total == 0
+
+
+def test_what_autograd_keeps_is_counted() -> None:
+    fake, trace = traced()
+    with fake, trace:
+        x = torch.zeros(100, requires_grad=True)
+        y = x.exp()  # keeps its result
+        del y
+        trace.start_anew()
+        assert trace.peak.total == 400
+        z = x.exp().sum()
+        trace.start_anew()
+        assert trace.peak.total == 400 + 400 + 4
+        z.backward()
+        assert trace.peak.where == "backward"
+
+
+def test_an_allocator_rounds() -> None:
+    fake, trace = traced(rounding=512)
+    with fake, trace:
+        assert len(torch.zeros(1)) == 1
+    assert trace.peak.total == 512
+
+
+def test_whole_numbers_of_the_batch_are_known() -> None:
+    labels = torch.tensor([[-100, 3, 4], [-100, -100, 5]])
+    fake, trace = traced()
+    with fake, trace:
+        logits = torch.zeros(2, 3, 7)
+        counted = labels != -100
+        assert counted.sum().item() == 3
+        assert not counted.all()
+        assert logits[counted].shape == (3, 7)
+        assert torch.masked_select(logits, counted[..., None]).shape == (21,)
+        assert counted.nonzero().shape == (3, 2)
+        counted.logical_and_(logits[..., 0] > 0)  # now nobody knows
+        with pytest.raises(UnsupportedError, match="depends on numbers"):
+            logits[counted].sum()
+
+
+def test_kernels_of_the_cpu_take_what_the_profiler_sees() -> None:
+    x, mask, half = torch.ones(64, 64), torch.ones(64, 64, dtype=torch.bool), torch.ones(64, 64)
+    half = half.bfloat16()
+    mul, add_ = torch.ops.aten.mul.Tensor, torch.ops.aten.add_.Tensor
+    assert peak_live_bytes(lambda: x * mask) == x.nbytes + cpu_workspace(mul, (x, mask))
+    assert peak_live_bytes(lambda: x * x) == x.nbytes + cpu_workspace(mul, (x, x))
+    assert cpu_workspace(mul, (x, x)) == 0 < cpu_workspace(mul, (x, mask))
+    assert peak_live_bytes(lambda: x.add_(half)) == cpu_workspace(add_, (x, half)) > 0
+
+
+# -- as on a GPU ----------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x, mask, dropout_p=0.1)
+
+
+def attended(length: int, dtype: torch.dtype, masked: bool, gpu: bool) -> int:
+    """The peak of attention and its backward over so many tokens."""
+    fake, trace = traced()
+    with fake, trace:
+        x = torch.zeros(2, 4, length, 16, dtype=dtype, requires_grad=True)
+        mask = torch.ones(2, 1, length, length, dtype=torch.bool) if masked else None
+        if gpu:
+            with as_on_cuda():
+                Attention()(x, mask).sum().backward()
+        else:
+            Attention()(x, mask).sum().backward()
+    return trace.peak.total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_gpu_keeps_no_probabilities(dtype: torch.dtype) -> None:
+    short, long = (attended(length, dtype, False, gpu=True) for length in (256, 1024))
+    assert long < 4.2 * short
+    assert attended(1024, dtype, False, gpu=False) > 3 * long  # on a CPU dropout needs them
+    # Of a mask there is one for all heads.
+    masked = (attended(1024, dtype, True, gpu=True) - long) / (2 * 1024 * 1024)
+    assert masked == pytest.approx(1 + dtype.itemsize, rel=0.01)
+
+
+def test_dropout_on_a_gpu_keeps_truth_values() -> None:
+    fake, trace = traced()
+    with fake, trace, as_on_cuda():
+        x = torch.zeros(1000, requires_grad=True)
+        y = F.dropout(x, 0.1)
+        trace.start_anew()
+    assert trace.peak.total == 4000 + 4000 + 1000
+    assert y.requires_grad
+
+
+def test_autocast_on_a_gpu_normalises_in_float32() -> None:
+    fake, trace = traced()
+    with fake, trace, as_on_cuda(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.zeros(2, 8, dtype=torch.bfloat16)
+        assert F.layer_norm(x, (8,)).dtype == torch.float32
+        assert F.softmax(x, -1).dtype == torch.float32
+        assert F.linear(x.float(), torch.zeros(8, 8)).dtype == torch.bfloat16
+        heads = torch.zeros(1, 1, 8, 8)
+        attended = F.scaled_dot_product_attention(heads, heads, heads)
+        assert attended.dtype == torch.bfloat16
+
+
+def test_a_checkpointed_run_can_be_foreseen_for_a_gpu(folder: Path) -> None:
+    settings = make_settings(
+        config(folder, SFT, dtype="bfloat16", training__gradient_checkpointing=True), "test"
+    )
+    assert dry_run(settings, "H100").fits
+
+
+@pytest.mark.slow
+def test_a_model_of_7b_takes_no_memory(folder: Path, tmp_path: Path) -> None:
+    decoder = json.loads((folder / "decoder/config.json").read_text())
+    llama = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "num_hidden_layers": 32, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "dtype": "float16",
+    }  # fmt: skip
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text(json.dumps(decoder | llama))
+    for file in (folder / "decoder").glob("tokenizer*"):
+        (tmp_path / "llama" / file.name).write_bytes(file.read_bytes())
+    content = config(folder, SFT, model=str(tmp_path / "llama"), **ALL, training__batch_size=1)
+    found = dry_run(make_settings(content, "test"), "24GB")
+    assert found.trainable.adapter == 6_558_720  # as in the README
+    assert found.estimate.training.parts[Held.FROZEN] == pytest.approx(2 * 6_738_415_616, rel=1e-3)
+    assert found.estimate.training.parts[Held.OPTIMISER] >= 8 * 6_558_720
+    assert found.fits
+    assert 13 * GIB < found.needed < 14 * GIB
+
+
+@pytest.mark.slow
+def test_a_job_estimates_the_same_again(folder: Path) -> None:
+    settings = make_settings(config(folder), "test")
+    job = without_weights(settings)
+    first = estimate(job, on_gpu=False)
+    assert estimate(job, on_gpu=False) == first
+    assert estimate(job, on_gpu=True).training.total != first.training.total
+    assert not any(isinstance(its, FakeTensor) for its in job.adapted.model.parameters())
