@@ -148,18 +148,10 @@ _WORDS = [f"w{place}" for place in range(1000)]
 
 def held(config: Path) -> dict[str, Any]:
     """The dry run of a case, and the bytes that tensors hold in its rehearsal."""
-    import time
-
     from msplora.train.dry_run import dry_run
     from msplora.train.settings_file import read_settings
 
-    settings = read_settings(config)
-    start = time.perf_counter()
-    dry_run(settings)
-    seconds = time.perf_counter() - start
-    found = dry_run(settings, real=True)
-    assert found.measured
-    return {"dry_run": found.to_dict(), "seconds": round(seconds, 1)}
+    return dry_run(read_settings(config), real=True).to_dict()
 
 
 def resident(config: Path) -> dict[str, Any]:
@@ -248,10 +240,9 @@ def main() -> None:
                 file.write(json.dumps(row | provenance("cpu"), ensure_ascii=False) + "\n")
 
 
-def _row(name: str, held: dict[str, Any], resident: dict[str, Any]) -> dict[str, Any]:
-    found = held["dry_run"]
+def _row(name: str, found: dict[str, Any], resident: dict[str, Any]) -> dict[str, Any]:
     measured = found["measured"]
-    row: dict[str, Any] = {"case": name, "seconds": held["seconds"]}
+    row: dict[str, Any] = {"case": name}
     for phase in ("training", "evaluation"):
         row[f"{phase}_estimate"] = found[phase]["total"]
         row[f"{phase}_measured"] = measured[phase]
