@@ -20,6 +20,7 @@ _MODULES = {
         "yaml",
     },
     "report": {"jinja2", "matplotlib"},
+    "sweep": {"optuna"},
 }
 
 
@@ -44,3 +45,8 @@ def train_extra() -> AbstractContextManager[None]:
 def report_extra() -> AbstractContextManager[None]:
     """The same for the libraries that plots and pages are made with."""
     return _extra("report")
+
+
+def sweep_extra() -> AbstractContextManager[None]:
+    """The same for the library that searches."""
+    return _extra("sweep")
