@@ -5,7 +5,9 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart, and a shape 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,32 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from .naming import short_keys, shown
 from .reading import Parameters, Sweep
-from .settings_tried import METHOD, Setting, rank
+from .settings_tried import METHOD, Setting, best_by_method, rank
 
 RATE = "training.learning_rate"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#999999")
 _SHAPES = "osD^vPX*"
 _DOTS_AT_MOST = 40
 _GREY = "#7A7A7A"
+_RING: dict[str, Any] = {
+    "linestyle": "",
+    "marker": "o",
+    "markersize": 12,
+    "color": "#333333",
+    "fillstyle": "none",
+}
+_CROSS: dict[str, Any] = {
+    "linestyle": "",
+    "marker": "x",
+    "markeredgewidth": 2,
+    "color": _GREY,
+    "clip_on": False,
+}
 _STYLE = {
     "text.parse_math": False,  # names come from files
     "font.size": 10,
@@ -48,52 +64,88 @@ def draw_sweep(sweep: Sweep, settings: Sequence[Setting], file: Path) -> None:
 
 
 def _over_the_rate(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
-    series = _series(sweep, settings)
     figure, axes = _figure(8, 4.8)
     axes.set_xscale("log")
-    rates = sorted({setting.parameters[RATE] for setting in settings})
-    # A little apart, so that the spreads of two series at one rate are both seen.
-    apart = 1.02 if len(series) > 1 else 1.0
-    bottoms = blended_transform_factory(axes.transData, axes.transAxes)
+    series = _series(sweep, settings)
+    bests = best_by_method(list(settings))
+    handles: list[Any] = []
     for place, (name, its) in enumerate(series.items()):
-        colour, shape = _COLOURS[place % len(_COLOURS)], _SHAPES[place % len(_SHAPES)]
-        shift = apart ** (place - (len(series) - 1) / 2)
-        done = sorted(
-            (one for one in its if one.values), key=lambda one: (one.parameters[RATE], rank(one))
-        )
-        line = "-" if _is_curve(done) and RATE in sweep.settings.grid else ""
-        _dots(
-            axes,
-            [one.parameters[RATE] * shift for one in done],
-            done,
-            colour=colour,
-            shape=shape,
-            line=line,
-            label=name,
+        # A little apart, so that the spreads of two series at one rate are both seen.
+        shift = 1.02 ** (place - (len(series) - 1) / 2)
+        style = {"color": _COLOURS[place % len(_COLOURS)], "marker": _SHAPES[place % len(_SHAPES)]}
+        handles.append(_curve(axes, its, shift, name, style, RATE in sweep.settings.grid))
+        best = [one for one in its if any(one is found for found in bests)]
+        axes.plot(
+            [one.parameters[RATE] * shift for one in best], [_mean(one) for one in best], **_RING
         )
         bad = [one.parameters[RATE] * shift for one in its if one.having("diverged")]
         axes.plot(
             bad,
             [0.02 + 0.03 * (place % 3)] * len(bad),
-            "x",
-            color=colour,
-            transform=bottoms,
-            clip_on=False,
-            markeredgewidth=2,
+            **{**_CROSS, "color": style["color"]},
+            transform=blended_transform_factory(axes.transData, axes.transAxes),
         )
+    if bests:
+        label = "best of its method" if len(bests) > 1 else "best"
+        handles += axes.plot([], [], label=label, **_RING)
     if any(setting.having("diverged") for setting in settings):
-        axes.plot([], [], "x", color=_GREY, markeredgewidth=2, label="diverged")
+        handles += axes.plot([], [], label="diverged", **_CROSS)
         low, high = axes.get_ylim()
-        axes.set_ylim(low - 0.1 * (high - low), high)
+        axes.set_ylim(low - 0.1 * (high - low), high)  # room for the crosses
     axes.set(xlabel="learning rate", ylabel=_metric(sweep, settings))
-    if len(rates) <= 8:
-        axes.set_xticks(rates)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
-    if axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside upper left", ncols=4, fontsize=9)
+    _label_rates(axes, sorted({setting.parameters[RATE] for setting in settings}))
+    figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=9)
     return figure
+
+
+def _curve(
+    axes: Axes,
+    settings: Sequence[Setting],
+    shift: float,
+    label: str,
+    style: dict[str, Any],
+    has_line: bool,
+) -> Any:
+    """A series: its means and spreads, and a line through the best at each rate."""
+    done = sorted((its for its in settings if its.values), key=rank)
+    rates = [its.parameters[RATE] * shift for its in done]
+    means = [_mean(its) for its in done]
+    below = [mean - min(its.values) for mean, its in zip(means, done, strict=True)]
+    above = [max(its.values) - mean for mean, its in zip(means, done, strict=True)]
+    if any(below + above):
+        spread: Any = [below, above]
+        axes.errorbar(
+            rates, means, spread, fmt="none", capsize=3, elinewidth=1.2, ecolor=style["color"]
+        )
+    (handle,) = axes.plot(rates, means, linestyle="", label=label, zorder=3, **style)
+    part = [place for place, its in enumerate(done) if not its.is_whole]
+    axes.plot(
+        [rates[place] for place in part],
+        [means[place] for place in part],
+        linestyle="",
+        markerfacecolor="white",  # not all of its seeds
+        zorder=3,
+        **style,
+    )
+    if has_line:
+        best: dict[float, float] = {}
+        for rate, mean in zip(rates, means, strict=True):
+            best.setdefault(rate, mean)  # sorted: the first is the best
+        line = sorted(best.items())
+        axes.plot([rate for rate, _ in line], [mean for _, mean in line], color=style["color"])
+    return handle
+
+
+def _label_rates(axes: Axes, rates: list[float]) -> None:
+    """The rates themselves below the axis, where they are few and apart."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    margin = max((rates[-1] / rates[0]) ** 0.04, 1.1)
+    axes.set_xlim(rates[0] / margin, rates[-1] * margin)
+    places = [math.log(rate) for rate in rates]
+    width = max(places[-1] - places[0], 1e-9)
+    if all(next_ - its > 0.09 * width for its, next_ in pairwise(places)):
+        axes.set_xticks(rates)
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _by_setting(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
@@ -107,39 +159,12 @@ def _by_setting(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
         values = setting.values
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1.5)
         axes.plot(values, [place] * len(values), "|", color=colour, markersize=8)
-        axes.plot(sum(values) / len(values), place, shape, color=colour)
+        axes.plot(_mean(setting), place, shape, color=colour)
     axes.set_yticks(range(len(done)), [_name(its.parameters, sweep.swept) for its in done])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(_metric(sweep, settings))
     return figure
-
-
-def _dots(
-    axes: Axes,
-    rates: list[float],
-    settings: list[Setting],
-    *,
-    colour: str,
-    shape: str,
-    line: str,
-    label: str,
-) -> None:
-    means = [sum(its.values) / len(its.values) for its in settings]
-    below = [at - min(its.values) for at, its in zip(means, settings, strict=True)]
-    above = [max(its.values) - at for at, its in zip(means, settings, strict=True)]
-    spread: Any = [below, above] if any(len(its.values) > 1 for its in settings) else None
-    axes.errorbar(
-        rates,
-        means,
-        yerr=spread,
-        color=colour,
-        marker=shape,
-        linestyle=line,
-        capsize=3,
-        elinewidth=1.2,
-        label=label,
-    )
 
 
 def _series(sweep: Sweep, settings: Sequence[Setting]) -> dict[str, list[Setting]]:
@@ -163,10 +188,8 @@ def _name(parameters: Parameters, keys: Sequence[str]) -> str:
     return ", ".join(parts) or "all runs"
 
 
-def _is_curve(settings: list[Setting]) -> bool:
-    """Whether there is one setting for each rate."""
-    rates = [its.parameters[RATE] for its in settings]
-    return len(set(rates)) == len(rates)
+def _mean(setting: Setting) -> float:
+    return sum(setting.values) / len(setting.values)
 
 
 def _metric(sweep: Sweep, settings: Sequence[Setting]) -> str:

@@ -228,8 +228,7 @@ def _check_runs(sweep: Sweep) -> None:
         for key, values in ends.items():
             for value in values[1:]:
                 sweep.settings_of({**combination, **usual, key: value})
-        for seed in sweep.seeds:
-            found = sweep.settings_of({**combination, **usual}, seed)
+        found, *_ = [sweep.settings_of({**combination, **usual}, seed) for seed in sweep.seeds]
         if not has_validation(found):
             raise ConfigError(
                 f"in {sweep.source}: the runs are compared on held-out rows, and there are none: "

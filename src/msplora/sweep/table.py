@@ -34,12 +34,15 @@ def rich_table(sweep: Sweep, settings: Sequence[Setting]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, pad_edge=False, caption=_caption(sweep, settings))
-    table.caption_justify = "left"
+    how = {"box": box.SIMPLE, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(caption=_caption(sweep, settings), caption_justify="left", **how)
     headers, lines = _cells(sweep, settings)
     for place, header in enumerate(headers):
-        is_number = len(sweep.swept) <= place < len(headers) - 1
-        table.add_column(escape(header), justify="right" if is_number else "left")
+        is_last = place == len(headers) - 1
+        is_number = len(sweep.swept) <= place and not is_last
+        table.add_column(
+            escape(header), justify="right" if is_number else "left", no_wrap=is_number
+        )
     for cells in lines:
         best = cells[-1].startswith("best")
         table.add_row(*(escape(cell) for cell in cells), style="bold" if best else "")
@@ -75,7 +78,7 @@ def _marks(settings: Sequence[Setting]) -> dict[int, str]:
         if setting is best:
             marks[place] = "best"
         elif any(setting is its for its in bests):
-            marks[place] = f"best of {setting.method}"
+            marks[place] = f"best {setting.method}"
     return marks
 
 
