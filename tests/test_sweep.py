@@ -20,6 +20,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import transformers as hf
 import yaml
 
 from msplora.sweep import sweep as sweep_module
@@ -55,6 +56,9 @@ BASE: dict[str, Any] = {
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     save_decoder(folder / "decoder")
+    # A model with LayerNorm, so that a rate too high is seen: RMSNorm turns infinities into zeros.
+    shape = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**shape)).save_pretrained(folder / "decoder")
     write_jsonl(folder / "answered.jsonl", answered_rows(20))
     return folder
 
@@ -166,7 +170,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_rows(
 
     monkeypatch.setattr(ShowProgress, "on_step_end", on_step_end)
     stopped = sweep_command(grid)
-    assert stopped.code == 123
+    assert stopped.code == 143
     assert "To go on: msplora sweep" in stopped.error
     assert [row["status"] for row in rows_in()] == ["complete", "unfinished"]
     first = tree(Path("out/runs/learning_rate=0.01"))
@@ -424,13 +428,13 @@ def wait_for(text: str, file: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_runs_in_processes_of_their_own_are_stopped_killed_and_continued(here: Path) -> None:
-    training = {**BASE["training"], "max_steps": 300, "eval_steps": 20, "check_saved": True}
+    training = {**BASE["training"], "max_steps": 120, "eval_steps": 10, "warmup_ratio": 0.0}
     content = {"output": "out", "config": {**BASE, "training": training}}
-    content["grid"] = {RATE: [0.01, 1e30, 0.02]}
+    content["grid"] = {RATE: [0.01, 1e30]}
     file = str(write_config(Path("sweep.yaml"), content))
     logs = here / "out/logs"
     process = started("sweep", file)
-    wait_for("epoch 4", logs / "learning_rate=0.01.log", process)
+    wait_for("epoch 5", logs / "learning_rate=0.01.log", process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 143, out
@@ -451,9 +455,9 @@ def test_runs_in_processes_of_their_own_are_stopped_killed_and_continued(here: P
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     rows = rows_in()
-    assert [row["status"] for row in rows] == ["complete", "diverged", "complete"]
+    assert [row["status"] for row in rows] == ["complete", "diverged"]
     assert "Lower training.learning_rate" in rows[1]["error"]
-    assert 50e6 < rows[2]["resident_bytes"] < 50e9
+    assert 50e6 < rows[0]["resident_bytes"] < 50e9
     assert not list(Path("out/runs").glob("*.unfinished"))
     assert not list(logs.glob("*.yaml"))
     # It is the run that nobody stopped.
