@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from msplora.sweep.settings import SearchSettings, SweepSettings
 from msplora.train.settings import (
     AdapterSettings,
     DataSettings,
@@ -31,6 +32,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingSettings,
     "devices": DeviceSettings,
     "a stage": StageSettings,
+    "sweep": SweepSettings,
+    "a searched key": SearchSettings,
 }
 _MARKED = r"<!-- keys: {} -->\n(.*?)<!-- end of keys -->"
 

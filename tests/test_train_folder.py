@@ -307,7 +307,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_no_weights(
         ).save_pretrained(folder)
         content["model"] = str(folder)
     result = train(content)
-    assert result.code == 1
+    assert result.code == 3
     assert "Lower training.learning_rate" in result.error
     assert ("training loss" in result.error) == (logging_steps == 1)
     assert not Path("run").exists()

@@ -22,6 +22,7 @@ _MODULES = {
     },
     "report": {"jinja2", "matplotlib"},
     "quantised": {"bitsandbytes"},
+    "sweep": {"optuna"},
 }
 
 
@@ -51,3 +52,8 @@ def quantised_extra() -> AbstractContextManager[None]:
 def report_extra() -> AbstractContextManager[None]:
     """The same for the libraries that plots and pages are made with."""
     return _extra("report")
+
+
+def sweep_extra() -> AbstractContextManager[None]:
+    """The same for the library that searches."""
+    return _extra("sweep")

@@ -12,7 +12,7 @@ import typer
 from msplora import __version__
 from msplora.errors import MSPLoraError
 
-from . import bench, convert, demo, evaluate, generate, plan, predict, recipes, train
+from . import bench, convert, demo, evaluate, generate, plan, predict, recipes, sweep, train
 
 app = typer.Typer(
     name="msplora",
@@ -50,6 +50,7 @@ def options(
 
 
 app.command("train", cls=train.TrainCommand)(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)
@@ -77,6 +78,7 @@ def main() -> None:
         from rich.console import Console
         from rich.markup import escape
 
-        title = "[bold red]Error:[/] " if error.exit_code == 1 else ""
+        # Of what was stopped, the message says so itself.
+        title = "[bold red]Error:[/] " if error.exit_code < 128 else ""
         Console(stderr=True, soft_wrap=True).print(f"{title}{escape(str(error))}")
         sys.exit(error.exit_code)

@@ -15,6 +15,9 @@ from msplora.errors import MSPLoraError
 class TrainingDiverged(MSPLoraError):
     """The loss is no longer a number."""
 
+    exit_code = 3
+    """A rate too high is no mistake in the config: what runs many has to tell the two apart."""
+
 
 class ShowProgress(TrainerCallback):
     """Replaces the Trainer's own bar and its printed dictionaries."""

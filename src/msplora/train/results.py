@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def write_records(
         if "loss" in entry
     ]
     folder.write_json(METRICS, metrics)
-    folder.write_json("log_history.json", trainer.state.log_history)
+    folder.write_json("log_history.json", [_as_json(its) for its in trainer.state.log_history])
     folder.write_json("versions.json", versions())
     folder.write_json("plan.json", plan_record(adapted, settings.method))
     (here / "plan.txt").write_text(plan_text(adapted, settings.method), encoding="utf-8")
@@ -85,6 +86,16 @@ def write_records(
     card = model_card(settings, adapted, metrics, versions(), folder.path)
     (here / "README.md").write_text(card, encoding="utf-8")
     (weights / "README.md").write_text(card, encoding="utf-8")
+
+
+def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the loss curve; a norm that is no number, as in float16 where a step was skipped,
+    is null.
+    """
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in entry.items()
+    }
 
 
 def weights_folder(settings: Settings) -> str:

@@ -35,7 +35,7 @@ Resume = bool | Literal["auto"]
 """Whether to resume: False starts, True needs an unfinished run, "auto" does what is left to do."""
 
 # Settings that change no number of the result, so a run may be resumed under others.
-_FREE_TO_CHANGE = frozenset(
+FREE_TO_CHANGE = frozenset(
     {
         "output",
         "training.eval_batch_size",
@@ -248,12 +248,12 @@ class RunFolder:
 
     def _check_same_settings(self, folder: Path) -> None:
         what = "unfinished" if folder == self.working else "complete"
-        before = _flat(read_settings(folder / CONFIG).to_dict())
-        now = _flat(self.settings.to_dict())
+        before = flat(read_settings(folder / CONFIG).to_dict())
+        now = flat(self.settings.to_dict())
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
+            if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
         ]
         if changed:
             raise RunFolderError(
@@ -266,11 +266,12 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and key != "columns":
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -65,6 +65,23 @@ def read_settings(
     Raises:
         ConfigError: the file cannot be read, or says something no run can do.
     """
+    content = read_content(file)
+    for override in overrides:
+        _override(content, override)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            content[key] = value
+    return make_settings(content, str(file))
+
+
+def read_content(
+    file: Path | str, needs: str = "at least model, task, output and data"
+) -> dict[str, Any]:
+    """Return what a YAML file holds, unchecked; `needs` says what one that is empty lacks.
+
+    Raises:
+        ConfigError: there is no such file, or it is no mapping in YAML.
+    """
     file = Path(file)
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give the path of the YAML file in it.")
@@ -82,17 +99,12 @@ def read_settings(
         ) from None
     content = _parse(text, str(file))
     if content is None:
-        raise ConfigError(f"{file} is empty; it needs at least model, task, output and data.")
+        raise ConfigError(f"{file} is empty; it needs {needs}.")
     if not isinstance(content, dict):
         raise ConfigError(
             f"{file} holds a {type(content).__name__}; a config is a mapping of keys to values."
         )
-    for override in overrides:
-        _override(content, override)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            content[key] = value
-    return make_settings(content, str(file))
+    return content
 
 
 def make_settings(content: Mapping[str, Any], source: str) -> Settings:
@@ -135,6 +147,11 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"--set takes key=value, as in training.learning_rate=1e-4; found {override!r}."
         )
+    put(content, key, _parse(text, f"--set {override}"), f"--set {override}")
+
+
+def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set a dotted key in a config's content, with the sections above it; `source` as above."""
     *sections, last = key.split(".")
     place = content
     for section in sections:
@@ -142,8 +159,8 @@ def _override(content: dict[str, Any], override: str) -> None:
             place[section] = {}
         place = place[section]
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {override}: {section!r} is a value, not a section.")
-    place[last] = _parse(text, f"--set {override}")
+            raise ConfigError(f"{source}: {section!r} is a value, not a section.")
+    place[last] = value
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -255,7 +272,7 @@ def _check(settings: Settings, source: str) -> None:
         )
     if data.regression and data.labels:
         raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")
-    if settings.classifies and not _has_validation(settings):
+    if settings.classifies and not has_validation(settings):
         raise ConfigError(
             f"in {source}: a classifier keeps its best epoch, so it needs held-out rows: set "
             f"data.validation, data.validation_split or data.validation_fraction above 0."
@@ -282,14 +299,15 @@ def _check_training(settings: Settings, source: str) -> None:
             f"in {source}: training.frozen_levels and training.stages both name {both[0]}. A level "
             f"that trains in a stage is not frozen: take it out of one of them."
         )
-    if training.early_stopping_patience and not _has_validation(settings):
+    if training.early_stopping_patience and not has_validation(settings):
         raise ConfigError(
             f"in {source}: training.early_stopping_patience needs held-out rows to judge by: set "
             f"data.validation, data.validation_split or data.validation_fraction above 0."
         )
 
 
-def _has_validation(settings: Settings) -> bool:
+def has_validation(settings: Settings) -> bool:
+    """Whether a run holds rows out to be judged by."""
     data = settings.data
     return bool(data.glue or data.validation or data.validation_split or data.validation_fraction)
 

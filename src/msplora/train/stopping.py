@@ -62,10 +62,13 @@ class StopSignals:
     def _receive(self, number: int, _: Any) -> None:
         if self.number is None:
             self.number = number
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{self.name}: {_STOPPING}\n".encode())
+            self._tell(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+
+    def _tell(self, number: int) -> None:
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{_NAMES[signal.Signals(number)]}: {_STOPPING}\n".encode())
 
 
 _STOPPING = "stopping after this step. Ctrl-C stops at once, and loses what is not saved yet."

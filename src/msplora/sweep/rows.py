@@ -1,0 +1,114 @@
+"""The results of a sweep: one row per run in results.jsonl, which is the sweep's only memory.
+
+A run is known by its config, not by its name: so a sweep whose file was changed finds again what it
+has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from msplora.errors import MSPLoraError
+from msplora.train.checkpoints import write_whole
+from msplora.train.run_folder import FREE_TO_CHANGE, METRICS, flat
+from msplora.train.settings import Settings
+
+RESULTS = "results.jsonl"
+Status = Literal["complete", "diverged", "failed", "unfinished"]
+
+
+@dataclass
+class Row:
+    """One run: what it was, and what came of it."""
+
+    name: str
+    """Of its folder below `runs`."""
+    parameters: dict[str, Any]
+    seed: int | None
+    status: Status
+    config: dict[str, Any]
+    """What `essence` leaves of its settings."""
+    metric: str | None = None
+    value: float | None = None
+    """Of the checkpoint that was kept, on the held-out rows."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """All metrics of that checkpoint, with its step and epoch."""
+    before: dict[str, Any] | None = None
+    """The metrics before the first step."""
+    trainable: int | None = None
+    seconds: float = 0.0
+    """Wall time, loading included, over all attempts."""
+    resident_bytes: int | None = None
+    """The most memory that the run's process had at once, without the GPU's; None if not apart."""
+    error: str | None = None
+    kept: bool = True
+    """Whether its folder was left; not so with `keep: best` for the others."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def started(
+        cls, name: str, parameters: dict[str, Any], seed: int | None, settings: Settings
+    ) -> Row:
+        """The row of a run that begins."""
+        return cls(name, parameters, seed, "unfinished", essence(settings))
+
+    def read_run(self, folder: Path) -> None:
+        """Take over what a complete run's folder says."""
+        metrics = _read_json(folder / METRICS)
+        self.status, self.error, self.kept = "complete", None, True
+        self.metric, self.best = metrics["metric_for_best"], metrics["best"]
+        self.value = self.best[metrics["metric_for_best"]]
+        self.before, self.trainable = metrics["before"], metrics["trainable"]
+        self.versions = _read_json(folder / "versions.json")
+
+
+class Rows:
+    """The rows of a sweep's folder, in the order in which the runs were first started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / RESULTS
+        self._rows: dict[str, Row] = {}
+        if self.file.is_file():
+            try:
+                lines = self.file.read_text(encoding="utf-8").splitlines()
+                found = [Row(**json.loads(line)) for line in lines]
+            except (ValueError, TypeError) as error:
+                raise MSPLoraError(
+                    f"{self.file} is not what a sweep wrote: {error}. Restore it, or move it away: "
+                    f"complete runs are then found again by their folders."
+                ) from None
+            self._rows = {row.name: row for row in found}
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def find(self, settings: Settings) -> Row | None:
+        """The row of a run with these settings."""
+        wanted = essence(settings)
+        return next((row for row in self if row.config == wanted), None)
+
+    def put(self, row: Row) -> None:
+        """Add a row, or replace the one of its name, and write the file."""
+        self._rows[row.name] = row
+        lines = [json.dumps(asdict(its), allow_nan=False) for its in self]
+        write_whole(self.file, "\n".join(lines) + "\n")
+
+
+def essence(settings: Settings) -> dict[str, Any]:
+    """What decides a run's result: dotted key -> value, of all that is not the default.
+
+    Defaults are left out so that a later version with further keys finds the same run.
+    """
+    found = flat(settings.model_dump(mode="json", exclude_defaults=True))
+    return {key: value for key, value in found.items() if key not in FREE_TO_CHANGE}
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,156 @@
+"""One run of a sweep: in a process of its own, or in this one; what it says goes to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from msplora.errors import MSPLoraError
+from msplora.train.settings import Settings
+from msplora.train.settings_file import write_settings
+from msplora.train.stopping import Interrupted, StopSignals
+
+_DIVERGED = 3
+"""The exit code of `TrainingDiverged`, whose module takes seconds to import."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an attempt at a run."""
+
+    status: Literal["complete", "diverged", "failed", "unfinished"]
+    seconds: float
+    error: str | None = None
+    resident_bytes: int | None = None
+
+
+class SweepSignals(StopSignals):
+    """Hands a signal on to the process that is training; where none is, stops at once."""
+
+    apart = False
+    """Whether there is such a process, or is about to be."""
+    _process: subprocess.Popen[bytes] | None = None
+
+    def follow(self, process: subprocess.Popen[bytes]) -> None:
+        """Hand signals on to this process, one that came while it was started too."""
+        self._process = process
+        if self.number is not None:
+            self._hand_on(self.number)
+
+    def forget(self) -> None:
+        """There is no such process any more."""
+        self.apart, self._process = False, None
+
+    def _receive(self, number: int, frame: Any) -> None:
+        first, self.number = self.number is None, self.number or number
+        if not self.apart:
+            raise KeyboardInterrupt
+        if first:
+            self._tell(number)
+        if self._process:
+            self._hand_on(number)
+
+    def _hand_on(self, number: int) -> None:
+        assert self._process is not None
+        # Ctrl-C reaches all processes of a terminal's command, so it reaches all of a run's here.
+        send = os.killpg if number == signal.SIGINT else os.kill
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            send(self._process.pid, number)
+
+
+def run_apart(settings: Settings, log: Path, stop: SweepSignals, lock: int) -> Outcome:
+    """Train by `msplora train --resume auto` in a process of its own.
+
+    It inherits `lock`: should this process be killed, the sweep is not free until that one has
+    ended too.
+    """
+    config = log.with_suffix(".yaml")
+    write_settings(settings, config)
+    command = [sys.executable, "-m", "msplora", "train", str(config), "--resume", "auto"]
+    began, before = time.monotonic(), log.stat().st_size if log.exists() else 0
+    with log.open("ab") as file:
+        stop.apart = True
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # signals reach it by way of `stop` only
+            pass_fds=(lock,),
+        )
+        stop.follow(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        stop.forget()
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - began
+    resident = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if code == 0:
+        config.unlink()
+        return Outcome("complete", seconds, resident_bytes=resident)
+    with log.open("rb") as file:
+        file.seek(before)
+        said = _error_in(file.read().decode("utf-8", "replace"))
+    if stop.asked:
+        return Outcome("unfinished", seconds, said, resident)
+    if code < 0:
+        said = f"its process was ended by {signal.Signals(-code).name}, as for want of memory"
+    return Outcome("diverged" if code == _DIVERGED else "failed", seconds, said, resident)
+
+
+def run_here(settings: Settings, log: Path, stop: SweepSignals) -> Outcome:
+    """Train in this process."""
+    from rich.console import Console
+
+    from msplora.train.progress import TrainingDiverged
+    from msplora.train.run import train_run
+
+    began = time.monotonic()
+
+    def outcome(status: Any, error: str | None = None) -> Outcome:
+        return Outcome(status, time.monotonic() - began, error)
+
+    with log.open("a", encoding="utf-8") as file:
+        console = Console(file=file, width=120)
+        try:
+            train_run(settings, resume="auto", console=console)
+        except Interrupted as error:
+            stop.number = stop.number or error.exit_code - 128
+            return outcome("unfinished", str(error))
+        except TrainingDiverged as error:
+            return outcome("diverged", str(error))
+        except MSPLoraError as error:
+            return outcome("failed", str(error))
+        except Exception as error:
+            # Whatever it is, such as want of memory, it is this run's: the others are to go on.
+            traceback.print_exc(file=file)
+            return outcome("failed", _error_in(f"{type(error).__name__}: {error}"))
+        finally:
+            _free_memory()
+    return outcome("complete")
+
+
+def _free_memory() -> None:
+    """What a trainer leaves refers to itself, and would stay on the GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _error_in(said: str) -> str:
+    """Our own error at the end of what a run printed, else the last line of a traceback."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    for place in reversed(range(len(lines))):
+        if lines[place].startswith(("Error: ", "Stopped: ")):
+            return "\n".join(lines[place:]).partition(": ")[2]
+    return lines[-1].strip() if lines else "it said nothing"

@@ -1,0 +1,496 @@
+"""A sweep runs what is missing and only that, and its table says what its rows say.
+
+Where only the bookkeeping counts, a run is replaced by one that writes the metrics of a known
+function of its settings.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import transformers as hf
+import yaml
+
+from msplora.sweep import sweep as sweep_module
+from msplora.sweep.folder import SweepFolderError
+from msplora.sweep.reading import Sweep, make_sweep
+from msplora.sweep.running import Outcome
+from msplora.sweep.sweep import TooMany, run_sweep
+from msplora.train.progress import ShowProgress
+from msplora.train.settings import Settings
+from msplora.train.stopping import Interrupted
+from runs import (
+    Result,
+    answered_rows,
+    msplora,
+    same,
+    save_decoder,
+    tensors,
+    tree,
+    write_config,
+    write_jsonl,
+)
+
+RATE = "training.learning_rate"
+BASE: dict[str, Any] = {
+    "model": "decoder",
+    "task": "sft",
+    "data": {"train": "answered.jsonl", "validation_fraction": 0.2},
+    "training": {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "check_saved": False},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    save_decoder(folder / "decoder")
+    # A model with LayerNorm, so that a rate too high is seen: RMSNorm turns infinities into zeros.
+    shape = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**shape)).save_pretrained(folder / "decoder")
+    write_jsonl(folder / "answered.jsonl", answered_rows(20))
+    return folder
+
+
+@pytest.fixture
+def here(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model and its rows."""
+    for name in ("decoder", "answered.jsonl"):
+        (tmp_path / name).symlink_to(bases / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sweep_of(**content: Any) -> Sweep:
+    return make_sweep({"output": "out", "config": BASE, "isolate": False, **content}, "sweep.yaml")
+
+
+def sweep_command(content: dict[str, Any], *flags: object) -> Result:
+    whole = {"output": "out", "config": BASE, "isolate": False, **content}
+    return msplora("sweep", write_config(Path("sweep.yaml"), whole), *flags)
+
+
+def rows_in(folder: str = "out") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
+
+
+def table_in(folder: str = "out") -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(folder, "table.csv").read_text().splitlines()))
+
+
+class MadeUp:
+    """In the place of training: a loss that is least at the rate 1e-3, rank 16 and an odd seed."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.stop_at: int | None = None
+        self.fails: set[float] = set()
+        self.diverges_above = math.inf
+
+    def __call__(self, settings: Settings, log: Path, *_: Any) -> Outcome:
+        run = Path(settings.output)
+        rate = settings.training.learning_rate
+        if len(self.ran) == self.stop_at:
+            self.stop_at = None
+            raise KeyboardInterrupt
+        self.ran.append(run.name)
+        if rate in self.fails:
+            return Outcome("failed", 1.0, "out of memory")
+        if rate > self.diverges_above:
+            return Outcome("diverged", 1.0, "the training loss is nan")
+        loss = math.log10(rate / 1e-3) ** 2 + 16 / (settings.adapter.r or 8) + settings.seed % 2 / 8
+        run.mkdir(parents=True)
+        best = {"step": 3, "epoch": 1.0, "loss": loss}
+        metrics = {"metric_for_best": "loss", "best": best, "before": None, "trainable": 7}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        (run / "config.yaml").write_text("")
+        (run / "versions.json").write_text("{}")
+        return Outcome("complete", 1.0)
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
+    monkeypatch.chdir(tmp_path)
+    run = MadeUp()
+    monkeypatch.setattr(sweep_module, "run_here", run)
+    return run
+
+
+def test_each_run_is_the_one_that_train_makes_and_one_that_diverges_is_recorded(
+    here: Path,
+) -> None:
+    result = sweep_command({"grid": {RATE: [0.01, 1e30]}, "seeds": [2]})
+    assert result.code == 0, result.err
+    rows = rows_in()
+    assert [(row["parameters"][RATE], row["seed"], row["status"]) for row in rows] == [
+        (0.01, 2, "complete"),
+        (1e30, 2, "diverged"),
+    ]
+    assert "is nan" in rows[1]["error"]
+    name = "learning_rate=0.01,seed=2"
+    assert [path.name for path in Path("out/runs").iterdir()] == [name]
+    alone = msplora(
+        "train", write_config(Path("one.yaml"), {**BASE, "output": "alone", "seed": 2}),
+        "--set", f"{RATE}=0.01",
+    )  # fmt: skip
+    assert alone.code == 0, alone.err
+    assert same(tensors(Path("alone/adapter")), tensors(Path("out/runs", name, "adapter")))
+    metrics = json.loads(Path("alone/metrics.json").read_text())
+    assert rows[0]["value"] == metrics["best"]["loss"]
+    assert rows[0]["best"] == metrics["best"]
+    assert rows[0]["trainable"] == metrics["trainable"]
+    assert "| 1e+30 | – | – | – | diverged |" in Path("out/table.md").read_text()
+    assert Path("out/sweep.png").stat().st_size > 1000
+
+
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_rows(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = {"grid": {RATE: [0.01, 0.02]}}
+    assert sweep_command({"grid": {RATE: [0.02]}, "output": "straight"}).code == 0
+    usual = ShowProgress.on_step_end
+    pressed: list[float] = []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        usual(self, args, state, control, **more)
+        if state.global_step == 2 and args.learning_rate == 0.02 and not pressed:
+            pressed.append(state.global_step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ShowProgress, "on_step_end", on_step_end)
+    stopped = sweep_command(grid)
+    assert stopped.code == 143
+    assert "To go on: msplora sweep" in stopped.error
+    assert [row["status"] for row in rows_in()] == ["complete", "unfinished"]
+    first = tree(Path("out/runs/learning_rate=0.01"))
+    command = stopped.error.partition("To go on: msplora ")[2].split()
+    result = msplora(*command)
+    assert result.code == 0, result.err
+    assert "learning_rate=0.01\n" not in result.out  # nothing was run twice
+    assert "goes on after step 2" in Path("out/logs/learning_rate=0.02.log").read_text()
+    assert tree(Path("out/runs/learning_rate=0.01")) == first
+    assert [row["status"] for row in rows_in()] == ["complete", "complete"]
+    assert rows_in()[1]["best"] == rows_in("straight")[0]["best"]
+    again = sweep_command(grid)
+    assert again.code == 0
+    assert "[" not in again.out  # no run
+
+
+def test_the_table_has_the_means_of_the_rows_best_first(made_up: MadeUp) -> None:
+    made_up.diverges_above = 5e-3
+    content = {"grid": {"method": ["msplora", "lora"], RATE: [1e-4, 1e-3, 1e-2]}, "seeds": [0, 1]}
+    run_sweep(sweep_of(**content))
+    assert len(made_up.ran) == len(set(made_up.ran)) == 12
+    assert made_up.ran[0] == "method=msplora,learning_rate=0.0001,seed=0"
+    table, rows = table_in(), rows_in()
+    for line in table:
+        values = [
+            row["value"]
+            for row in rows
+            if row["parameters"] == {"method": line["method"], RATE: float(line[RATE])}
+            and row["status"] == "complete"
+        ]
+        assert int(line["runs"]) == len(values)
+        assert int(line["runs"]) + int(line["diverged"]) == 2
+        if values:
+            assert float(line["mean"]) == pytest.approx(mean(values))
+            assert (float(line["lowest"]), float(line["highest"])) == (min(values), max(values))
+    means = [float(line["mean"]) for line in table if line["mean"]]
+    assert means == sorted(means)  # of a loss, the lowest first
+    marks = {(line["method"], line[RATE]): line["mark"] for line in table if line["mark"]}
+    assert marks == {("msplora", "0.001"): "best", ("lora", "0.001"): "best lora"}
+    assert "| msplora | 0.001 | 2.0625 (2.0000 to 2.1250) | 7 | 1 | best |" in (
+        Path("out/table.md").read_text()
+    )
+
+
+def test_a_setting_that_diverged_with_one_seed_is_never_the_best(made_up: MadeUp) -> None:
+    run_sweep(sweep_of(grid={RATE: [1e-3, 2e-3]}, seeds=[0, 2]))
+    rows = [json.dumps(row) for row in rows_in()]
+    one = {**rows_in()[0], "status": "diverged", "value": None}
+    Path("out/results.jsonl").write_text("\n".join([json.dumps(one), *rows[1:]]) + "\n")
+    run_sweep(sweep_of(grid={RATE: [1e-3, 2e-3]}, seeds=[0, 2]))
+    assert [(line[RATE], line["mark"]) for line in table_in()] == [("0.002", "best"), ("0.001", "")]
+
+
+def test_what_failed_is_run_again_on_demand_only(made_up: MadeUp) -> None:
+    made_up.fails = {1e-3}
+    content = {"grid": {RATE: [1e-3, 1e-2]}}
+    run_sweep(sweep_of(**content))
+    assert [row["status"] for row in rows_in()] == ["failed", "complete"]
+    assert rows_in()[0]["error"] == "out of memory"
+    made_up.ran.clear()
+    made_up.fails.clear()
+    run_sweep(sweep_of(**content))
+    assert made_up.ran == []
+    run_sweep(sweep_of(**content), retry_failed=True)
+    assert made_up.ran == ["learning_rate=0.001"]
+    assert [row["status"] for row in rows_in()] == ["complete", "complete"]
+
+
+def test_a_changed_file_takes_over_the_runs_that_still_belong(made_up: MadeUp) -> None:
+    run_sweep(sweep_of(grid={RATE: [1e-4, 1e-3]}))
+    made_up.ran.clear()
+    # The method was the default so far, and one rate is left out.
+    run_sweep(sweep_of(grid={"method": ["msplora", "lora"], RATE: [1e-3, 1e-2]}))
+    assert made_up.ran == [
+        "method=msplora,learning_rate=0.01",
+        "method=lora,learning_rate=0.001",
+        "method=lora,learning_rate=0.01",
+    ]
+    assert {line[RATE] for line in table_in()} == {"0.001", "0.01"}
+    made_up.ran.clear()
+    run_sweep(sweep_of(grid={RATE: [1e-3]}, seeds=[42, 43]))  # 42 is the default
+    assert made_up.ran == ["learning_rate=0.001,seed=43"]
+
+
+def test_another_base_config_is_refused_with_what_differs(made_up: MadeUp) -> None:
+    run_sweep(sweep_of(grid={RATE: [1e-3]}))
+    before = tree(Path("out"))
+    training = {**BASE["training"], "max_steps": 9}
+    with pytest.raises(SweepFolderError, match=r"training\.max_steps was 3 and is 9"):
+        run_sweep(sweep_of(grid={RATE: [1e-3]}, config={**BASE, "training": training}))
+    assert tree(Path("out")) == before
+    Path("other").mkdir()
+    Path("other/notes.txt").write_text("mine")
+    with pytest.raises(SweepFolderError, match="is not empty and holds no sweep"):
+        run_sweep(sweep_of(grid={RATE: [1e-3]}, output="other"))
+
+
+SEARCH = {RATE: {"low": 1e-5, "high": 1e-1, "log": True}, "adapter.r": {"choices": [4, 8, 16]}}
+
+
+def test_a_search_that_is_stopped_tries_what_it_would_have_tried(made_up: MadeUp) -> None:
+    run_sweep(sweep_of(search=SEARCH, trials=12, seeds=[0, 1], output="straight"))
+    straight = rows_in("straight")
+    assert len(straight) == 24
+    assert len({row["parameters"][RATE] for row in straight}) == 12
+    for stop_at in (3, 20):  # within the first settings, and among those that are chosen
+        made_up.ran.clear()
+        made_up.stop_at = stop_at
+        content = {"search": SEARCH, "trials": 12, "seeds": [0, 1], "output": f"out{stop_at}"}
+        with pytest.raises(Interrupted):
+            run_sweep(sweep_of(**content))
+        run_sweep(sweep_of(**content))
+        assert len(made_up.ran) == len(set(made_up.ran)) == 24
+        assert rows_in(f"out{stop_at}") == straight
+    found = table_in("straight")[0]
+    assert found["adapter.r"] == "16"
+    assert 1e-4 < float(found[RATE]) < 1e-2
+
+
+def test_a_search_is_one_for_each_combination_and_takes_over_what_lies_in_its_range(
+    made_up: MadeUp,
+) -> None:
+    made_up.diverges_above, made_up.fails = 1e-2, set()
+    content: dict[str, Any] = {"grid": {"method": ["msplora", "lora"]}, "search": SEARCH}
+    run_sweep(sweep_of(**content, trials=4))
+    assert sum(name.startswith("method=lora") for name in made_up.ran) == 4
+    made_up.ran.clear()
+    run_sweep(sweep_of(**content, trials=6))
+    assert len(made_up.ran) == 4
+    made_up.ran.clear()
+    content["search"] = {**SEARCH, RATE: {"low": 1e-5, "high": 1e-3, "log": True}}
+    inside = [row for row in rows_in() if row["parameters"][RATE] <= 1e-3]
+    assert 0 < len(inside) < 12
+    run_sweep(sweep_of(**content, trials=6))
+    assert len(made_up.ran) == 12 - len(inside)
+
+
+def test_a_search_ends_where_there_is_nothing_else_to_try(made_up: MadeUp) -> None:
+    content = {"search": {"adapter.lora_alpha": {"choices": [8, 16]}}, "trials": 5}
+    run_sweep(sweep_of(**content))
+    assert sorted(made_up.ran) == ["lora_alpha=16", "lora_alpha=8"]
+    run_sweep(sweep_of(**content))
+    assert len(made_up.ran) == 2
+
+
+def test_only_the_best_runs_are_kept_where_that_is_asked_for(made_up: MadeUp) -> None:
+    content = {
+        "grid": {"method": ["msplora", "lora"], RATE: [1e-4, 1e-3, 1e-2]},
+        "seeds": [0, 1],
+        "keep": "best",
+    }
+    run_sweep(sweep_of(**content))
+    kept = {
+        f"method={method},learning_rate=0.001,seed={seed}"
+        for method in ("msplora", "lora")
+        for seed in (0, 1)
+    }
+    assert {path.name for path in Path("out/runs").iterdir()} == kept
+    assert {row["name"] for row in rows_in() if row["kept"]} == kept
+    assert len(table_in()) == 6
+    made_up.ran.clear()
+    run_sweep(sweep_of(**content))
+    assert made_up.ran == []
+
+
+def test_a_list_runs_nothing(made_up: MadeUp) -> None:
+    sweep = {"grid": {RATE: [1e-3, 1e-2]}, "seeds": [0, 1, 2]}
+    result = sweep_command(sweep, "--list")
+    assert result.code == 0, result.err
+    assert "6 runs, of which 0 were begun." in result.out
+    assert made_up.ran == []
+    assert not Path("out").exists()
+
+
+def test_a_base_file_is_read_and_its_output_left_alone(made_up: MadeUp) -> None:
+    write_config(Path("base.yaml"), {**BASE, "output": "elsewhere"})
+    result = sweep_command({"config": None, "base": "base.yaml", "grid": {RATE: [1e-3]}})
+    assert result.code == 0, result.err
+    assert Path("out/runs/learning_rate=0.001").is_dir()
+    assert not Path("elsewhere").exists()
+    assert yaml.safe_load(Path("out/sweep.yaml").read_text())["config"]["model"] == "decoder"
+
+
+def test_two_sweeps_cannot_write_one_folder(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: Any) -> Outcome:
+        with pytest.raises(SweepFolderError, match="another process is at work"):
+            run_sweep(sweep_of(grid={RATE: [1e-3]}))
+        return made_up(*arguments)
+
+    monkeypatch.setattr(sweep_module, "run_here", run)
+    run_sweep(sweep_of(grid={RATE: [1e-3]}))
+    assert len(made_up.ran) == 1
+
+
+def test_more_than_a_thousand_runs_are_refused(made_up: MadeUp) -> None:
+    sweep = sweep_of(grid={"training.warmup_ratio": [0.0, 0.1]}, seeds=list(range(501)))
+    with pytest.raises(TooMany, match="has 1,002 runs"):
+        run_sweep(sweep)
+    assert made_up.ran == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"gird": {}}, "unknown key 'gird'. Did you mean 'grid'?"),
+        ({"training": {"epochs": 1}}, "Keys of the runs stand under config"),
+        ({"grid": {"training.learning_rat": [1]}}, "Did you mean 'training.learning_rate'?"),
+        ({"search": {"adapter.rr": {"choices": [4, 8]}}}, "unknown key 'adapter.rr'"),
+        ({"search": {RATE: {"lo": 1e-5}}}, "Did you mean 'low'?"),
+        ({"search": {RATE: {"low": 1e-5}}}, "needs low and high, or choices"),
+        ({"search": {RATE: {"low": 1e-2, "high": 1e-5}}}, "is not below high"),
+        ({"search": {RATE: {"low": 0, "high": 1, "log": True}}}, "is above 0"),
+        ({"search": {"adapter.r": {"low": 4.5, "high": 8}}}, "takes whole numbers only"),
+        ({"search": {RATE: {"low": 1, "choices": [1, 2]}}}, "has choices and a range"),
+        ({"search": {RATE: {"low": -1, "high": 1}}}, "(training.learning_rate = -1)"),
+        ({"grid": {RATE: [1e-3, "fast"]}}, "(training.learning_rate = fast)"),
+        ({"grid": {RATE: 1e-3}}, "it should be a valid list"),
+        ({"grid": {RATE: []}}, "is empty"),
+        ({"grid": {RATE: [1e-3, 1e-3]}}, "has 0.001 twice"),
+        ({"grid": {"adapter": [{"r": 4}]}}, "'adapter' is a section"),
+        ({"grid": {"output": ["a"]}}, "output cannot be swept"),
+        ({"grid": {"seed": [0, 1]}, "seeds": [0]}, "are averaged over"),
+        ({"grid": {RATE: [1]}, "search": {RATE: {"low": 1, "high": 2}}}, "both name"),
+        ({}, "nothing to sweep"),
+        ({"seeds": [1], "config": None}, "found neither"),
+        ({"seeds": [1], "base": "base.yaml"}, "found both"),
+        ({"seeds": [1], "config": {**BASE, "data": {"train": "a", "validation_fraction": 0}}},
+         "there are none"),
+        ({"seeds": [1], "config": {**BASE, "devices": {"processes": 2}}}, "Leave isolate out"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_swept_is_refused_before_the_first_run(
+    content: dict[str, Any], message: str, made_up: MadeUp
+) -> None:
+    result = sweep_command(content)
+    assert result.code == 1
+    assert message in result.error
+    assert made_up.ran == []
+    assert not Path("out").exists()
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "msplora", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(text: str, file: Path, process: subprocess.Popen[str]) -> None:
+    """Until a run has printed that much; its sweep goes on meanwhile."""
+    while not (file.is_file() and text in file.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_are_stopped_killed_and_continued(here: Path) -> None:
+    training = {**BASE["training"], "max_steps": 120, "eval_steps": 10, "warmup_ratio": 0.0}
+    content = {"output": "out", "config": {**BASE, "training": training}}
+    content["grid"] = {RATE: [0.01, 1e30]}
+    file = str(write_config(Path("sweep.yaml"), content))
+    logs = here / "out/logs"
+    process = started("sweep", file)
+    wait_for("epoch 5", logs / "learning_rate=0.01.log", process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 143, out
+    assert "To go on: msplora sweep" in out
+    assert [row["status"] for row in rows_in()] == ["unfinished"]
+    # Killed, the process that trains is left: until it has ended too the folder is not free.
+    process = started("sweep", file)
+    wait_for("goes on after step", logs / "learning_rate=0.01.log", process)
+    process.kill()
+    process.communicate()
+    refused = started("sweep", file)
+    assert "another process is at work" in refused.communicate(timeout=200)[0]
+    folder = os.open("out", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # waits for it
+    os.close(folder)
+    assert Path("out/runs/learning_rate=0.01").is_dir()
+    process = started("sweep", file)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    rows = rows_in()
+    assert [row["status"] for row in rows] == ["complete", "diverged"]
+    assert "Lower training.learning_rate" in rows[1]["error"]
+    assert 50e6 < rows[0]["resident_bytes"] < 50e9
+    assert not list(Path("out/runs").glob("*.unfinished"))
+    assert not list(logs.glob("*.yaml"))
+    # It is the run that nobody stopped.
+    alone = {**content["config"], "output": "alone"}
+    write_config(Path("one.yaml"), alone)
+    assert msplora("train", "one.yaml", "--set", f"{RATE}=0.01").code == 0
+    adapters = [Path(its, "adapter") for its in ("alone", "out/runs/learning_rate=0.01")]
+    assert same(*map(tensors, adapters))
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_or_is_killed_takes_no_other_with_it(here: Path) -> None:
+    training = {**BASE["training"], "max_steps": 100}
+    content: dict[str, Any] = {"output": "out", "config": {**BASE, "training": training}}
+    content["grid"] = {"adapter.r": [2, 4, 8]}  # three levels need at least 4
+    process = started("sweep", str(write_config(Path("sweep.yaml"), content)))
+    wait_for("training", here / "out/logs/r=4.log", process)
+    [child] = [
+        int(path.name)
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit() and b"r=4.yaml" in _command_of(path)
+    ]
+    os.kill(child, signal.SIGKILL)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    rows = rows_in()
+    assert [row["status"] for row in rows] == ["failed", "failed", "complete"]
+    assert "r must be at least 4" in rows[0]["error"]
+    assert "SIGKILL" in rows[1]["error"]
+
+
+def _command_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
