@@ -30,18 +30,20 @@ def rows_of(labels: list[Any]) -> list[dict[str, Any]]:
 
 
 def test_classes_are_those_of_the_rows_numbers_by_value(tmp_path: Path) -> None:
-    _, _, words = read(tmp_path, rows_of(["b", "a", "c"] * 3))
+    words = read(tmp_path, rows_of(["b", "a", "c"] * 3)).classes
     assert words.labels == ("a", "b", "c")
-    train, held_out, numbers = read(tmp_path, rows_of([10, 9, 2, 1] * 3))
-    assert numbers.labels == ("1", "2", "9", "10")
-    by_text = {example.texts[0]: example.label for example in (*train, *held_out)}
+    found = read(tmp_path, rows_of([10, 9, 2, 1] * 3))
+    assert found.classes.labels == ("1", "2", "9", "10")
+    by_text = {example.texts[0]: example.label for example in (*found.train, *found.held_out)}
     assert [by_text[f"w{place}"] for place in range(4)] == [3, 2, 1, 0]
 
 
 def test_named_classes_keep_their_order(tmp_path: Path) -> None:
-    train, held_out, classes = read(tmp_path, rows_of(["no", "yes"] * 4), labels=["yes", "no"])
-    assert classes.labels == ("yes", "no")
-    assert {example.label for example in (*train, *held_out) if example.texts == ("w0",)} == {1}
+    found = read(tmp_path, rows_of(["no", "yes"] * 4), labels=["yes", "no"])
+    assert found.classes.labels == ("yes", "no")
+    assert {
+        example.label for example in (*found.train, *found.held_out) if example.texts == ("w0",)
+    } == {1}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_the_usual_columns_of_text_are_found(
     tmp_path: Path, columns: list[str], found: tuple[str, ...]
 ) -> None:
     rows = [dict.fromkeys(columns, "w") | {"label": str(place % 2)} for place in range(6)]
-    assert read(tmp_path, rows)[2].text_columns == found
+    assert read(tmp_path, rows).classes.text_columns == found
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_a_tsv_quotes_nothing_and_ends_lines_at_line_ends_only(tmp_path: Path) -
         ("a.csv", 'a\n"open\n', "line 2: not valid CSV"),
         ("a.tsv", "a\ta\n1\t2\n", "the header names a more than once"),
         ("a.tsv", b"a\n\xff\n", "not UTF-8"),
-        ("a.parquet", "a", "cannot read .parquet"),
+        ("a.parquet", "a", "no whole parquet file"),
+        ("a.xlsx", "a", "cannot read .xlsx"),
         ("a", "a", "a file without suffix"),
     ],
 )

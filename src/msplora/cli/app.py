@@ -11,7 +11,7 @@ import typer
 from msplora import __version__
 from msplora.errors import MSPLoraError
 
-from . import bench, convert, demo, evaluate, generate, plan, predict, train
+from . import bench, convert, data, demo, evaluate, generate, plan, predict, train
 
 app = typer.Typer(
     name="msplora",
@@ -49,6 +49,7 @@ def options(
 
 
 app.command("train")(train.train)
+app.command("data")(data.data)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)

@@ -6,27 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from rich.text import Text
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from msplora.errors import ConfigError
 
 from .base_model import Base, load_base
+from .classification_rows import labelled_sample, prepare_rows
 from .data_classification import Classes, read_classification
 from .job import Job
+from .length_groups import GroupsByLength
 from .lengths import row_limit
 from .methods import adapt
 from .metrics import metrics_for, predictions
 from .settings import Settings
 from .settings_file import check_metric
 from .task_record import TaskRecord
-from .tokenise_classification import tokenise_examples
 from .trainer_arguments import optimizer, quieten, trainer_arguments
+
+
+class ClassificationTrainer(GroupsByLength, Trainer):
+    """transformers' trainer, with batches of like length where they are asked for."""
 
 
 def prepare(settings: Settings) -> Job:
     """Read the data, load the model and apply the method."""
-    train, held_out, classes = read_classification(settings.data, settings.seed)
+    data = read_classification(settings.data, settings.seed)
+    classes = data.classes
     best = best_metric(settings, classes)
     base = load_base(settings, classes)
     if base.tokenizer.pad_token is None:
@@ -35,15 +40,13 @@ def prepare(settings: Settings) -> Job:
             f"for the end or for unknown words, so rows cannot be put into batches. Name another "
             f"as tokenizer."
         )
-    limit = row_limit(settings, base.model)
-    train_rows, train_report = tokenise_examples(train, base.tokenizer, limit, "training")
-    held_rows, held_report = tokenise_examples(held_out, base.tokenizer, limit, "held-out")
+    rows = prepare_rows(settings, data, base.tokenizer, row_limit(settings, base.model))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:
-        arguments = trainer_arguments(settings, base, checkpoints, len(train_rows), True, best)
+        arguments = trainer_arguments(settings, base, checkpoints, len(rows.train), True, best)
         return classification_trainer(
-            settings, base, classes, adapted.model, arguments, train_rows, held_rows
+            settings, base, classes, adapted.model, arguments, rows.train, rows.held_out
         )
 
     return Job(
@@ -52,9 +55,10 @@ def prepare(settings: Settings) -> Job:
         TaskRecord(settings, classes=classes),
         best,
         held_out=True,
-        data_notes=[f"training: {train_report}", f"held out: {held_report}"],
-        sample=_sample(train_rows[0], base.tokenizer, classes),
+        data_notes=rows.notes,
+        sample=labelled_sample(rows.train[0], base.tokenizer, classes),
         make_trainer=make_trainer,
+        check=rows.check,
     )
 
 
@@ -69,7 +73,7 @@ def classification_trainer(
 ) -> Trainer:
     """Make the trainer that trains and evaluates; evaluation alone needs no training rows."""
     compute, _ = metrics_for(settings.data.glue, classes.regression)
-    trainer = Trainer(
+    trainer = ClassificationTrainer(
         model=model,
         args=TrainingArguments(**arguments, label_names=["labels"]),
         train_dataset=train_rows,
@@ -80,6 +84,7 @@ def classification_trainer(
         ),
         optimizers=(optimizer(model, settings, base.head) if train_rows else None, None),
     )
+    trainer.group_by_length = settings.training.group_by_length
     quieten(trainer)
     return trainer
 
@@ -95,9 +100,3 @@ def best_metric(settings: Settings, classes: Classes) -> str:
 
 def _labels(label_ids: Any) -> Any:
     return label_ids[0] if isinstance(label_ids, tuple) else label_ids
-
-
-def _sample(row: dict[str, Any], tokenizer: Any, classes: Classes) -> Text:
-    label = row["labels"] if classes.regression else classes.labels[int(row["labels"])]
-    text = Text(tokenizer.decode(row["input_ids"]))
-    return text.append(f"\n→ {classes.label_column} = {label}", style="green")

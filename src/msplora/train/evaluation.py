@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .classification import classification_trainer
-from .data_classification import Example, examples, read_classification
-from .data_files import DataError, read_rows
+from .data_classification import Example, examples, fit_columns, read_classification
+from .data_files import DataError
 from .data_glue import read_glue_file
-from .data_sft import Form, Sample, detect_form, read_more_sft, read_sft
+from .data_sft import Sample, read_more_sft, read_sft
 from .held_out_loss import held_out_loss
 from .lengths import row_limit
 from .progress import plain_metrics
@@ -43,25 +43,25 @@ def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[st
     assert classes
     held_out: list[Example]
     if data:
-        held_out = examples(read_glue_file(settings.data.glue, data), classes)
+        rows = read_glue_file(settings.data.glue, data)
+        held_out = examples(rows, fit_columns(rows, classes))
     else:
-        _, held_out, _ = read_classification(settings.data, settings.seed)
+        held_out = read_classification(settings.data, settings.seed).held_out
     limit = row_limit(settings, run.base.model)
-    rows, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
+    inputs, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
-        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
+        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(inputs), False, "loss")
         arguments["per_device_eval_batch_size"] = batch_size
         trainer = classification_trainer(
-            settings, run.base, classes, run.model, arguments, held_rows=rows
+            settings, run.base, classes, run.model, arguments, held_rows=inputs
         )
-        return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
+        return {"rows": len(inputs), **report.left_out(), **plain_metrics(trainer.evaluate())}
 
 
 def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
     settings, form = run.settings, run.record.form
     held_out: list[Sample]
     if data:
-        form = form or _form_of_file(data)
         held_out = read_more_sft(data, form, settings.data)
     elif form is None:
         raise DataError(f"{run.path} does not say what it was trained on; give a file with --data.")
@@ -71,7 +71,6 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
             raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
     rows, report = tokenise_samples(
         held_out,
-        form,
         run.base.tokenizer,
         row_limit(settings, run.base.model),
         "held-out",
@@ -82,7 +81,3 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
         run.model, rows, padding_id(run.base.tokenizer), batch_size, run.base.arithmetic
     )
     return {"rows": len(rows), **report.left_out(), **found}
-
-
-def _form_of_file(file: str) -> Form:
-    return "text-file" if file.endswith(".txt") else detect_form(read_rows(file), {})

@@ -12,10 +12,10 @@ import torch
 
 from msplora.errors import ConfigError
 
-from .data_classification import examples
+from .data_classification import examples, fit_columns
 from .data_files import DataError, read_rows
 from .data_glue import read_glue_file
-from .data_sft import detect_form, samples
+from .data_sft import read_more_sft
 from .generation import continue_sample
 from .held_out_loss import autocast
 from .lengths import Limit, row_limit
@@ -40,13 +40,13 @@ def predict_file(
         if run.record.classes:
             rows = read_glue_file(run.settings.data.glue, file)
             return list(_classify(run, rows, batch_size))
-        form = run.record.form or detect_form(rows, {})
+        form = run.record.form
         if form in ("text", "text-file"):
             raise DataError(
                 f"{path} was trained on plain text, which has no prompts to answer; use msplora "
                 f"generate --prompt."
             )
-        found = samples(rows, form, run.settings.data.columns, unanswered=True)
+        found = read_more_sft(str(file), form, run.settings.data, unanswered=True)
         return [
             {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
             for number, sample in enumerate(found, 1)
@@ -97,9 +97,8 @@ def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Predi
     # Every row gets its line, so none is dropped here.
     limit = row_limit(run.settings, run.base.model)
     limit = Limit(limit.positions, limit.length, "truncate")
-    data, _ = tokenise_examples(
-        examples(rows, classes, labelled=False), run.base.tokenizer, limit, "given"
-    )
+    asked = examples(rows, fit_columns(rows, classes), labelled=False)
+    data, _ = tokenise_examples(asked, run.base.tokenizer, limit, "given")
     number = 0
     for start in range(0, len(data), batch_size):
         batch = run.base.tokenizer.pad(data[start : start + batch_size], return_tensors="pt")

@@ -16,13 +16,14 @@ from msplora.errors import MSPLoraError
 from msplora.loading import resolve_source
 from msplora.versions import versions
 
+from .data_sources import absolute_sources
 from .job import Job
 from .model_card import model_card
 from .next_steps import next_steps
 from .preview import plan_record, plan_text, show_preview
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
-from .run_folder import BEFORE, METRICS, RunFolder
+from .run_folder import BEFORE, DATA, METRICS, RunFolder
 from .settings import Settings
 
 
@@ -54,6 +55,8 @@ def train_run(
         show_preview(job, console)
         try:
             folder.begin()
+            if job.check:
+                folder.write_json(DATA, job.check.to_dict())
             trainer = job.make_trainer(folder.checkpoints)
             _train(trainer, job, folder, console)
             metrics = _metrics(trainer.state, job, folder)
@@ -82,7 +85,10 @@ def with_absolute_paths(settings: Settings) -> Settings:
     settings.output = _absolute(settings.output)
     if settings.init_from:
         settings.init_from = _absolute(settings.init_from)
-    for key in ("path", "train", "validation", "chat_template"):
+    for key in ("train", "validation"):
+        sources = absolute_sources(getattr(settings.data, key), f"data.{key}")
+        setattr(settings.data, key, sources)
+    for key in ("path", "chat_template"):
         if getattr(settings.data, key):
             setattr(settings.data, key, _absolute(getattr(settings.data, key)))
     return settings
