@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from msplora.train.settings import (
     AdapterSettings,
     DataSettings,
+    DataSource,
     Settings,
     TrainingSettings,
 )
@@ -25,6 +26,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/training.md"
 SECTIONS: dict[str, type[BaseModel]] = {
     "top level": Settings,
     "data": DataSettings,
+    "source": DataSource,
     "adapter": AdapterSettings,
     "training": TrainingSettings,
 }
@@ -87,6 +89,7 @@ def _kind(annotation: Any) -> str:
         int: "whole number",
         float: "number",
         bool: "`true` or `false`",
+        DataSource: "source",
     }[annotation]
 
 

@@ -11,7 +11,7 @@ import pytest
 import transformers as hf
 
 from msplora.errors import ConfigError
-from msplora.train.data_classification import Classes, examples, read_classification
+from msplora.train.data_classification import Classes, examples, fit_columns, read_classification
 from msplora.train.data_files import DataError, Row
 from msplora.train.lengths import Limit
 from msplora.train.metrics import metrics_for, predictions
@@ -44,6 +44,39 @@ def test_named_classes_keep_their_order(tmp_path: Path) -> None:
     assert {
         example.label for example in (*found.train, *found.held_out) if example.texts == ("w0",)
     } == {1}
+
+
+def test_a_class_whose_rows_are_all_held_out_is_a_class_all_the_same(tmp_path: Path) -> None:
+    for rows in (rows_of(["a", "b"]), rows_of(["a", "a", "b"])):
+        found = read(tmp_path, rows, validation_fraction=0.1)
+        assert found.classes.labels == ("a", "b")
+        assert len(found.held_out) == 1
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: the column 'label' holds 1 class\(es\) \(a\)"
+    ):
+        read(tmp_path, rows_of(["a", "a"]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "found"),
+    [
+        (("#1 String", "#2 String"), ("#1 String", "#2 String", "Quality"), None),
+        (("#1 String", "#2 String"), ("idx", "sentence2", "sentence1"), ("sentence1", "sentence2")),
+        (("#1 String", "#2 String"), ("left", "right"), ("left", "right")),
+        (("#1 String", "#2 String"), ("label", "left", "right"), ("left", "right")),
+        (("#1 String", "#2 String"), ("left", "middle", "right"), None),
+        (("review",), ("text", "id"), ("text",)),
+        (("review",), ("comment",), ("comment",)),
+        (("review",), ("text", "review"), None),
+    ],
+)
+def test_columns_of_other_names_stand_for_those_of_the_run(
+    columns: tuple[str, ...], given: tuple[str, ...], found: tuple[str, ...] | None
+) -> None:
+    classes = Classes(columns, "Quality", ("0", "1"))
+    fitted = fit_columns([Row("x", dict.fromkeys(given, "a"))], classes)
+    assert fitted.text_columns == (found or columns)
+    assert fitted.label_column == ("label" if "label" in given else "Quality")
 
 
 @pytest.mark.parametrize(

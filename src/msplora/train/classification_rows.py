@@ -79,7 +79,7 @@ def prepare_rows(
             f"labels is wrong."
         )
     check.warnings += [
-        f"{count} rows have {what}, and a label that is learnt from nothing; look whether they are "
+        f"{count:,} row(s) have {what}, and a label that is learnt from nothing; look whether they are "
         f"whole."
         for what, count in check.empty.items()
     ]

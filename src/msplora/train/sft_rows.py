@@ -77,7 +77,7 @@ def prepare_rows(
     check.warnings += warnings_on_repeats(check)
     check.warnings += _warnings_on_samples([*data.train, *data.held_out], tokenizer)
     check.warnings += [
-        f"{count} rows have {what}; look whether they are whole."
+        f"{count:,} row(s) have {what}; look whether they are whole."
         for what, count in check.empty.items()
     ]
     return SftRows(rows["training"], rows["held-out"], notes, check)
