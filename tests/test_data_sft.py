@@ -412,6 +412,6 @@ def test_a_text_file_becomes_chunks_that_hold_every_token_once() -> None:
 def test_files_as_users_have_them_are_read(shared: Path, file: str, form: str) -> None:
     path = shared / "data/llamafactory_demo" / file
     found = read_sft(DataSettings(train=str(path)), 0)
-    assert found.form == form
+    assert found.forms == (form,)
     assert len(found.train) > 200
     assert len(found.held_out) > 20

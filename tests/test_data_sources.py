@@ -110,7 +110,8 @@ def test_every_source_has_its_own_form_and_columns(tmp_path: Path) -> None:
         *["t"] * 2, *["user: u\nassistant: a"] * 2, *["qb"] * 2
     ]  # fmt: skip
     assert [sample.text for sample in found.held_out] == ["t"] * 2
-    assert found.form == "messages"  # what a prompt of msplora generate is put into
+    # The first is what a prompt of msplora generate is put into.
+    assert found.forms == ("messages", "prompt-completion", "text")
 
 
 def test_classes_are_those_of_all_sources(tmp_path: Path) -> None:

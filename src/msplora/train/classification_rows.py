@@ -79,8 +79,8 @@ def prepare_rows(
             f"labels is wrong."
         )
     check.warnings += [
-        f"{count:,} row(s) have {what}, and a label that is learnt from nothing; look whether they are "
-        f"whole."
+        f"{count:,} row(s) have {what}, and a label that is learnt from nothing; look whether they "
+        f"are whole."
         for what, count in check.empty.items()
     ]
     return ClassificationRows(train, held_out, notes, check)

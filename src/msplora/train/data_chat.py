@@ -12,9 +12,9 @@ from .data_files import DataError, Row
 Message = dict[str, Any]
 
 # The names that chat data goes by -> the roles that chat templates know.
-_ROLES = {
+ROLES = {
     "system": "system",
-    "developer": "system",
+    "developer": "developer",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -77,17 +77,17 @@ def _turn(place: str, number: int, turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{place}: found a {type(turn).__name__}, not an object.")
     role = turn.get("role", turn.get("from"))
-    if role not in _ROLES:
+    if role not in ROLES:
         raise DataError(
-            f"{place}: role {role!r} is none of {', '.join(_ROLES)}."
-            + nearest(str(role), _ROLES, count=1)
+            f"{place}: role {role!r} is none of {', '.join(ROLES)}."
+            + nearest(str(role), ROLES, count=1)
         )
     calls = _calls(turn, place)
     content = _content(turn.get("content", turn.get("value")), place, may_be_empty=bool(calls))
     if role in _CALLING and not calls:
         calls, content = _calls_in_text(content)
     kept = {key: turn[key] for key in _KEPT if isinstance(turn.get(key), str)}
-    message = {"role": _ROLES[role], "content": content, **kept}
+    message = {"role": ROLES[role], "content": content, **kept}
     return message | {"tool_calls": calls} if calls else message
 
 

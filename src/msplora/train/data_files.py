@@ -84,7 +84,7 @@ def read_rows(file: Path | str) -> list[Row]:
     if file.exists() and not file.is_dir() and suffix not in TABLES:
         raise DataError(
             f"{file}: cannot read {suffix or 'a file without suffix'}; "
-            f"use one of {', '.join(TABLES)}."
+            f"use one of {', '.join(TABLES)} (or for sft .txt)."
         )
     if suffix == ".parquet":
         rows = _parquet(file)

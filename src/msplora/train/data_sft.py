@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ _FORMS: dict[Form, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+
+WITHOUT_PROMPTS: tuple[Form, ...] = ("text", "text-file")
 
 _ANSWERS = ("completion", "output")
 
@@ -70,10 +72,10 @@ class SftData:
     unprompted: int = 0
 
     @property
-    def form(self) -> Form:
-        """The first source's form, or the first that has prompts: what generating puts them in."""
-        forms: list[Form] = [source.form for source in self.sources]
-        return next((form for form in forms if form not in ("text", "text-file")), forms[0])
+    def forms(self) -> tuple[Form, ...]:
+        """Every form once; first one that has prompts, into which generating puts them."""
+        found = dict.fromkeys(source.form for source in self.sources if source.train)
+        return tuple(sorted(found, key=lambda form: form in WITHOUT_PROMPTS))
 
 
 def alpaca_prompt(
@@ -129,20 +131,27 @@ def read_sft(data: DataSettings, seed: int) -> SftData:
 
 
 def read_more_sft(
-    file: str, form: Form | None, data: DataSettings, unanswered: bool = False
+    file: str, forms: Sequence[Form], data: DataSettings, unanswered: bool = False
 ) -> list[Sample]:
-    """Return the samples of another file; `unanswered` ones need no completion.
+    """Return the samples of another file of one of `forms`; `unanswered` ones need no completion.
 
-    They are of the form given where they have its fields, and of the one they fit otherwise.
+    Where no forms are known, it is of the one that its fields say.
     """
-    part = Part(DataSource(path=file), read_source(DataSource(path=file), whole_texts=True))
+    part = Part(DataSource(path=file), read_source(DataSource(path=file), "text-file" in forms))
+    form = None
     if not part.whole_text:
-        fits = form and all(_fits(_named(row, data.columns, True), form, True) for row in part.rows)
-        form = form if fits else detect_form(part.rows, data.columns, unanswered)
+        fitting = [form for form in forms if _all_fit(part.rows, form, data.columns)]
+        known = [*fitting, *(form for form in forms if form in _FORMS)]
+        # Of rows that fit no known form, the first says what they lack.
+        form = known[0] if known else detect_form(part.rows, data.columns, unanswered)
     found = _samples_of(part, form, data, unanswered)
     if not found:
         raise DataError(f"{file}: every row has an empty completion.")
     return found
+
+
+def _all_fit(rows: list[Row], form: Form, columns: Mapping[str, str]) -> bool:
+    return all(_fits(named(row, columns, True), form, True) for row in rows)
 
 
 def _form_of_part(part: Part, data: DataSettings) -> Form:
@@ -179,13 +188,13 @@ def samples(
     rows: list[Row], form: Form, columns: Mapping[str, str], unanswered: bool = False
 ) -> list[Sample]:
     """Return the samples of `rows`, without those that have nothing to learn."""
-    found = [_sample(_named(row, columns, unanswered), form, unanswered) for row in rows]
+    found = [_sample(named(row, columns, unanswered), form, unanswered) for row in rows]
     return [
         sample for sample in found if unanswered or sample.messages or sample.completion.strip()
     ]
 
 
-def _named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
+def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
     """The row with its columns renamed to the form's fields, and sharegpt's list to `messages`."""
     values = dict(row.values)
     for name, column in columns.items():
@@ -211,15 +220,15 @@ def _fits(row: Row, form: Form, unanswered: bool) -> bool:
 
 
 def _form_of(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Form:
-    named = _named(row, columns, unanswered)
+    its = named(row, columns, unanswered)
     for form in _FORMS:
-        if _fits(named, form, unanswered):
+        if _fits(its, form, unanswered):
             return form
     known = [field for fields in _FORMS.values() for field in fields]
-    unknown = [str(name) for name in named.values if name not in known]
+    unknown = [str(name) for name in its.values if name not in known]
     hints = {nearest(name, known, count=1) for name in unknown} - {""}
     raise DataError(
-        f"{row.place}: the columns {', '.join(map(str, named.values)) or '(none)'} fit no form. "
+        f"{row.place}: the columns {', '.join(map(str, its.values)) or '(none)'} fit no form. "
         f"Known: text; prompt and completion; instruction, input and output; messages (or "
         f"conversations). Name yours in data.columns, as in {{prompt: question, completion: "
         f"answer}}." + "".join(sorted(hints)[:1])

@@ -59,11 +59,11 @@ def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[st
 
 
 def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
-    settings, form = run.settings, run.record.form
+    settings, forms = run.settings, run.record.forms
     held_out: list[Sample]
     if data:
-        held_out = read_more_sft(data, form, settings.data)
-    elif form is None:
+        held_out = read_more_sft(data, forms, settings.data)
+    elif not forms:
         raise DataError(f"{run.path} does not say what it was trained on; give a file with --data.")
     else:
         held_out = read_sft(settings.data, settings.seed).held_out

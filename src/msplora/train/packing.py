@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import torch
+from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from msplora.errors import ConfigError
@@ -25,6 +27,14 @@ def packed_length(limit: Limit, rows: list[Tokens]) -> int:
         return limit.length
     longest = max(len(row.input_ids) for row in rows)
     return max(longest, min(_SHORTEST, limit.positions or _SHORTEST))
+
+
+def packed_rows(rows: datasets.Dataset, length: int) -> datasets.Dataset:
+    """Put rows together by best fit, longest first; none is cut, since none is longer.
+
+    Here and not by the trainer, whose first releases drop the labels, and with them the loss mask.
+    """
+    return pack_dataset(rows, length, strategy="bfd")
 
 
 def refuse_leaking(model: Any, rows: list[Tokens]) -> None:

@@ -15,7 +15,7 @@ from msplora.errors import ConfigError
 from .data_classification import examples, fit_columns
 from .data_files import DataError, read_rows
 from .data_glue import read_glue_file
-from .data_sft import read_more_sft
+from .data_sft import WITHOUT_PROMPTS, read_more_sft
 from .generation import continue_sample
 from .held_out_loss import autocast
 from .lengths import Limit, row_limit
@@ -40,13 +40,13 @@ def predict_file(
         if run.record.classes:
             rows = read_glue_file(run.settings.data.glue, file)
             return list(_classify(run, rows, batch_size))
-        form = run.record.form
-        if form in ("text", "text-file"):
+        forms = run.record.forms
+        if run.record.form in WITHOUT_PROMPTS:
             raise DataError(
                 f"{path} was trained on plain text, which has no prompts to answer; use msplora "
                 f"generate --prompt."
             )
-        found = read_more_sft(str(file), form, run.settings.data, unanswered=True)
+        found = read_more_sft(str(file), forms, run.settings.data, unanswered=True)
         return [
             {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
             for number, sample in enumerate(found, 1)

@@ -19,13 +19,13 @@ from .job import Job
 from .length_groups import GroupsByLength
 from .lengths import row_limit
 from .methods import adapt
-from .packing import packed_length, refuse_leaking
+from .packing import packed_length, packed_rows, refuse_leaking
 from .settings import Settings
 from .settings_file import check_metric
 from .sft_rows import end_tokens, masked_sample, prepare_rows
 from .task_record import TaskRecord
 from .tokenise_sft import Tokens
-from .trainer_arguments import optimizer, quieten, trainer_arguments, warmup_steps
+from .trainer_arguments import optimizer, quieten, trainer_arguments
 
 METRICS = ("loss", "perplexity", "token_accuracy")
 
@@ -77,27 +77,24 @@ def prepare(settings: Settings) -> Job:
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
         held_out, packing = bool(rows.held_out), settings.training.packing
-        arguments = trainer_arguments(settings, base, checkpoints, len(rows.train), held_out, best)
+        train = _dataset(rows.train)
+        if packing:
+            train = packed_rows(train, packed_length(limit, rows.train))
+        arguments = trainer_arguments(settings, base, checkpoints, len(train), held_out, best)
         trainer = HeldOutSFTTrainer(
             model=adapted.model,
             args=SFTConfig(
                 **arguments,
-                packing=packing,
-                # Best fit, decreasing: whole rows, told apart by their positions.
-                packing_strategy="bfd",
-                eval_packing=False,
-                max_length=packed_length(limit, rows.train) if packing else None,
+                max_length=None,  # every row has its length already
+                padding_free=packing,
             ),
-            train_dataset=_dataset(rows.train),
+            train_dataset=train,
             eval_dataset=_dataset(rows.held_out) if held_out else None,
             processing_class=tokenizer,
             # Our own, so that a tokenizer with neither padding nor end token will do.
             data_collator=None if packing else DataCollatorForLanguageModeling(pad),
             optimizers=(optimizer(adapted.model, settings, base.head), None),
         )
-        # Only now is it known how many rows are left once they are packed.
-        packed: Any = trainer.train_dataset
-        trainer.args.warmup_steps = warmup_steps(settings, len(packed))
         trainer.held_out, trainer.pad_token_id = rows.held_out, pad
         trainer.arithmetic = base.arithmetic
         trainer.group_by_length = settings.training.group_by_length
@@ -108,7 +105,7 @@ def prepare(settings: Settings) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.form),
+        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
         best,
         held_out=bool(rows.held_out),
         data_notes=rows.notes,

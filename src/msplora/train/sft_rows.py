@@ -110,7 +110,7 @@ def masked_sample(row: Tokens, tokenizer: Any) -> Text:
 def _source_notes(data: SftData) -> list[str]:
     training = [source for source in data.sources if source.train]
     if len(training) == 1 and training[0].weight == 1:
-        return [f"form: {data.form}"]
+        return [f"form: {training[0].form}"]
     return [
         f"{source.name}: form {source.form}, {source.train:,} samples in an epoch (weight "
         f"{source.weight:g}), {source.held_out:,} held out"

@@ -76,6 +76,10 @@ def _render(
         )
     if not template_names(tokenizer, "tool_calls"):
         messages = map(calls_as_text, messages)
+    if not template_names(tokenizer, "developer"):
+        messages = [
+            its | {"role": "system"} if its["role"] == "developer" else its for its in messages
+        ]
     try:
         return tokenizer.apply_chat_template(
             list(messages),

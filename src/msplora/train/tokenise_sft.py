@@ -87,6 +87,11 @@ def _whole_rows(
             advance(len(batch))
 
 
+def whole_row(sample: Sample, tokenizer: Any) -> Tokens:
+    """Return the tokens of one sample that is no whole text, however many they are."""
+    return (_chats if sample.messages else _completions)([sample], tokenizer)[0]
+
+
 def prompt_ids(sample: Sample, tokenizer: Any) -> list[int]:
     """Return the ids that a model continues from, for generation."""
     if sample.messages:
