@@ -11,7 +11,14 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from msplora.train.data_files import DataError, Row
-from msplora.train.data_sft import Sample, alpaca_prompt, detect_form, read_sft, samples
+from msplora.train.data_sft import (
+    Sample,
+    alpaca_prompt,
+    detect_form,
+    read_more_sft,
+    read_sft,
+    samples,
+)
 from msplora.train.lengths import Limit
 from msplora.train.settings import DataSettings
 from msplora.train.sft import masked_sample
@@ -171,6 +178,32 @@ def test_a_text_file_holds_out_its_end(tmp_path: Path) -> None:
     assert 0.15 < len(last) / len(first + last) < 0.25
     whole = read_sft(DataSettings(train=str(file), validation_fraction=0.0), 0)
     assert (whole.train[0].completion, whole.held_out) == (file.read_text(), [])
+
+
+def test_another_file_is_of_one_of_the_run_s_forms(tmp_path: Path) -> None:
+    asked = str(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "p"}]))
+    both = str(write_jsonl(tmp_path / "both.jsonl", [{"text": "t", "prompt": "p"}]))
+    (tmp_path / "a.txt").write_text("words")
+    whole, data = str(tmp_path / "a.txt"), DataSettings()
+
+    def read(file: str, *forms: Any, unanswered: bool = True) -> list[str]:
+        return [
+            its.prompt or its.completion for its in read_more_sft(file, forms, data, unanswered)
+        ]
+
+    assert read(asked) == read(asked, "text", "prompt-completion") == ["p"]
+    assert read(both, "prompt-completion", "text") == ["p"]
+    assert read(both, "text") == ["t"]
+    assert read(whole) == read(whole, "text-file") == read(whole, "text", "text-file") == ["words"]
+    for file, form, said in (
+        (asked, "text", "no 'text'"),
+        (asked, "prompt-completion", "no 'completion'"),
+        (asked, "text-file", "give a .txt"),
+        (whole, "text", "cannot read .txt"),
+    ):
+        with pytest.raises(DataError) as caught:
+            read(file, form, unanswered=False)
+        assert said in str(caught.value)
 
 
 # The mask, token by token.

@@ -74,8 +74,8 @@ class SftData:
     @property
     def forms(self) -> tuple[Form, ...]:
         """Every form once; first one that has prompts, into which generating puts them."""
-        found = dict.fromkeys(source.form for source in self.sources if source.train)
-        return tuple(sorted(found, key=lambda form: form in WITHOUT_PROMPTS))
+        found: dict[Form, None] = {its.form: None for its in self.sources if its.train}
+        return tuple(sorted(found, key=WITHOUT_PROMPTS.__contains__))
 
 
 def alpaca_prompt(
@@ -137,13 +137,21 @@ def read_more_sft(
 
     Where no forms are known, it is of the one that its fields say.
     """
-    part = Part(DataSource(path=file), read_source(DataSource(path=file), "text-file" in forms))
-    form = None
+    source = DataSource(path=file)
+    part = Part(source, read_source(source, not forms or "text-file" in forms))
+    form: Form | None = None
     if not part.whole_text:
-        fitting = [form for form in forms if _all_fit(part.rows, form, data.columns)]
-        known = [*fitting, *(form for form in forms if form in _FORMS)]
-        # Of rows that fit no known form, the first says what they lack.
-        form = known[0] if known else detect_form(part.rows, data.columns, unanswered)
+        of_rows: list[Form] = [form for form in forms if form != "text-file"]
+        if forms and not of_rows:
+            raise DataError(
+                f"{file} has rows, and the run was trained on whole texts; give a .txt."
+            )
+        for its in of_rows:
+            if form is None and _all_fit(part.rows, its, data.columns):
+                form = its
+        if form is None:  # of rows that fit none of them, the first form says what they lack
+            rows = part.rows
+            form = of_rows[0] if of_rows else detect_form(rows, data.columns, unanswered)
     found = _samples_of(part, form, data, unanswered)
     if not found:
         raise DataError(f"{file}: every row has an empty completion.")
