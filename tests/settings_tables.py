@@ -18,6 +18,7 @@ from msplora.sweep.settings import SearchSettings, SweepSettings
 from msplora.train.settings import (
     AdapterSettings,
     DataSettings,
+    DataSource,
     DeviceSettings,
     Settings,
     StageSettings,
@@ -28,6 +29,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/training.md"
 SECTIONS: dict[str, type[BaseModel]] = {
     "top level": Settings,
     "data": DataSettings,
+    "source": DataSource,
     "adapter": AdapterSettings,
     "training": TrainingSettings,
     "devices": DeviceSettings,
@@ -95,6 +97,7 @@ def _kind(annotation: Any) -> str:
         int: "whole number",
         float: "number",
         bool: "`true` or `false`",
+        DataSource: "source",
         StageSettings: "stage",
     }[annotation]
 

@@ -11,7 +11,7 @@ import pytest
 import transformers as hf
 
 from msplora.errors import ConfigError
-from msplora.train.data_classification import Classes, examples, read_classification
+from msplora.train.data_classification import Classes, examples, fit_columns, read_classification
 from msplora.train.data_files import DataError, Row
 from msplora.train.lengths import Limit
 from msplora.train.metrics import metrics_for, predictions
@@ -30,18 +30,53 @@ def rows_of(labels: list[Any]) -> list[dict[str, Any]]:
 
 
 def test_classes_are_those_of_the_rows_numbers_by_value(tmp_path: Path) -> None:
-    _, _, words = read(tmp_path, rows_of(["b", "a", "c"] * 3))
+    words = read(tmp_path, rows_of(["b", "a", "c"] * 3)).classes
     assert words.labels == ("a", "b", "c")
-    train, held_out, numbers = read(tmp_path, rows_of([10, 9, 2, 1] * 3))
-    assert numbers.labels == ("1", "2", "9", "10")
-    by_text = {example.texts[0]: example.label for example in (*train, *held_out)}
+    found = read(tmp_path, rows_of([10, 9, 2, 1] * 3))
+    assert found.classes.labels == ("1", "2", "9", "10")
+    by_text = {example.texts[0]: example.label for example in (*found.train, *found.held_out)}
     assert [by_text[f"w{place}"] for place in range(4)] == [3, 2, 1, 0]
 
 
 def test_named_classes_keep_their_order(tmp_path: Path) -> None:
-    train, held_out, classes = read(tmp_path, rows_of(["no", "yes"] * 4), labels=["yes", "no"])
-    assert classes.labels == ("yes", "no")
-    assert {example.label for example in (*train, *held_out) if example.texts == ("w0",)} == {1}
+    found = read(tmp_path, rows_of(["no", "yes"] * 4), labels=["yes", "no"])
+    assert found.classes.labels == ("yes", "no")
+    assert {
+        example.label for example in (*found.train, *found.held_out) if example.texts == ("w0",)
+    } == {1}
+
+
+def test_a_class_whose_rows_are_all_held_out_is_a_class_all_the_same(tmp_path: Path) -> None:
+    for rows in (rows_of(["a", "b"]), rows_of(["a", "a", "b"])):
+        found = read(tmp_path, rows, validation_fraction=0.1)
+        assert found.classes.labels == ("a", "b")
+        assert len(found.held_out) == 1
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: the column 'label' holds 1 class\(es\) \(a\)"
+    ):
+        read(tmp_path, rows_of(["a", "a"]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "found"),
+    [
+        (("#1 String", "#2 String"), ("#1 String", "#2 String", "Quality"), None),
+        (("#1 String", "#2 String"), ("idx", "sentence2", "sentence1"), ("sentence1", "sentence2")),
+        (("#1 String", "#2 String"), ("left", "right"), ("left", "right")),
+        (("#1 String", "#2 String"), ("label", "left", "right"), ("left", "right")),
+        (("#1 String", "#2 String"), ("left", "middle", "right"), None),
+        (("review",), ("text", "id"), ("text",)),
+        (("review",), ("comment",), ("comment",)),
+        (("review",), ("text", "review"), None),
+    ],
+)
+def test_columns_of_other_names_stand_for_those_of_the_run(
+    columns: tuple[str, ...], given: tuple[str, ...], found: tuple[str, ...] | None
+) -> None:
+    classes = Classes(columns, "Quality", ("0", "1"))
+    fitted = fit_columns([Row("x", dict.fromkeys(given, "a"))], classes)
+    assert fitted.text_columns == (found or columns)
+    assert fitted.label_column == ("label" if "label" in given else "Quality")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +92,7 @@ def test_the_usual_columns_of_text_are_found(
     tmp_path: Path, columns: list[str], found: tuple[str, ...]
 ) -> None:
     rows = [dict.fromkeys(columns, "w") | {"label": str(place % 2)} for place in range(6)]
-    assert read(tmp_path, rows)[2].text_columns == found
+    assert read(tmp_path, rows).classes.text_columns == found
 
 
 @pytest.mark.parametrize(

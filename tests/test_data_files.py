@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from msplora.train.data_files import DataError, read_hub, read_rows
 from msplora.train.data_glue import GLUE, read_glue, read_glue_file
 from msplora.train.data_split import hold_out, read_splits
 from msplora.train.settings import DataSettings
+
+
+def zipped(content: str) -> bytes:
+    return gzip.compress(content.encode())
+
+
+def as_parquet(folder: Path, records: list[dict[str, Any]], name: str = "a.parquet") -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(records), folder / name)
+    return folder / name
 
 
 def data(**changes: Any) -> DataSettings:
@@ -39,6 +52,9 @@ RECORDS = [{"text": 'a "b', "label": "1"}, {"text": "c, d", "label": "0"}]
         ("a.json", json.dumps(RECORDS)),
         ("a.json", json.dumps({"version": 1, "data": RECORDS})),
         ("a.JSON", json.dumps(RECORDS)),
+        ("a.jsonl.gz", zipped("\n".join(map(json.dumps, RECORDS)))),
+        ("a.json.GZ", zipped(json.dumps(RECORDS))),
+        ("a.tsv.gz", zipped('\ufefftext\tlabel\r\na "b\t1\r\nc, d\t0')),
     ],
 )
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: str | bytes) -> None:
@@ -79,8 +95,14 @@ def test_a_tsv_quotes_nothing_and_ends_lines_at_line_ends_only(tmp_path: Path) -
         ("a.csv", 'a\n"open\n', "line 2: not valid CSV"),
         ("a.tsv", "a\ta\n1\t2\n", "the header names a more than once"),
         ("a.tsv", b"a\n\xff\n", "not UTF-8"),
-        ("a.parquet", "a", "cannot read .parquet"),
+        ("a.parquet", "a", "no whole parquet file"),
+        ("a.xlsx", "a", "cannot read .xlsx"),
         ("a", "a", "a file without suffix"),
+        ("a.gz", "a", "a file without suffix"),
+        ("a.jsonl.gz", '{"a": 1}\n', "no whole gzip file"),
+        ("a.jsonl.gz", zipped('{"a": 1}\n' * 99)[:-9], "no whole gzip file"),
+        ("a.jsonl.gz", zipped('{"a": 1}\n{"a"\n'), "line 2: not valid JSON"),
+        ("a.parquet.gz", zipped("a"), "parquet compresses by itself"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where_and_why(
@@ -91,6 +113,36 @@ def test_a_file_that_cannot_be_read_says_where_and_why(
         read_rows(file)
     assert said in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_parquet_gives_plain_objects_however_deep(tmp_path: Path) -> None:
+    records = [
+        {"text": "a", "label": 1, "turns": [{"role": "user", "content": "b"}]},
+        {"text": None, "label": 2, "turns": []},
+    ]
+    (tmp_path / "split=train").mkdir()  # which is no column
+    file = as_parquet(tmp_path, records, "split=train/a.parquet")
+    rows = read_rows(file)
+    assert [row.values for row in rows] == records
+    assert [row.place for row in rows] == [f"{file}, row 1", f"{file}, row 2"]
+
+
+def test_parquet_knows_the_names_of_classes_that_datasets_wrote(tmp_path: Path) -> None:
+    features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
+    content = datasets.Dataset.from_dict({"label": [1, 0, None]}, features=features)
+    content.to_parquet(tmp_path / "a.parquet")
+    assert [row["label"] for row in read_rows(tmp_path / "a.parquet")] == ["yes", "no", None]
+
+
+def test_parquet_that_is_cut_short_or_empty_is_refused(tmp_path: Path) -> None:
+    file = as_parquet(tmp_path, RECORDS * 50)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet is no whole parquet file"):
+        read_rows(file)
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    parquet.write_table(schema.empty_table(), file)
+    with pytest.raises(DataError, match="holds no rows"):
+        read_rows(file)
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
@@ -132,8 +184,6 @@ def test_a_dataset_of_the_hub_gives_class_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A local folder goes through the same loader as the hub."""
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}

@@ -11,7 +11,14 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from msplora.train.data_files import DataError, Row
-from msplora.train.data_sft import Sample, alpaca_prompt, detect_form, read_sft, samples
+from msplora.train.data_sft import (
+    Sample,
+    alpaca_prompt,
+    detect_form,
+    read_more_sft,
+    read_sft,
+    samples,
+)
 from msplora.train.lengths import Limit
 from msplora.train.settings import DataSettings
 from msplora.train.sft import masked_sample
@@ -48,9 +55,7 @@ def learnt(
     sample: Sample, tokenizer: Any, limit: Limit = UNBOUNDED, completion_only: bool = True
 ) -> list[str]:
     """The tokens of a row; those that the loss counts in capitals."""
-    (tokens,), _ = tokenise_samples(
-        [sample], "messages", tokenizer, limit, "training", completion_only
-    )
+    (tokens,), _ = tokenise_samples([sample], tokenizer, limit, "training", completion_only)
     for its, label in zip(tokens.input_ids, tokens.labels, strict=True):
         assert label in (its, IGNORED)
     return [
@@ -175,6 +180,32 @@ def test_a_text_file_holds_out_its_end(tmp_path: Path) -> None:
     assert (whole.train[0].completion, whole.held_out) == (file.read_text(), [])
 
 
+def test_another_file_is_of_one_of_the_run_s_forms(tmp_path: Path) -> None:
+    asked = str(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "p"}]))
+    both = str(write_jsonl(tmp_path / "both.jsonl", [{"text": "t", "prompt": "p"}]))
+    (tmp_path / "a.txt").write_text("words")
+    whole, data = str(tmp_path / "a.txt"), DataSettings()
+
+    def read(file: str, *forms: Any, unanswered: bool = True) -> list[str]:
+        return [
+            its.prompt or its.completion for its in read_more_sft(file, forms, data, unanswered)
+        ]
+
+    assert read(asked) == read(asked, "text", "prompt-completion") == ["p"]
+    assert read(both, "prompt-completion", "text") == ["p"]
+    assert read(both, "text") == ["t"]
+    assert read(whole) == read(whole, "text-file") == read(whole, "text", "text-file") == ["words"]
+    for file, form, said in (
+        (asked, "text", "no 'text'"),
+        (asked, "prompt-completion", "no 'completion'"),
+        (asked, "text-file", "give a .txt"),
+        (whole, "text", "cannot read .txt"),
+    ):
+        with pytest.raises(DataError) as caught:
+            read(file, form, unanswered=False)
+        assert said in str(caught.value)
+
+
 # The mask, token by token.
 
 
@@ -274,7 +305,7 @@ def test_spaces_alone_are_learnt_where_a_tokenizer_trims_their_span() -> None:
     sample = chat(("user", "q  q"), ("assistant", "x  y"))
     marks = learnt(sample, tokenizer)
     assert marks == [*"u:q", "ĠĠ", *"q;a:", "X", "ĠĠ".upper(), "Y", ";"]
-    (tokens,), _ = tokenise_samples([sample], "messages", tokenizer, UNBOUNDED, "training")
+    (tokens,), _ = tokenise_samples([sample], tokenizer, UNBOUNDED, "training")
     assert [label != IGNORED for label in tokens.labels] == [False] * 8 + [True] * 4
 
 
@@ -291,7 +322,7 @@ def test_a_token_across_the_border_of_a_turn_is_learnt() -> None:
         "{% if add_generation_prompt %}a: {% endif %}"
     )
     sample = chat(("user", "q"), ("assistant", "xr"))
-    (tokens,), _ = tokenise_samples([sample], "messages", tokenizer, UNBOUNDED, "training")
+    (tokens,), _ = tokenise_samples([sample], tokenizer, UNBOUNDED, "training")
     assert tokenizer.convert_ids_to_tokens(tokens.input_ids) == [*"u: q;a:", " x", "r", ";"]
     assert [label != IGNORED for label in tokens.labels] == [False] * 7 + [True] * 3
 
@@ -299,7 +330,7 @@ def test_a_token_across_the_border_of_a_turn_is_learnt() -> None:
 def test_what_stands_between_the_marks_is_what_the_loss_counts() -> None:
     tokenizer = tokenizer_of()
     sample = chat(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"))
-    (tokens,), _ = tokenise_samples([sample], "messages", tokenizer, UNBOUNDED, "training")
+    (tokens,), _ = tokenise_samples([sample], tokenizer, UNBOUNDED, "training")
     assert masked_sample(tokens, tokenizer).plain == (
         "<s> [user] w1 [assistant]▶w2 </s>◀[user] w3 [assistant]▶w4 </s>◀"
     )
@@ -325,7 +356,7 @@ def test_a_tokenizer_that_cannot_place_its_tokens_is_refused_for_chats(
 
 
 def test_tools_reach_the_template() -> None:
-    template = "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}" + CHAT
+    template = "{% for t in tools or [] %}{{ t['function']['name'] }} {% endfor %}" + CHAT
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     for tools in ([{"name": "w9"}], json.dumps([{"name": "w9"}])):
         (sample,) = samples([row(messages=turns, tools=tools)], "messages", {})
@@ -344,14 +375,12 @@ def test_truncating_cuts_the_end_and_leaves_out_what_has_nothing_to_learn() -> N
         Sample("b", "w1 w2 w3 w4", " w5"),
         Sample("c", "w1", " w2"),
     ]
-    found, report = tokenise_samples(
-        rows, "prompt-completion", tokenizer, Limit(32, 4, "truncate"), "training"
-    )
+    found, report = tokenise_samples(rows, tokenizer, Limit(32, 4, "truncate"), "training")
     assert [tokenizer.convert_ids_to_tokens(its.input_ids) for its in found] == [
         ["<s>", "w1", "w2", "w3"],
         ["<s>", "w1", "w2", "</s>"],
     ]
-    assert (report.rows, report.truncated, report.dropped, report.empty) == (3, 1, 0, 1)
+    assert (report.rows, report.truncated, report.dropped, report.unlearnt) == (3, 1, 0, 1)
     assert str(report).startswith("3 rows, the longest of 7 tokens, 1 truncated, 1 left out")
 
 
@@ -360,9 +389,9 @@ def test_a_row_of_one_token_is_left_out_and_not_counted_as_cut() -> None:
         tokenizer_object=word_tokenizer("<unk>"), unk_token="<unk>"
     )
     rows = [Sample("a", "", "w1"), Sample("b", "", "w1 w2")]
-    found, report = tokenise_samples(rows, "text", tokenizer, UNBOUNDED, "training")
+    found, report = tokenise_samples(rows, tokenizer, UNBOUNDED, "training")
     assert len(found) == 1
-    assert (report.truncated, report.empty) == (0, 1)
+    assert (report.truncated, report.unlearnt) == (0, 1)
 
 
 def test_dropping_refusing_and_the_model_s_positions() -> None:
@@ -370,7 +399,7 @@ def test_dropping_refusing_and_the_model_s_positions() -> None:
     rows = [Sample("a", "w1", " w2 w3 w4"), Sample("c", "w1", " w2")]
 
     def tokenised(limit: Limit) -> Any:
-        return tokenise_samples(rows, "prompt-completion", tokenizer, limit, "training")
+        return tokenise_samples(rows, tokenizer, limit, "training")
 
     found, report = tokenised(Limit(32, 4, "drop"))
     assert [its.place for its in found] == ["c"]
@@ -389,7 +418,10 @@ def test_a_text_file_becomes_chunks_that_hold_every_token_once() -> None:
     for opening, start in (("", []), ("<s>", ["<s>"])):
         tokenizer = tokenizer_of(opening=opening)
         found, report = tokenise_samples(
-            [Sample("f", completion=text)], "text-file", tokenizer, Limit(32, 8, "truncate"), "x"
+            [Sample("f", completion=text, whole_text=True)],
+            tokenizer,
+            Limit(32, 8, "truncate"),
+            "x",
         )
         chunks = [tokenizer.convert_ids_to_tokens(its.input_ids) for its in found]
         assert all(chunk[: len(start)] == start for chunk in chunks)
@@ -397,12 +429,12 @@ def test_a_text_file_becomes_chunks_that_hold_every_token_once() -> None:
         assert all(its.labels == its.input_ids for its in found)
         assert max(map(len, chunks)) == 8
         assert report.rows == len(chunks)
-        sample, limit = Sample("f", completion=text), Limit(32, 8, "truncate")
-        few, _ = tokenise_samples([sample], "text-file", tokenizer, limit, "x", max_chunks=2)
+        sample, limit = Sample("f", completion=text, whole_text=True), Limit(32, 8, "truncate")
+        few, _ = tokenise_samples([sample], tokenizer, limit, "x", max_chunks=2)
         assert few == found[:2]
     with pytest.raises(DataError, match="too short"):
         tokenise_samples(
-            [Sample("f", completion="w1")], "text-file", tokenizer_of(""), UNBOUNDED, "x"
+            [Sample("f", completion="w1", whole_text=True)], tokenizer_of(""), UNBOUNDED, "x"
         )
 
 
@@ -413,6 +445,6 @@ def test_a_text_file_becomes_chunks_that_hold_every_token_once() -> None:
 def test_files_as_users_have_them_are_read(shared: Path, file: str, form: str) -> None:
     path = shared / "data/llamafactory_demo" / file
     found = read_sft(DataSettings(train=str(path)), 0)
-    assert found.form == form
+    assert found.forms == (form,)
     assert len(found.train) > 200
     assert len(found.held_out) > 20

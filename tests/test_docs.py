@@ -78,6 +78,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shown |= {
         "story.txt": "Once upon a time there was a fox.\n" * 20,
         "some-user/instructions/train.jsonl": shown["train.jsonl"],
+        "parts/one.jsonl": shown["train.jsonl"],
+        "parts/two.jsonl": shown["train.jsonl"],
+        "held-out.jsonl": shown["train.jsonl"],
     }
     for name, content in shown.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -178,13 +181,21 @@ def test_the_python_blocks_run(workspace: Path) -> None:
     assert (workspace / "runs/python/adapter").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("data", "begin"),
+    [
+        ("{train: alpaca.json}", "<s>###"),
+        ("{train: calls.jsonl, chat_template: tools.jinja}", "<tools>"),
+        ("{train: functions.json, chat_template: tools.jinja}", "<tools>"),
+    ],
+)
 def test_a_training_row_is_shown_as_the_page_says(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    data: str, begin: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = config_with("data: {train: alpaca.json}")
+    content = config_with(f"data: {data}")
     (workspace / "part.yaml").write_text(yaml.safe_dump(content))
     run("train", "part.yaml", *SHORT)
-    shown = re.search(r"```text\n(<s>###.*?)```", TEXT, flags=re.DOTALL)
+    shown = re.search(rf"```text\n({begin}.*?)```", TEXT, flags=re.DOTALL)
     assert shown is not None
     assert shown.group(1) in capsys.readouterr().out
 

@@ -142,6 +142,7 @@ def test_the_run_folder_is_complete(folder: Path, printed: str) -> None:
         "README.md",
         "adapter",
         "config.yaml",
+        "data.json",
         "log_history.json",
         "loss.png",
         "metrics.json",

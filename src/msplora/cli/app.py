@@ -12,7 +12,7 @@ import typer
 from msplora import __version__
 from msplora.errors import MSPLoraError
 
-from . import bench, convert, demo, evaluate, generate, plan, predict, recipes, sweep, train
+from . import bench, convert, data, demo, evaluate, generate, plan, predict, recipes, sweep, train
 
 app = typer.Typer(
     name="msplora",
@@ -51,6 +51,7 @@ def options(
 
 app.command("train", cls=train.TrainCommand)(train.train)
 app.command("sweep")(sweep.sweep)
+app.command("data")(data.data)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)

@@ -26,6 +26,7 @@ def evaluate(
 
     with train_extra():
         from msplora.train.evaluation import evaluate_run
+        from msplora.train.lengths import LEFT_OUT
 
         found = evaluate_run(run, data, base, batch_size)
     if as_json:
@@ -39,5 +40,7 @@ def evaluate(
     table.columns[1].justify = "right"
     for name, value in found.items():
         if name != "run":
-            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+            table.add_row(
+                LEFT_OUT.get(name, name), f"{value:.4f}" if isinstance(value, float) else str(value)
+            )
     Console().print(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
 from transformers import (
     DataCollatorWithPadding,
     Trainer,
@@ -17,8 +16,10 @@ from msplora.errors import ConfigError
 
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_stages
+from .classification_rows import labelled_sample, prepare_rows
 from .data_classification import Classes, read_classification
 from .job import Job
+from .length_groups import GroupsByLength
 from .lengths import row_limit
 from .methods import adapt
 from .metrics import metrics_for, predictions
@@ -26,13 +27,17 @@ from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
 from .task_record import TaskRecord
-from .tokenise_classification import tokenise_examples
 from .trainer_arguments import quieten, trainer_arguments, training_steps
+
+
+class ClassificationTrainer(GroupsByLength, RunTrainer):
+    """transformers' trainer, with batches of like length where they are asked for."""
 
 
 def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the data, load the model and apply the method."""
-    train, held_out, classes = read_classification(settings.data, settings.seed)
+    data = read_classification(settings.data, settings.seed)
+    classes = data.classes
     best = best_metric(settings, classes)
     base = load(settings, classes)
     if base.tokenizer.pad_token is None:
@@ -41,16 +46,14 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
             f"for the end or for unknown words, so rows cannot be put into batches. Name another "
             f"as tokenizer."
         )
-    limit = row_limit(settings, base.model)
-    train_rows, train_report = tokenise_examples(train, base.tokenizer, limit, "training")
-    held_rows, held_report = tokenise_examples(held_out, base.tokenizer, limit, "held-out")
-    check_stages(settings, training_steps(settings, len(train_rows)))
+    rows = prepare_rows(settings, data, base.tokenizer, row_limit(settings, base.model))
+    check_stages(settings, training_steps(settings, len(rows.train)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:
-        arguments = trainer_arguments(settings, base, checkpoints, len(train_rows), True, best)
+        arguments = trainer_arguments(settings, base, checkpoints, len(rows.train), True, best)
         return classification_trainer(
-            settings, base, classes, adapted.model, arguments, train_rows, held_rows
+            settings, base, classes, adapted.model, arguments, rows.train, rows.held_out
         )
 
     return Job(
@@ -59,9 +62,10 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
         TaskRecord(settings, classes=classes),
         best,
         held_out=True,
-        data_notes=[f"training: {train_report}", f"held out: {held_report}"],
-        sample=_sample(train_rows[0], base.tokenizer, classes),
+        data_notes=rows.notes,
+        sample=labelled_sample(rows.train[0], base.tokenizer, classes),
         make_trainer=make_trainer,
+        check=rows.check,
     )
 
 
@@ -77,7 +81,7 @@ def classification_trainer(
     """Make the trainer that trains and evaluates; evaluation alone needs no training rows."""
     of_images = settings.task == "image-classification"
     compute, _ = metrics_for(settings.data.glue, classes.regression, of_images)
-    trainer = RunTrainer(
+    trainer = ClassificationTrainer(
         model=model,
         args=TrainingArguments(**arguments, label_names=["labels"]),
         train_dataset=train_rows,
@@ -90,6 +94,7 @@ def classification_trainer(
         ),
     )
     trainer.settings, trainer.head = settings, base.head
+    trainer.group_by_length = settings.training.group_by_length
     # A classifier's loss is a mean over its rows. Most of them take the keywords that tell the
     # trainer otherwise, and it would multiply the loss by the batches or processes of a step.
     trainer.model_accepts_loss_kwargs = False
@@ -109,9 +114,3 @@ def best_metric(settings: Settings, classes: Classes) -> str:
 
 def _labels(label_ids: Any) -> Any:
     return label_ids[0] if isinstance(label_ids, tuple) else label_ids
-
-
-def _sample(row: dict[str, Any], tokenizer: Any, classes: Classes) -> Text:
-    label = row["labels"] if classes.regression else classes.labels[int(row["labels"])]
-    text = Text(tokenizer.decode(row["input_ids"]))
-    return text.append(f"\n→ {classes.label_column} = {label}", style="green")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from msplora.errors import nearest
 
 from .data_files import DataError, Row, require_columns
 from .data_glue import GLUE
-from .data_split import read_splits
+from .data_split import all_rows, read_parts
 from .settings import DataSettings
 
 # Columns that hold the text where none is named, tried in order.
@@ -53,13 +53,59 @@ class Classes:
         return len(self.labels) or 1
 
 
-def read_classification(
-    data: DataSettings, seed: int
-) -> tuple[list[Example], list[Example], Classes]:
-    """Return (training examples, held-out examples, classes)."""
-    train, held_out = read_splits(data, seed)
-    classes = _classes(data, train)
-    return examples(train, classes), examples(held_out, classes), classes
+@dataclass(frozen=True)
+class SourceOfExamples:
+    """What the notes say of one source: how many rows it gave."""
+
+    name: str
+    weight: float
+    train: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Examples to train on and to hold out, and how their labels read."""
+
+    train: list[Example]
+    held_out: list[Example]
+    classes: Classes
+    sources: list[SourceOfExamples]
+
+
+def read_classification(data: DataSettings, seed: int) -> LabelledData:
+    """Return the examples of a run's data."""
+    splits = read_parts(data, seed)
+    train, held_out = all_rows(splits.train), all_rows(splits.held_out)
+    # A class whose only rows were drawn to be held out is a class of the data all the same.
+    classes = _classes(data, [*train, *held_out] if splits.drawn else train)
+    sources: dict[str, SourceOfExamples] = {}
+    for key, parts in (("train", splits.train), ("held_out", splits.held_out)):
+        for part in parts:
+            its = sources.get(part.name) or SourceOfExamples(part.name, part.source.weight, 0, 0)
+            sources[part.name] = replace(its, **{key: len(part.rows)})
+    return LabelledData(
+        examples(train, classes), examples(held_out, classes), classes, list(sources.values())
+    )
+
+
+def fit_columns(rows: list[Row], classes: Classes) -> Classes:
+    """The classes with the columns that other rows have for what the run's are called.
+
+    Where the run's columns of text are missing, the usual names stand for them, and columns that
+    are just as many; for the column of labels, one called `label`.
+    """
+    found = list(rows[0].values)
+    label = classes.label_column
+    if label not in found and "label" in found:
+        label = "label"
+    texts = classes.text_columns
+    others = tuple(name for name in found if name != label)
+    if not set(texts) <= set(found):
+        usual = [its for its in _USUAL_TEXT if len(its) == len(texts) and set(its) <= set(found)]
+        texts = (*usual, others)[0]
+        texts = texts if len(texts) == len(classes.text_columns) else classes.text_columns
+    return replace(classes, text_columns=texts, label_column=label)
 
 
 def examples(rows: list[Row], classes: Classes, labelled: bool = True) -> list[Example]:
@@ -101,7 +147,7 @@ def with_classes(
     found.discard("")  # reported with its place, where labels are read
     if len(found) < 2:
         raise DataError(
-            f"{train[0].place.rsplit(',', 1)[0]}: the column {data.label_column!r} holds "
+            f"{train[0].place.rpartition(',')[0]}: the column {data.label_column!r} holds "
             f"{len(found)} class(es) ({', '.join(sorted(found))}); a classifier needs two or more. "
             f"Name them in data.labels{otherwise}."
         )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msplora.errors import MSPLoraError, nearest
 
-TABLES = (".tsv", ".csv", ".jsonl", ".json")
+TABLES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+GZIP = ".gz"
+"""May follow the suffix of any file of text."""
 
 
 class DataError(MSPLoraError):
@@ -30,45 +34,68 @@ class Row:
         return self.values[column]
 
 
+def suffix_of(file: Path | str) -> str:
+    """The suffix that says how a file is read: `.jsonl`, also of `rows.jsonl.gz`."""
+    file = Path(file)
+    return Path(file.stem if file.suffix.lower() == GZIP else file.name).suffix.lower()
+
+
 def read_text(file: Path | str) -> str:
     """Return the text of a file that must exist, be UTF-8 and hold something."""
     file = Path(file)
-    if not file.exists():
-        beside = [str(its) for its in file.parent.iterdir()] if file.parent.is_dir() else []
-        hint = nearest(str(file), beside, count=1) or " Check the path."
-        raise DataError(f"the data file {file} does not exist.{hint}")
-    if file.is_dir():
-        raise DataError(f"{file} is a folder; give the path of a file ({', '.join(TABLES)}).")
+    _refuse_missing(file)
+    opened = gzip.open if file.suffix.lower() == GZIP else open
     try:
-        # The byte-order mark that MRPC's file begins with belongs to no column's name.
-        text = file.read_text(encoding="utf-8-sig")
+        with opened(file, "rb") as stream:
+            # The byte-order mark that MRPC's file begins with belongs to no column's name.
+            text = io.TextIOWrapper(io.BytesIO(stream.read()), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it first."
         ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{file} is no whole gzip file: {error}. Copy or download it again, or take {GZIP} off "
+            f"its name if it is not compressed."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from None
     if not text.strip():
         raise DataError(f"{file} is empty.")
     return text
 
 
+def _refuse_missing(file: Path) -> None:
+    if not file.exists():
+        beside = [str(its) for its in file.parent.iterdir()] if file.parent.is_dir() else []
+        hint = nearest(str(file), beside, count=1) or " Check the path."
+        raise DataError(f"the data file {file} does not exist.{hint}")
+    if file.is_dir():
+        raise DataError(
+            f"{file} is a folder; give the path of a file ({', '.join(TABLES)}), or a pattern such "
+            f"as {file}/*.jsonl for several."
+        )
+
+
 def read_rows(file: Path | str) -> list[Row]:
-    """Return the rows of a .tsv (no quoting), .csv (quoted), .jsonl or .json file."""
+    """Return the rows of a .tsv (no quoting), .csv (quoted), .jsonl, .json or .parquet file."""
     file = Path(file)
-    suffix = file.suffix.lower()
-    if file.exists() and suffix not in TABLES:
+    suffix = suffix_of(file)
+    if file.exists() and not file.is_dir() and suffix not in TABLES:
         raise DataError(
             f"{file}: cannot read {suffix or 'a file without suffix'}; "
-            f"use one of {', '.join(TABLES)}."
+            f"use one of {', '.join(TABLES)} (or for sft .txt)."
         )
-    text = read_text(file)
-    if suffix == ".tsv":
-        rows = _table(file, split_tsv(text))
+    if suffix == ".parquet":
+        rows = _parquet(file)
+    elif suffix == ".tsv":
+        rows = _table(file, split_tsv(read_text(file)))
     elif suffix == ".csv":
-        rows = _table(file, _csv_records(file, text))
+        rows = _table(file, _csv_records(file, read_text(file)))
     elif suffix == ".jsonl":
-        rows = _jsonl(file, text)
+        rows = _jsonl(file, read_text(file))
     else:
-        rows = _json(file, text)
+        rows = _json(file, read_text(file))
     if not rows:
         raise DataError(
             f"{file} holds no rows, only a header."
@@ -165,6 +192,50 @@ def _record(place: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _parquet(file: Path) -> list[Row]:
+    """Nested columns, such as a list of turns, become lists and dictionaries."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    _refuse_missing(file)
+    if file.suffix.lower() == GZIP:
+        raise DataError(f"{file}: parquet compresses by itself; unpack it and name it .parquet.")
+    try:
+        with parquet.ParquetFile(file) as opened:
+            table = opened.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} is no whole parquet file: {error}. Copy or download it again."
+        ) from None
+    # The features that the datasets library leaves in a file know what its numbers of classes mean.
+    known = b"huggingface" in (table.schema.metadata or {})
+    features = datasets.Features.from_arrow_schema(table.schema) if known else {}
+    return _records(table.to_pylist(), features, str(file))
+
+
+def _records(
+    records: Iterable[dict[str, Any]], features: Mapping[str, Any], place: str
+) -> list[Row]:
+    """Rows numbered from one, the numbers of known classes turned into their names."""
+    import datasets
+
+    classes = {
+        column: feature
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    rows = []
+    for number, record in enumerate(records, 1):
+        values = dict(record)
+        for column, feature in classes.items():
+            # -1 marks hidden labels of test splits; it stays and is refused as a label later.
+            if values[column] is not None and values[column] >= 0:
+                values[column] = feature.int2str(values[column])
+        rows.append(Row(f"{place}, row {number}", values))
+    return rows
+
+
 def read_hub(
     name: str, split: str, config: str | None = None, revision: str | None = None
 ) -> list[Row]:
@@ -183,19 +254,7 @@ def read_hub(
     for column, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # all of them decoded would fill the memory
             data = data.cast_column(column, datasets.Image(decode=False))
-    classes = {
-        column: feature
-        for column, feature in data.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
-    rows = []
-    for number, record in enumerate(data):
-        values = dict(record)
-        for column, feature in classes.items():
-            # -1 marks hidden labels of test splits; it stays and is refused as a label later.
-            if values[column] is not None and values[column] >= 0:
-                values[column] = feature.int2str(values[column])
-        rows.append(Row(f"{name}, {split}, row {number}", values))
+    rows = _records(data, data.features, f"{name}, {split}")  # pyright: ignore[reportArgumentType]
     if not rows:
         raise DataError(f"the split {split!r} of {name!r} is empty.")
     return rows

@@ -95,6 +95,14 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
     """The rows to train on and to hold out."""
     columns = data.image_column, data.label_column
+    for key, value in (("data.train", data.train), ("data.validation", data.validation)):
+        if isinstance(value, list):
+            raise DataError(
+                f"{key} names {len(value)} sources; images come from one folder or one table. Put "
+                f"the images into one folder, or their paths into one table."
+            )
+    assert not isinstance(data.train, list)
+    assert not isinstance(data.validation, list)
     if data.hub or not data.train or not Path(data.train).is_dir():
         tables = data
         if data.validation and Path(data.validation).is_dir():

@@ -8,9 +8,10 @@ from typing import Any
 
 from msplora.errors import nearest
 
+from .data_chat import ROLES
 from .data_files import DataError, Row, read_rows
-from .data_sft import ROLES, Form, Sample, named, samples
-from .data_split import read_splits
+from .data_sft import Form, Sample, named, samples
+from .data_split import Part, read_parts
 from .settings import DataSettings
 
 _KNOWN = ("prompt", "instruction", "messages", "conversations", "chosen", "rejected")
@@ -45,10 +46,13 @@ class PreferenceData:
 
 def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     """Return the pairs of a run's data."""
-    train_rows, held_out_rows = read_splits(data, seed)
-    form = _form(train_rows + held_out_rows, data.columns)
-    train, alike, empty = _pairs(train_rows, form, data.columns)
-    held_out, more_alike, more_empty = _pairs(held_out_rows, form, data.columns)
+    splits = read_parts(data, seed)
+    train_rows, held_out_rows = (
+        _named(its, data.columns) for its in (splits.train, splits.held_out)
+    )
+    form = _form(train_rows + held_out_rows, {})
+    train, alike, empty = _pairs(train_rows, form, {})
+    held_out, more_alike, more_empty = _pairs(held_out_rows, form, {})
     if not train:
         raise DataError(
             f"{train_rows[0].place} and all rows after it have an empty answer, or the same one "
@@ -77,6 +81,11 @@ def read_prompts(rows: list[Row], form: Form, columns: Mapping[str, str]) -> lis
     if form == "messages":
         renamed = [_chat_prompt(row) for row in renamed]
     return samples(renamed, form, {}, unanswered=True)
+
+
+def _named(parts: list[Part], columns: Mapping[str, str]) -> list[Row]:
+    """The rows of all sources, under the names that pairs have here."""
+    return [named(row, part.source.columns or columns) for part in parts for row in part.rows]
 
 
 def _form(rows: list[Row], columns: Mapping[str, str]) -> Form:

@@ -1,18 +1,18 @@
-"""Rows for supervised fine-tuning: text, prompt-completion, alpaca or chat messages, detected."""
+"""Rows for supervised fine-tuning: text, prompt-completion, alpaca or chats, by their fields."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from msplora.errors import nearest
 
-from .data_files import DataError, Row, read_rows, read_text
-from .data_split import read_splits
-from .settings import DataSettings
+from .data_chat import chat_text, read_chat
+from .data_files import DataError, Row
+from .data_sources import read_source
+from .data_split import Part, all_rows, read_parts
+from .settings import DataSettings, DataSource
 
 Form = Literal["text", "prompt-completion", "alpaca", "messages", "text-file"]
 
@@ -23,22 +23,9 @@ _FORMS: dict[Form, tuple[str, ...]] = {
     "text": ("text",),
 }
 
-_ANSWERS = ("completion", "output", "chosen", "rejected")
+WITHOUT_PROMPTS: tuple[Form, ...] = ("text", "text-file")
 
-# The names that chat data goes by -> the roles that chat templates know.
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
+_ANSWERS = ("completion", "output", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -50,24 +37,58 @@ class Sample:
     completion: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
+    whole_text: bool = False
+    """The completion is a text to be cut into chunks, and ends nowhere in particular."""
+
+    @property
+    def text(self) -> str:
+        """All that it says, to tell whether two are the same."""
+        return chat_text(self.messages) if self.messages else self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class SourceOfSamples:
+    """What the notes say of one source: its form, and how many samples it gave."""
+
+    name: str
+    form: Form
+    weight: float
+    train: int
+    held_out: int
 
 
 @dataclass(frozen=True)
 class SftData:
-    """Samples to train on and to hold out, and the form they had.
+    """Samples to train on and to hold out, and the sources they are from.
 
-    `left_out` counts rows without a completion: there is nothing to learn from them.
+    `left_out` counts rows without a completion: there is nothing to learn from them. `unprompted`
+    counts those whose form has a prompt, and theirs is empty.
     """
 
-    form: Form
+    sources: list[SourceOfSamples]
     train: list[Sample]
     held_out: list[Sample]
     left_out: int = 0
+    unprompted: int = 0
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Every form once; first one that has prompts, into which generating puts them."""
+        found: dict[Form, None] = {its.form: None for its in self.sources if its.train}
+        return tuple(sorted(found, key=WITHOUT_PROMPTS.__contains__))
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
+def alpaca_prompt(
+    instruction: str,
+    input: str = "",
+    system: str = "",
+    history: list[tuple[str, str]] | None = None,
+) -> str:
     """Render the prompt of an alpaca row; the output follows it directly."""
-    parts = [f"### Instruction:\n{instruction}\n\n"]
+    parts = [f"{system}\n\n"] if system else []
+    for asked, answered in history or []:
+        parts.append(f"### Instruction:\n{asked}\n\n### Response:\n{answered}\n\n")
+    parts.append(f"### Instruction:\n{instruction}\n\n")
     if input:
         parts.append(f"### Input:\n{input}\n\n")
     return "".join([*parts, "### Response:\n"])
@@ -75,52 +96,94 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 def read_sft(data: DataSettings, seed: int) -> SftData:
     """Return the samples of a run's data."""
-    if data.train and Path(data.train).suffix.lower() == ".txt":
-        return _read_text_file(data)
-    train_rows, held_out_rows = read_splits(data, seed)
-    form = detect_form(train_rows, data.columns)
-    train = samples(train_rows, form, data.columns)
-    held_out = samples(held_out_rows, form, data.columns) if held_out_rows else []
-    if not train:
-        raise DataError(f"{train_rows[0].place} and all rows after it have an empty completion.")
-    rows = len(train_rows) + len(held_out_rows)
-    return SftData(form, train, held_out, left_out=rows - len(train) - len(held_out))
+    splits = read_parts(data, seed, whole_texts=True)
+    parts = [*splits.train, *splits.held_out]
+    forms: dict[str, Form] = {}
+    for part in parts:
+        if part.name not in forms:  # rows drawn from a source have its form
+            forms[part.name] = _form_of_part(part, data)
+    found = [_samples_of(part, forms[part.name], data) for part in parts]
+    train, held_out = found[: len(splits.train)], found[len(splits.train) :]
+    if not any(train):
+        place = parts[0].rows[0].place
+        raise DataError(f"{place} and all rows after it have an empty completion.")
+    counts = [
+        {part.name: len(its) for part, its in zip(its_parts, its_samples, strict=True)}
+        for its_parts, its_samples in ((splits.train, train), (splits.held_out, held_out))
+    ]
+    weights = {part.name: part.source.weight for part in reversed(parts)}
+    return SftData(
+        [
+            SourceOfSamples(
+                name, form, weights[name], counts[0].get(name, 0), counts[1].get(name, 0)
+            )
+            for name, form in forms.items()
+        ],
+        [sample for its in train for sample in its],
+        [sample for its in held_out for sample in its],
+        left_out=len(all_rows(parts)) - sum(map(len, found)),
+        unprompted=sum(
+            forms[part.name] == "prompt-completion" and not sample.prompt.strip()
+            for part, its in zip(parts, found, strict=True)
+            for sample in its
+        ),
+    )
 
 
 def read_more_sft(
-    file: str, form: Form, data: DataSettings, unanswered: bool = False
+    file: str, forms: Sequence[Form], data: DataSettings, unanswered: bool = False
 ) -> list[Sample]:
-    """Return the samples of another file of the same form; `unanswered` ones need no completion."""
-    if form == "text-file":
-        return [Sample(file, completion=read_text(file))]
-    rows = read_rows(file)
-    found = samples(rows, form, data.columns, unanswered)
+    """Return the samples of another file of one of `forms`; `unanswered` ones need no completion.
+
+    Where no forms are known, it is of the one that its fields say.
+    """
+    source = DataSource(path=file)
+    part = Part(source, read_source(source, not forms or "text-file" in forms))
+    form: Form | None = None
+    if not part.whole_text:
+        of_rows: list[Form] = [form for form in forms if form != "text-file"]
+        if forms and not of_rows:
+            raise DataError(
+                f"{file} has rows, and the run was trained on whole texts; give a .txt."
+            )
+        for its in of_rows:
+            if form is None and _all_fit(part.rows, its, data.columns):
+                form = its
+        if form is None:  # of rows that fit none of them, the first form says what they lack
+            rows = part.rows
+            form = of_rows[0] if of_rows else detect_form(rows, data.columns, unanswered)
+    found = _samples_of(part, form, data, unanswered)
     if not found:
         raise DataError(f"{file}: every row has an empty completion.")
     return found
 
 
-def _read_text_file(data: DataSettings) -> SftData:
-    assert data.train
-    text = read_text(data.train)
-    if data.validation:
-        held_out = [Sample(data.validation, completion=read_text(data.validation))]
-        return SftData("text-file", [Sample(data.train, completion=text)], held_out)
-    # The end of the file, not chunks from all over it: neighbours of a held-out chunk give it away.
-    # Cut at a line's end where there is one.
-    cut = int(len(text) * (1 - data.validation_fraction))
-    cut = text.rfind("\n", 0, cut) + 1 or cut
-    held_out = [Sample(data.train, completion=text[cut:])] if text[cut:].strip() else []
-    if not data.validation_fraction:
-        cut, held_out = len(text), []
-    return SftData("text-file", [Sample(data.train, completion=text[:cut])], held_out)
+def _all_fit(rows: list[Row], form: Form, columns: Mapping[str, str]) -> bool:
+    return all(_fits(named(row, columns, True), form, True) for row in rows)
 
 
-def detect_form(rows: list[Row], columns: Mapping[str, str]) -> Form:
+def _form_of_part(part: Part, data: DataSettings) -> Form:
+    return "text-file" if part.whole_text else detect_form(part.rows, _columns(part, data))
+
+
+def _columns(part: Part, data: DataSettings) -> Mapping[str, str]:
+    return data.columns if part.source.columns is None else part.source.columns
+
+
+def _samples_of(
+    part: Part, form: Form | None, data: DataSettings, unanswered: bool = False
+) -> list[Sample]:
+    if part.whole_text:
+        return [Sample(row.place, completion=row["text"], whole_text=True) for row in part.rows]
+    assert form
+    return samples(part.rows, form, _columns(part, data), unanswered)
+
+
+def detect_form(rows: list[Row], columns: Mapping[str, str], unanswered: bool = False) -> Form:
     """Return the one form that all rows have."""
-    form = _form_of(rows[0], columns)
+    form = _form_of(rows[0], columns, unanswered)
     for row in rows[1:]:
-        its = _form_of(row, columns)
+        its = _form_of(row, columns, unanswered)
         if its != form:
             raise DataError(
                 f"mixed forms: {rows[0].place} is of the form {form!r}, but {row.place} is "
@@ -156,33 +219,51 @@ def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row
     return Row(row.place, values)
 
 
-def _form_of(row: Row, columns: Mapping[str, str]) -> Form:
-    values = named(row, columns).values
-    for form, fields in _FORMS.items():
-        if all(values.get(field) is not None for field in fields):
+def _fits(row: Row, form: Form, unanswered: bool) -> bool:
+    return form in _FORMS and all(
+        row.values.get(field) is not None
+        for field in _FORMS[form]
+        if not (unanswered and field in _ANSWERS)
+    )
+
+
+def _form_of(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Form:
+    its = named(row, columns, unanswered)
+    for form in _FORMS:
+        if _fits(its, form, unanswered):
             return form
     known = [field for fields in _FORMS.values() for field in fields]
-    unknown = [str(name) for name in values if name not in known]
+    unknown = [str(name) for name in its.values if name not in known]
     hints = {nearest(name, known, count=1) for name in unknown} - {""}
     raise DataError(
-        f"{row.place}: the columns {', '.join(map(str, values)) or '(none)'} fit no form. Known: "
-        f"text; prompt and completion; instruction, input and output; messages (or conversations). "
-        f"Name yours in data.columns, as in {{prompt: question, completion: answer}}."
-        + "".join(sorted(hints)[:1])
+        f"{row.place}: the columns {', '.join(map(str, its.values)) or '(none)'} fit no form. "
+        f"Known: text; prompt and completion; instruction, input and output; messages (or "
+        f"conversations). Name yours in data.columns, as in {{prompt: question, completion: "
+        f"answer}}." + "".join(sorted(hints)[:1])
     )
 
 
 def _sample(row: Row, form: Form, unanswered: bool) -> Sample:
     if form == "messages":
-        return _chat(row, unanswered)
+        messages, tools = read_chat(row, unanswered)
+        return Sample(row.place, messages=messages, tools=tools)
     if form == "text":
         return Sample(row.place, completion=_string(row, "text"))
     completion = "completion" if form == "prompt-completion" else "output"
     answer = "" if unanswered else _string(row, completion)
     if form == "prompt-completion":
         return Sample(row.place, _string(row, "prompt"), answer)
-    extra = _string(row, "input") if row.values.get("input") is not None else ""
-    return Sample(row.place, alpaca_prompt(_string(row, "instruction"), extra), answer)
+    prompt = alpaca_prompt(
+        _string(row, "instruction"),
+        _optional(row, "input"),
+        _optional(row, "system"),
+        _history(row),
+    )
+    return Sample(row.place, prompt, answer)
+
+
+def _optional(row: Row, field: str) -> str:
+    return "" if row.values.get(field) is None else _string(row, field)
 
 
 def _string(row: Row, field: str) -> str:
@@ -198,45 +279,12 @@ def _string(row: Row, field: str) -> str:
     return value
 
 
-def _chat(row: Row, unanswered: bool) -> Sample:
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.place}: 'messages' must be a list of turns and hold at least one.")
-    messages = [_turn(row.place, number, turn) for number, turn in enumerate(turns, 1)]
-    system = row.values.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    if unanswered:
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-    elif not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{row.place}: no turn of the assistant, so nothing to learn.")
-    return Sample(row.place, messages=tuple(messages), tools=_tools(row))
-
-
-def _turn(place: str, number: int, turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise DataError(f"{place}, turn {number}: found a {type(turn).__name__}, not an object.")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if role not in ROLES:
+def _history(row: Row) -> list[tuple[str, str]]:
+    """The rounds before an alpaca row's instruction: pairs of an instruction and its answer."""
+    history = row.values.get("history") or []
+    pairs = [pair for pair in history if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    if len(pairs) < len(history) or not all(isinstance(its, str) for pair in pairs for its in pair):
         raise DataError(
-            f"{place}, turn {number}: role {role!r} is none of {', '.join(ROLES)}."
-            + nearest(str(role), ROLES, count=1)
+            f"{row.place}: 'history' is a list of pairs, each an instruction and its answer."
         )
-    if not isinstance(content, str):
-        raise DataError(
-            f"{place}, turn {number}: the content is a {type(content).__name__}, not text."
-        )
-    return {"role": ROLES[role], "content": content}
-
-
-def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
-    tools = row.values.get("tools")
-    if not tools:
-        return None
-    try:
-        parsed = json.loads(tools) if isinstance(tools, str) else tools
-    except json.JSONDecodeError as error:
-        raise DataError(f"{row.place}: 'tools' is not valid JSON: {error.msg}.") from None
-    return tuple(parsed) or None
+    return [(asked, answered) for asked, answered in pairs]

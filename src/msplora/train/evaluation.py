@@ -9,12 +9,12 @@ from typing import Any
 
 from .base_model import load_base
 from .classification import classification_trainer
-from .data_classification import Example, examples, read_classification
-from .data_files import DataError, read_rows
+from .data_classification import Example, examples, fit_columns, read_classification
+from .data_files import DataError
 from .data_glue import read_glue_file
 from .data_images import labelled_images, read_images, read_more_images
 from .data_preference import Pair, read_more_preferences, read_preferences
-from .data_sft import Form, Sample, detect_form, read_more_sft, read_sft
+from .data_sft import Sample, read_more_sft, read_sft
 from .dpo import preference_trainer
 from .held_out_loss import held_out_loss
 from .image_classification import Pixels
@@ -49,12 +49,13 @@ def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[st
     assert classes
     held_out: list[Example]
     if data:
-        held_out = examples(read_glue_file(settings.data.glue, data), classes)
+        rows = read_glue_file(settings.data.glue, data)
+        held_out = examples(rows, fit_columns(rows, classes))
     else:
-        _, held_out, _ = read_classification(settings.data, settings.seed)
+        held_out = read_classification(settings.data, settings.seed).held_out
     limit = row_limit(settings, run.base.model)
-    rows, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
-    return {"rows": len(rows), **report.left_out(), **_judge(run, rows, batch_size)}
+    inputs, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
+    return {"rows": len(inputs), **report.left_out(), **_judge(run, inputs, batch_size)}
 
 
 def _images(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
@@ -64,30 +65,29 @@ def _images(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
         held_out = labelled_images(read_more_images(data, classes), classes)
     else:
         _, held_out, _ = read_images(settings.data, settings.seed)
-    rows = Pixels(held_out, run.base.tokenizer)
-    return {"rows": len(rows), **_judge(run, rows, batch_size)}
+    inputs = Pixels(held_out, run.base.tokenizer)
+    return {"rows": len(inputs), **_judge(run, inputs, batch_size)}
 
 
-def _judge(run: SavedRun, rows: Any, batch_size: int) -> dict[str, float]:
+def _judge(run: SavedRun, inputs: Any, batch_size: int) -> dict[str, float]:
     """The metrics of a classifier."""
     classes, settings = run.record.classes, run.settings
     assert classes
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
-        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
+        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(inputs), False, "loss")
         arguments["per_device_eval_batch_size"] = batch_size
         trainer = classification_trainer(
-            settings, run.base, classes, run.model, arguments, held_rows=rows
+            settings, run.base, classes, run.model, arguments, held_rows=inputs
         )
         return plain_metrics(trainer.evaluate())
 
 
 def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
-    settings, form = run.settings, run.record.form
+    settings, forms = run.settings, run.record.forms
     held_out: list[Sample]
     if data:
-        form = form or _form_of_file(data)
-        held_out = read_more_sft(data, form, settings.data)
-    elif form is None:
+        held_out = read_more_sft(data, forms, settings.data)
+    elif not forms:
         raise DataError(f"{run.path} does not say what it was trained on; give a file with --data.")
     else:
         held_out = read_sft(settings.data, settings.seed).held_out
@@ -95,7 +95,6 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
             raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
     rows, report = tokenise_samples(
         held_out,
-        form,
         run.base.tokenizer,
         row_limit(settings, run.base.model),
         "held-out",
@@ -128,10 +127,6 @@ def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, 
             settings, run.base, run.model, arguments, rows, rows, reference=reference
         )
         return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
-
-
-def _form_of_file(file: str) -> Form:
-    return "text-file" if file.endswith(".txt") else detect_form(read_rows(file), {})
 
 
 _BY_TASK: dict[Task, Callable[[SavedRun, str | None, int], dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from .base_model import Base
+from .data_check import DataCheck
 from .methods import Adapted
 from .task_record import TaskRecord
 
@@ -30,3 +31,5 @@ class Job:
     """One training row as the model will see it."""
     make_trainer: Callable[[Path], Any]
     """Make the trainer, which saves its checkpoints in the folder given."""
+    check: DataCheck | None = None
+    """What was found in the rows, for data.json; None where the task has no check."""

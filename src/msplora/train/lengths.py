@@ -11,6 +11,13 @@ from msplora.errors import ConfigError
 from .data_files import DataError
 from .settings import Settings
 
+LEFT_OUT = {
+    "truncated": "truncated",
+    "dropped": "dropped as too long",
+    "unlearnt": "left out without a token to learn",
+}
+"""What may become of a row that does not stay whole -> how every report says it."""
+
 TooLong = Literal["truncate", "drop", "error"]
 
 
@@ -36,28 +43,28 @@ class Limit:
 
 @dataclass
 class LengthReport:
-    """How many rows were cut or dropped, out of how many."""
+    """How many rows were cut or left out, out of how many."""
 
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
-    empty: int = 0
+    unlearnt: int = 0
     """Left out because no token of them would be learnt: the prompt fills the row, say."""
     longest: int = 0
 
+    def count(self, length: int) -> None:
+        """Count a row of so many tokens."""
+        self.rows += 1
+        self.longest = max(self.longest, length)
+
     def left_out(self) -> dict[str, int]:
         """What did not stay whole, by name; nothing where every row did."""
-        counts = {"truncated": self.truncated, "dropped": self.dropped, "empty": self.empty}
+        counts = {name: getattr(self, name) for name in LEFT_OUT}
         return {name: count for name, count in counts.items() if count}
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows, the longest of {self.longest} tokens"]
-        if self.truncated:
-            parts.append(f"{self.truncated} truncated")
-        if self.dropped:
-            parts.append(f"{self.dropped} dropped as too long")
-        if self.empty:
-            parts.append(f"{self.empty} left out, with no token to learn within the length")
+        parts += [f"{count} {LEFT_OUT[name]}" for name, count in self.left_out().items()]
         return ", ".join(parts)
 
 
@@ -85,8 +92,7 @@ def positions_of(model: Any) -> int | None:
 
 def keep(length: int, place: str, limit: Limit, report: LengthReport) -> bool:
     """Whether a row of `length` tokens stays (cut by the caller where too long); counts it."""
-    report.rows += 1
-    report.longest = max(report.longest, length)
+    report.count(length)
     if limit.length is None:
         if limit.positions and length > limit.positions:
             raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .data_sources import named_sources
 from .methods import Adapted
 from .next_steps import next_steps
 from .settings import Settings
@@ -65,7 +66,14 @@ def _data(settings: Settings) -> str:
     data = settings.data
     if data.glue:
         return f"GLUE's {data.glue}"
-    return f"`{data.hub or Path(data.train or '').name}`"
+    if data.hub:
+        return f"`{data.hub}`"
+    names = [
+        f"`{source.hub or Path(source.path or '').name}`"
+        for source in named_sources(data.train, "data.train")
+    ]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _results(metrics: dict[str, Any]) -> list[str]:

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from msplora.errors import ConfigError
 
-from .data_classification import Classes, examples
+from .data_classification import Classes, examples, fit_columns
 from .data_files import DataError, read_rows
 from .data_glue import read_glue_file
 from .data_images import labelled_images, read_more_images
 from .data_preference import read_prompts
-from .data_sft import detect_form, samples
+from .data_sft import WITHOUT_PROMPTS, read_more_sft
 from .generation import continue_sample
 from .held_out_loss import autocast
 from .image_classification import Pixels
@@ -49,17 +49,17 @@ def predict_file(
         if run.record.classes:
             rows = read_glue_file(run.settings.data.glue, file)
             return list(_classify(run, rows, batch_size))
-        form = run.record.form or detect_form(rows, {})
-        if form in ("text", "text-file"):
+        forms = run.record.forms
+        if run.record.form in WITHOUT_PROMPTS:
             raise DataError(
                 f"{path} was trained on plain text, which has no prompts to answer; use msplora "
                 f"generate --prompt."
             )
-        columns = run.settings.data.columns
         if run.settings.task == "dpo":
-            found = read_prompts(rows, form, columns)
+            assert run.record.form
+            found = read_prompts(rows, run.record.form, run.settings.data.columns)
         else:
-            found = samples(rows, form, columns, unanswered=True)
+            found = read_more_sft(str(file), forms, run.settings.data, unanswered=True)
         return [
             {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
             for number, sample in enumerate(found, 1)
@@ -110,9 +110,8 @@ def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Predi
     # Every row gets its line, so none is dropped here.
     limit = row_limit(run.settings, run.base.model)
     limit = Limit(limit.positions, limit.length, "truncate")
-    data, _ = tokenise_examples(
-        examples(rows, classes, labelled=False), run.base.tokenizer, limit, "given"
-    )
+    asked = examples(rows, fit_columns(rows, classes), labelled=False)
+    data, _ = tokenise_examples(asked, run.base.tokenizer, limit, "given")
     batches = (
         run.base.tokenizer.pad(data[start : start + batch_size], return_tensors="pt")
         for start in range(0, len(data), batch_size)

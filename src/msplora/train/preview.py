@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .data_check import DataCheck
 from .job import Job
 from .methods import Adapted
 
@@ -21,9 +22,17 @@ def show_preview(job: Job, console: Console) -> None:
     console.print(_trainable_table(job.adapted))
     for note in (*job.base.notes, *job.adapted.notes, *job.data_notes):
         console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
+    if job.check:
+        show_warnings(job.check, console)
     console.print("\nA training row" + _legend(settings.task))
     console.print(job.sample, soft_wrap=True)
     console.print()
+
+
+def show_warnings(check: DataCheck, console: Console) -> None:
+    """Print what is usually a mistake in the rows."""
+    for warning in check.warnings:
+        console.print(f"! {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_record(adapted: Adapted, method: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from msplora.loading import resolve_source
 from .base_model import LoadBase, load_base
 from .callbacks import add_callbacks, check_trackers
 from .checkpoints import find_newest
+from .data_sources import absolute_sources
 from .devices import is_main_process, join, wait_for_everyone, world_size
 from .disk_space import check_space, free_space
 from .job import Job
@@ -28,7 +29,7 @@ from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
 from .results import measured, write_records, write_weights
 from .resumable import make_resumable
-from .run_folder import BEFORE, Resume, RunFolder
+from .run_folder import BEFORE, DATA, Resume, RunFolder
 from .self_check import check_trained
 from .settings import Settings
 from .stopping import Interrupted, Stopped, StopSignals
@@ -83,6 +84,8 @@ def _run(
         wait_for_everyone()  # all have looked at what is there
         if is_main_process():
             notes = [*notes, *folder.begin()]
+            if job.check:
+                folder.write_json(DATA, job.check.to_dict())
         wait_for_everyone()
         for note in notes:
             console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
@@ -142,7 +145,10 @@ def with_absolute_paths(settings: Settings) -> Settings:
     settings.output = _absolute(settings.output)
     if settings.init_from:
         settings.init_from = _absolute(settings.init_from)
-    for key in ("path", "train", "validation", "chat_template"):
+    for key in ("train", "validation"):
+        sources = absolute_sources(getattr(settings.data, key), f"data.{key}")
+        setattr(settings.data, key, sources)
+    for key in ("path", "chat_template"):
         if getattr(settings.data, key):
             setattr(settings.data, key, _absolute(getattr(settings.data, key)))
     return settings

@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Method = Literal["msplora", "lora", "full", "frozen"]
 Task = Literal["classification", "image-classification", "sft", "dpo"]
@@ -32,6 +43,62 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class DataSource(_Section):
+    """One of several sources of rows; a bare path stands for a source of that path alone."""
+
+    path: str | None = Field(
+        default=None, description="A file, or a pattern such as `rows/*.jsonl`."
+    )
+    hub: str | None = Field(
+        default=None, description="Instead: id of a dataset on the Hugging Face hub."
+    )
+    config: str | None = Field(default=None, description="Configuration of the hub dataset.")
+    revision: str | None = Field(default=None, description="Revision of the hub dataset.")
+    split: str = Field(default="train", description="Split of the hub dataset.")
+    weight: float = Field(
+        default=1.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="How often an epoch sees each of its training rows: 2 twice, 0.5 a half of "
+        "them, drawn once by the seed.",
+    )
+    columns: dict[str, str] | None = Field(
+        default=None, description="In place of `data.columns`, for this source."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DataSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("it needs one of path and hub")
+        of_hub = {"config", "revision", "split"} & self.model_fields_set
+        if self.path is not None and of_hub:
+            raise ValueError(f"{', '.join(sorted(of_hub))} is for a hub dataset, and path a file")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """As one would write it: what is set, and a path alone as that."""
+        content = {key: value for key, value in handler(self).items() if value is not None}
+        unset = ["split"] * (self.hub is None) + ["weight"] * (self.weight == 1)
+        content = {key: value for key, value in content.items() if key not in unset}
+        return content["path"] if list(content) == ["path"] else content
+
+
+def _one_or_several(value: Any) -> str:
+    return "several" if isinstance(value, (list, tuple)) else "one"
+
+
+Sources = Annotated[
+    Annotated[str, Tag("one")] | Annotated[list[DataSource], Tag("several"), Field(min_length=1)],
+    Discriminator(_one_or_several),
+]
+
+
 class DataSettings(_Section):
     """Where the rows come from, which columns hold what, and how long a row may be."""
 
@@ -39,12 +106,16 @@ class DataSettings(_Section):
         None, description="A GLUE task by name; `path` is then the folder with its official TSVs."
     )
     path: str | None = Field(None, description="Folder that holds `train.tsv` and `dev.tsv`.")
-    train: str | None = Field(
+    train: Sources | None = Field(
         None,
-        description="Training file: .tsv, .csv, .jsonl, .json, and for sft also .txt; for images "
-        "also a folder with a folder of images for each class.",
+        description="Training file: .tsv, .csv, .jsonl, .json, .parquet, and for sft also .txt; "
+        "all but .parquet also with .gz after it. A pattern such as `rows/*.jsonl`, or a list of "
+        "sources, for several. For images also a folder with a folder of images for each class.",
     )
-    validation: str | None = Field(None, description="Held-out file or folder, of the same form.")
+    validation: Sources | None = Field(
+        None,
+        description="Held-out file, a pattern or a list of sources; of images also a folder.",
+    )
     hub: str | None = Field(None, description="Id of a dataset on the Hugging Face hub.")
     hub_config: str | None = Field(None, description="Configuration of the hub dataset.")
     hub_revision: str | None = Field(None, description="Revision of the hub dataset.")
@@ -93,7 +164,7 @@ class DataSettings(_Section):
         "the model's positions is always an error where `max_length` is unset.",
     )
     max_rows: int | None = Field(
-        None, ge=1, description="Use only the first rows of each split, for a quick try."
+        None, ge=1, description="Use only the first rows of each split and source, for a quick try."
     )
 
 
@@ -247,6 +318,9 @@ class TrainingSettings(_Section):
         True, description="For sft: the loss counts completions (assistant turns), not prompts."
     )
     packing: bool = Field(False, description="For sft: several rows in one training sequence.")
+    group_by_length: bool = Field(
+        False, description="Put rows of like length into one batch, which spares padding."
+    )
     dpo_beta: float = Field(
         0.1, gt=0, description="For dpo: how strongly the model is held to the reference."
     )

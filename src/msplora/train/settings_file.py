@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 
-from .settings import TASKS_OF_KEY, DataSettings, Settings
+from .settings import TASKS_OF_KEY, DataSettings, DataSource, Settings
 
 # A GLUE task has files, columns and classes of its own.
 _DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
+
+_A_SOURCE = "{path: rows.jsonl, weight: 2}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -168,6 +170,16 @@ def _explain(error: ValidationError, source: str) -> str:
     for problem in error.errors():
         # Members of a union and of a list are in the location too; the key is what a file shows.
         path = [str(part) for part in problem["loc"]]
+        entry = path[3:] if path[2:3] == ["several"] else []
+        if path[2:3] == ["one"]:
+            lines.append(
+                f"{'.'.join(path[:2])} = {problem['input']!r}: it takes a path, or a list of paths "
+                f"and of mappings such as {_A_SOURCE}."
+            )
+            continue
+        if entry:
+            lines.append(_explain_source(".".join(path[:2]), entry, problem))
+            continue
         key = ".".join(path)
         if problem["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}.{_nearest_key(path)}")
@@ -184,6 +196,24 @@ def _explain(error: ValidationError, source: str) -> str:
     if len(lines) == 1:
         return f"in {source}: {lines[0]}"
     return f"in {source}:\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def _explain_source(key: str, entry: list[str], problem: Any) -> str:
+    """What is wrong with an entry of a list of sources; entries are counted from one."""
+    place, *inside = entry
+    where = f"{key}, entry {int(place) + 1}"
+    if problem["type"] == "model_type":
+        return f"{where} = {problem['input']!r}: it takes a path or a mapping such as {_A_SOURCE}."
+    if not inside:
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        return f"{where} = {problem['input']!r}: {message}."
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {inside[0]!r}." + (
+            nearest(inside[0], DataSource.model_fields, count=1)
+            or f" Known here: {', '.join(DataSource.model_fields)}."
+        )
+    message = problem["msg"].replace("Input should", "it should")
+    return f"{where}: {inside[0]} = {problem['input']!r}: {message}."
 
 
 def _nearest_key(path: list[str]) -> str:
@@ -269,6 +299,18 @@ def _check(settings: Settings, source: str) -> None:
         raise ConfigError(
             f"in {source}: data.validation_split is a split of a hub dataset, and there is no "
             f"data.hub. Name a held-out file in data.validation."
+        )
+    held_out = data.validation if isinstance(data.validation, list) else []
+    weighted = [number for number, its in enumerate(held_out, 1) if its.weight != 1]
+    if weighted:
+        raise ConfigError(
+            f"in {source}: data.validation, entry {weighted[0]}: held-out rows are judged once "
+            f"each. Leave its weight out."
+        )
+    if settings.training.packing and settings.training.group_by_length:
+        raise ConfigError(
+            f"in {source}: training.group_by_length puts rows of like length into a batch, and "
+            f"training.packing leaves no rows to group. Leave one out."
         )
     if data.regression and data.labels:
         raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")

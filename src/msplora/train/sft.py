@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from rich.text import Text
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -18,20 +17,23 @@ from .data_sft import read_sft
 from .held_out_loss import held_out_loss
 from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
+from .length_groups import GroupsByLength
 from .lengths import row_limit
 from .methods import adapt
+from .packing import packed_length, packed_rows, refuse_leaking
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
+from .sft_rows import end_tokens, masked_sample, prepare_rows
 from .task_record import TaskRecord
-from .tokenise_sft import DEFAULT_CHUNK, IGNORED, Tokens, tokenise_samples
-from .trainer_arguments import quieten, trainer_arguments, training_steps, warmup_steps
+from .tokenise_sft import Tokens
+from .trainer_arguments import quieten, trainer_arguments, training_steps
 
 METRICS = ("loss", "perplexity", "token_accuracy")
 
 
-class HeldOutSFTTrainer(JudgesHeldOutRows, RunTrainer, SFTTrainer):
+class HeldOutSFTTrainer(GroupsByLength, JudgesHeldOutRows, RunTrainer, SFTTrainer):
     """TRL's trainer, judging by the loss per token."""
 
     held_out: list[Tokens]
@@ -54,54 +56,39 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     data = read_sft(settings.data, settings.seed)
     best = check_metric(settings, "loss", METRICS)
     base = load(settings, None)
-    limit = row_limit(settings, base.model)
-    tokenizer, completions = base.tokenizer, settings.training.completion_only_loss
-    rows = settings.data.max_rows
-    train, report = tokenise_samples(
-        data.train, data.form, tokenizer, limit, "training", completions, rows
-    )
-    notes = [f"form: {data.form}", f"training: {report}"]
-    held_out: list[Tokens] = []
-    if data.held_out:
-        held_out, report = tokenise_samples(
-            data.held_out, data.form, tokenizer, limit, "held-out", completions, rows
-        )
-        notes.append(f"held out: {report}")
-    if data.left_out:
-        notes.append(f"left out: {data.left_out} rows with an empty completion")
-    if tokenizer.eos_token_id is None and data.form != "text-file":
-        notes.append("the tokenizer has no end token, so the model does not learn to stop")
-    packed_length = limit.length or limit.positions or DEFAULT_CHUNK
-    if settings.training.packing and tokenizer.pad_token is None:
-        raise ConfigError("training.packing needs a tokenizer with a padding or end token.")
-    if not settings.training.packing:  # how many rows that gives, the trainer finds out
-        check_stages(settings, training_steps(settings, len(train)))
+    tokenizer, limit = base.tokenizer, row_limit(settings, base.model)
+    ends = end_tokens(tokenizer, base.model.config, base.model.generation_config)
+    rows = prepare_rows(settings, data, tokenizer, limit, ends)
+    train, packing = _dataset(rows.train), settings.training.packing
+    if packing:
+        if tokenizer.pad_token is None:
+            raise ConfigError("training.packing needs a tokenizer with a padding or end token.")
+        refuse_leaking(base.model, rows.train)
+        train = packed_rows(train, packed_length(limit, rows.train))
+    check_stages(settings, training_steps(settings, len(train)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
-        arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
+        held_out = bool(rows.held_out)
+        arguments = trainer_arguments(settings, base, checkpoints, len(train), held_out, best)
         with trained_in_float32(adapted.model):
             trainer = HeldOutSFTTrainer(
                 model=adapted.model,
                 args=SFTConfig(
                     **arguments,
-                    packing=settings.training.packing,
-                    max_length=packed_length if settings.training.packing else None,
+                    max_length=None,  # every row has its length already
+                    padding_free=packing,
                 ),
-                train_dataset=_dataset(train),
-                eval_dataset=_dataset(held_out) if held_out else None,
+                train_dataset=train,
+                eval_dataset=_dataset(rows.held_out) if held_out else None,
                 processing_class=tokenizer,
                 # Our own, so that a tokenizer with neither padding nor end token will do.
-                data_collator=(
-                    None if settings.training.packing else DataCollatorForLanguageModeling(pad)
-                ),
+                data_collator=None if packing else DataCollatorForLanguageModeling(pad),
             )
         trainer.settings, trainer.head = settings, base.head
-        # Only now is it known how many rows are left once they are packed.
-        packed: Any = trainer.train_dataset
-        trainer.args.warmup_steps = warmup_steps(settings, len(packed))
-        trainer.held_out, trainer.pad_token_id = held_out, pad
+        trainer.held_out, trainer.pad_token_id = rows.held_out, pad
         trainer.arithmetic = base.arithmetic
+        trainer.group_by_length = settings.training.group_by_length
         quieten(trainer)
         return trainer
 
@@ -109,33 +96,19 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.form),
+        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
         best,
-        held_out=bool(held_out),
-        data_notes=notes,
-        sample=masked_sample(train[0], tokenizer),
+        held_out=bool(rows.held_out),
+        data_notes=rows.notes,
+        sample=masked_sample(rows.train[0], tokenizer),
         make_trainer=make_trainer,
+        check=rows.check,
     )
 
 
 def padding_id(tokenizer: Any) -> int:
     """The id to pad with; any will do, since padding is masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-def masked_sample(row: Tokens, tokenizer: Any) -> Text:
-    """Decode a row: what the loss counts is green and stands between ▶ and ◀."""
-    shown = Text()
-    start = 0
-    while start < len(row.input_ids):
-        counted = row.labels[start] != IGNORED
-        stop = start
-        while stop < len(row.input_ids) and (row.labels[stop] != IGNORED) == counted:
-            stop += 1
-        piece = tokenizer.decode(row.input_ids[start:stop])
-        shown.append(f"▶{piece}◀" if counted else piece, style="green" if counted else "dim")
-        start = stop
-    return shown
 
 
 def _dataset(rows: list[Tokens]) -> datasets.Dataset:

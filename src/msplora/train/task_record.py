@@ -24,6 +24,8 @@ class TaskRecord:
     settings: Settings
     classes: Classes | None = None
     form: Form | None = None
+    more_forms: tuple[Form, ...] = ()
+    """Of a run of several sources that have different ones."""
 
     def save(self, folder: Path) -> None:
         """Write task.json into the folder of the weights."""
@@ -32,8 +34,14 @@ class TaskRecord:
             "settings": self.settings.to_dict(),
             "classes": asdict(self.classes) if self.classes else None,
             "form": self.form,
+            "more_forms": self.more_forms,
         }
         (folder / TASK_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Every form that the data had, the one to put prompts into first."""
+        return (self.form, *self.more_forms) if self.form else ()
 
     @classmethod
     def load(cls, folder: Path) -> TaskRecord | None:
@@ -54,6 +62,7 @@ class TaskRecord:
                     tuple(label_range) if label_range else None,
                 )
             form, settings = content["form"], content["settings"]
+            more_forms = tuple(content.get("more_forms", ()))
         except (ValueError, KeyError, TypeError) as error:
             raise MSPLoraError(
                 f"{file} is not a record of a run ({type(error).__name__}: {error}). Restore it, "
@@ -64,4 +73,4 @@ class TaskRecord:
                 f"{file} has format_version {version}; this msplora reads {_FORMAT_VERSION}. "
                 f"Install the msplora that wrote it, or a newer one."
             )
-        return cls(make_settings(settings, str(file)), classes, form)
+        return cls(make_settings(settings, str(file)), classes, form, more_forms)

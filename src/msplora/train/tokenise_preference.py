@@ -42,7 +42,7 @@ def tokenise_pairs(
             rows.append(PairTokens(prompt, chosen, rejected))
         else:
             report.truncated -= room is not None and max(map(len, halves)) > room
-            report.empty += 1
+            report.unlearnt += 1
     refuse_if_none_left(rows, limit, what)
     return rows, report
 

@@ -1,0 +1,176 @@
+"""Chats as their files have them, brought into the one form that chat templates read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from msplora.errors import nearest
+
+from .data_files import DataError, Row
+
+Message = dict[str, Any]
+
+# The names that chat data goes by -> the roles that chat templates know.
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+
+# Roles whose text is a call of a function, written as JSON.
+_CALLING = ("function_call", "tool_call")
+
+# What else of a turn templates read: the call a result answers, and thoughts before an answer.
+_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+
+
+def read_chat(row: Row, unanswered: bool) -> tuple[tuple[Message, ...], tuple[Message, ...] | None]:
+    """Return (messages, tools) of a row; of `unanswered` ones, without the answer at the end."""
+    turns = _parsed(row["messages"], row.place, "'messages'")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{row.place}: 'messages' must be a list of turns and hold at least one.")
+    messages = [_turn(row.place, number, turn) for number, turn in enumerate(turns, 1)]
+    system = row.values.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    if unanswered:
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+    elif not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{row.place}: no turn of the assistant, so nothing to learn.")
+    return tuple(messages), _tools(row)
+
+
+def calls_as_text(message: Message) -> Message:
+    """The same turn for a template that knows no calls: they stand in the content, as JSON."""
+    if "tool_calls" not in message:
+        return message
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+    content = "\n".join([message["content"]] * bool(message["content"]) + calls)
+    return {key: value for key, value in message.items() if key != "tool_calls"} | {
+        "content": content
+    }
+
+
+def chat_text(messages: tuple[Message, ...]) -> str:
+    """All that is said in a chat, to tell whether two are the same."""
+    plain = map(calls_as_text, messages)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in plain)
+
+
+def _turn(place: str, number: int, turn: Any) -> Message:
+    place = f"{place}, turn {number}"
+    if not isinstance(turn, dict):
+        raise DataError(f"{place}: found a {type(turn).__name__}, not an object.")
+    role = turn.get("role", turn.get("from"))
+    if role not in ROLES:
+        raise DataError(
+            f"{place}: role {role!r} is none of {', '.join(ROLES)}."
+            + nearest(str(role), ROLES, count=1)
+        )
+    calls = _calls(turn, place)
+    content = _content(turn.get("content", turn.get("value")), place, may_be_empty=bool(calls))
+    if role in _CALLING and not calls:
+        calls, content = _calls_in_text(content)
+    kept = {key: turn[key] for key in _KEPT if isinstance(turn.get(key), str)}
+    message = {"role": ROLES[role], "content": content, **kept}
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _content(content: Any, place: str, may_be_empty: bool) -> str:
+    """The text of a turn; of a list of parts, as some chats have it, their texts together."""
+    if content is None and may_be_empty:
+        return ""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            return "".join(texts)
+        raise DataError(f"{place}: the content has parts that are not text; only text is read.")
+    if isinstance(content, str):
+        return content
+    raise DataError(f"{place}: the content is a {type(content).__name__}, not text.")
+
+
+def _calls(turn: Message, place: str) -> list[Message]:
+    """The calls that a turn lists, or the one that older files have as `function_call`."""
+    calls = _parsed(turn.get("tool_calls") or [], place, "'tool_calls'")
+    if turn.get("function_call"):
+        calls = [_parsed(turn["function_call"], place, "'function_call'")]
+    if not isinstance(calls, list):
+        raise DataError(f"{place}: 'tool_calls' is a {type(calls).__name__}, not a list.")
+    found = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{place}: a call is an object with the name of a function and its arguments; "
+                f"found {json.dumps(call, default=str)[:80]}."
+            )
+        arguments = _parsed(function.get("arguments") or {}, place, "the arguments of a call")
+        its = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append(its | _call(function["name"], arguments))
+    return found
+
+
+def _calls_in_text(content: str) -> tuple[list[Message], str]:
+    """The calls that a text of JSON is, with no text left; or none, and the text as it is."""
+    try:
+        parsed = json.loads(content)
+    except json.JSONDecodeError:
+        return [], content
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(
+        isinstance(its, dict) and isinstance(its.get("name"), str) for its in calls
+    ):
+        return [], content
+    return [_call(its["name"], its.get("arguments") or {}) for its in calls], ""
+
+
+def _call(name: str, arguments: Any) -> Message:
+    # An object, not its text: templates write it as JSON themselves.
+    function = {"name": name, "arguments": _without_nulls(arguments)}
+    return {"type": "function", "function": function}
+
+
+def _tools(row: Row) -> tuple[Message, ...] | None:
+    """The tools as templates expect them: each an object with its `function`."""
+    tools = _parsed(row.values.get("tools") or [], row.place, "'tools'")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{row.place}: 'tools' is not a list of objects.")
+    wrapped = [
+        tool if "function" in tool else {"type": "function", "function": tool}
+        for tool in map(_without_nulls, tools)
+    ]
+    return tuple(wrapped) or None
+
+
+def _parsed(value: Any, place: str, what: str) -> Any:
+    """The value, or what its text says where a file has it as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: {what} is not valid JSON: {error.msg}.") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every object the fields of all, with nulls for those it never had."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(its) for key, its in value.items() if its is not None}
+    return [_without_nulls(its) for its in value] if isinstance(value, list) else value

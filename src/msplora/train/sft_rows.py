@@ -1,0 +1,198 @@
+"""The rows of a language model made ready and looked over; no weight of a model is needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.text import Text
+
+from .data_check import (
+    NOTEWORTHY,
+    DataCheck,
+    Said,
+    SplitCheck,
+    repeats_between,
+    repeats_within,
+    share,
+    warnings_on_lengths,
+    warnings_on_repeats,
+)
+from .data_sft import Sample, SftData
+from .lengths import Limit
+from .settings import Settings
+from .tokenise_chat import template_names
+from .tokenise_sft import IGNORED, Tokens, tokenise_samples
+
+
+@dataclass(frozen=True)
+class SftRows:
+    """Training and held-out rows as token ids, and what there is to say of them."""
+
+    train: list[Tokens]
+    held_out: list[Tokens]
+    notes: list[str]
+    check: DataCheck
+
+
+def prepare_rows(
+    settings: Settings, data: SftData, tokenizer: Any, limit: Limit, ends: Collection[int]
+) -> SftRows:
+    """Tokenise a run's samples and check them; `ends` are the ids at which the model stops."""
+    completions, most = settings.training.completion_only_loss, settings.data.max_rows
+    notes = _source_notes(data)
+    rows: dict[str, list[Tokens]] = {"training": [], "held-out": []}
+    checks: dict[str, SplitCheck] = {}
+    for what, samples in (("training", data.train), ("held-out", data.held_out)):
+        if samples:
+            rows[what], report = tokenise_samples(
+                samples, tokenizer, limit, what, completions, most
+            )
+            checks[what] = SplitCheck.of(
+                report,
+                [len(row.input_ids) for row in rows[what]],
+                sum(label != IGNORED for row in rows[what] for label in row.labels[1:]),
+                _without_end(rows[what], ends, tokenizer),
+            )
+            notes.append(checks[what].note(what, report))
+    if data.left_out:
+        notes.append(f"left out: {data.left_out} rows with an empty completion")
+    said = {
+        what: [Said(its.place, its.text) for its in samples if not its.whole_text]
+        for what, samples in (("training", data.train), ("held-out", data.held_out))
+    }
+    check = DataCheck(
+        [asdict(source) for source in data.sources],
+        checks["training"],
+        checks.get("held-out"),
+        repeats_within(said["training"]),
+        repeats_between(said["held-out"], said["training"]),
+        _empty(data),
+    )
+    for what, split in checks.items():
+        check.warnings += warnings_on_lengths(split, what, limit.length)
+    check.warnings += _warnings_on_ends(check.training, data, ends, tokenizer)
+    check.warnings += warnings_on_repeats(check)
+    check.warnings += _warnings_on_samples([*data.train, *data.held_out], tokenizer)
+    check.warnings += [
+        f"{count:,} row(s) have {what}; look whether they are whole."
+        for what, count in check.empty.items()
+    ]
+    return SftRows(rows["training"], rows["held-out"], notes, check)
+
+
+def end_tokens(tokenizer: Any, *configs: Any) -> set[int]:
+    """The ids at which generation stops: the tokenizer's end token, and those of the configs."""
+    found = {tokenizer.eos_token_id}
+    for config in configs:
+        its = getattr(config, "eos_token_id", None)
+        found |= set(its) if isinstance(its, (list, tuple)) else {its}
+    return {its for its in found if its is not None}
+
+
+def masked_sample(row: Tokens, tokenizer: Any) -> Text:
+    """Decode a row: what the loss counts is green and stands between ▶ and ◀."""
+    shown = Text()
+    start = 0
+    while start < len(row.input_ids):
+        counted = row.labels[start] != IGNORED
+        stop = start
+        while stop < len(row.input_ids) and (row.labels[stop] != IGNORED) == counted:
+            stop += 1
+        piece = tokenizer.decode(row.input_ids[start:stop])
+        shown.append(f"▶{piece}◀" if counted else piece, style="green" if counted else "dim")
+        start = stop
+    return shown
+
+
+def _source_notes(data: SftData) -> list[str]:
+    training = [source for source in data.sources if source.train]
+    if len(training) == 1 and training[0].weight == 1:
+        return [f"form: {training[0].form}"]
+    return [
+        f"{source.name}: form {source.form}, {source.train:,} samples in an epoch (weight "
+        f"{source.weight:g}), {source.held_out:,} held out"
+        for source in data.sources
+    ]
+
+
+def _without_end(rows: list[Tokens], ends: Collection[int], tokenizer: Any) -> int | None:
+    """Rows whose last trained token, white space after it aside, does not end a text."""
+    whole = [row for row in rows if not row.chunk]
+    if not whole:
+        return None
+    blank: dict[int, bool] = {}
+
+    def is_blank(its: int) -> bool:
+        if its not in blank:
+            blank[its] = not tokenizer.decode([its]).strip()
+        return blank[its]
+
+    def lacks_end(row: Tokens) -> bool:
+        last = max(place for place, label in enumerate(row.labels) if label != IGNORED)
+        while last > 0 and row.labels[last] != IGNORED and row.input_ids[last] not in ends:
+            if not is_blank(row.input_ids[last]):
+                return True
+            last -= 1
+        return row.labels[last] == IGNORED or row.input_ids[last] not in ends
+
+    return sum(map(lacks_end, whole))
+
+
+def _warnings_on_ends(
+    split: SplitCheck, data: SftData, ends: Collection[int], tokenizer: Any
+) -> list[str]:
+    if split.without_end is None:
+        return []
+    if not ends:
+        return ["the tokenizer has no end token, so the model does not learn to stop."]
+    # That what is cut has lost its end is said where the cutting is.
+    if split.without_end - split.truncated <= NOTEWORTHY * split.kept:
+        return []
+    names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ends))))
+    chats = any(source.form == "messages" for source in data.sources)
+    advice = (
+        f"The chat template closes the assistant's turns in another way: name one in "
+        f"data.chat_template that closes them with {names}, or a tokenizer whose end token is the "
+        f"template's."
+        if chats
+        else "Look at the rows' last tokens with msplora data."
+    )
+    return [
+        f"in {share(split.without_end, split.kept)} training rows the last token learnt is not the "
+        f"end token ({names}), so the model may not learn to stop. {advice}"
+    ]
+
+
+def _warnings_on_samples(samples: list[Sample], tokenizer: Any) -> list[str]:
+    """What the chat template has no place for."""
+    found = []
+    with_tools = sum(bool(its.tools) for its in samples)
+    calling = sum(any("tool_calls" in turn for turn in its.messages) for its in samples)
+    if with_tools and not template_names(tokenizer, "tools"):
+        found.append(
+            f"{share(with_tools, len(samples))} rows have tools, but the chat template has no "
+            f"place for them, so the model does not see which there are. Name another in "
+            f"data.chat_template."
+        )
+    if calling and not template_names(tokenizer, "tool_calls"):
+        found.append(
+            f"{share(calling, len(samples))} rows have calls of tools, but the chat template knows "
+            f"none, so they are learnt as text of JSON. Name another in data.chat_template for a "
+            f"form of its own."
+        )
+    return found
+
+
+def _empty(data: SftData) -> dict[str, int]:
+    counts = Counter({"an empty completion": data.left_out, "an empty prompt": data.unprompted})
+    counts["an empty turn of the assistant"] = sum(
+        any(
+            turn["role"] == "assistant" and not turn["content"].strip() and "tool_calls" not in turn
+            for turn in sample.messages
+        )
+        for sample in (*data.train, *data.held_out)
+    )
+    return {what: count for what, count in counts.items() if count}

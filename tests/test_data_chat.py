@@ -1,0 +1,207 @@
+"""Chats with tools, in the words of every data set, and alpaca rows with what came before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import transformers as hf
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from msplora.train.data_chat import read_chat
+from msplora.train.data_files import DataError, Row, read_rows
+from msplora.train.data_sft import Sample, alpaca_prompt, detect_form, samples
+from msplora.train.lengths import Limit
+from msplora.train.sft_rows import masked_sample
+from msplora.train.tokenise_sft import tokenise_samples
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+ARGUMENTS = json.dumps(CALL["function"]["arguments"])
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+TURNS = (
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+)
+ASKED = {"role": "user", "content": "1 + 2?"}
+ANSWERED = {"role": "assistant", "content": "It is 3."}
+TEMPLATE = (
+    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def tokenizer(template: str) -> Any:
+    """Of bytes, so that every text comes out as it went in."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE({symbol: place for place, symbol in enumerate(alphabet)}, []))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    from tokenizers.decoders import ByteLevel
+
+    found.decoder = ByteLevel()  # pyright: ignore
+    wrapped = hf.PreTrainedTokenizerFast(tokenizer_object=found)
+    wrapped.chat_template = template
+    return wrapped
+
+
+def chat(turns: list[Any], **values: Any) -> Sample:
+    rows = [Row("row 1", {"messages": turns, **values})]
+    assert detect_form(rows, {}) == "messages"
+    (sample,) = samples(rows, "messages", {})
+    return sample
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        list(TURNS),
+        [  # as LLaMA-Factory's files have it
+            {"from": "human", "value": "1 + 2?"},
+            {"from": "function_call", "value": json.dumps(CALL["function"])},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "It is 3."},
+        ],
+        [  # as OpenAI's have it: no content, and arguments as text
+            ASKED,
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
+                ],
+            },
+            {"role": "tool", "content": [{"type": "text", "text": "3"}]},
+            ANSWERED,
+        ],
+        [  # as OpenAI's had it once
+            ASKED,
+            {"role": "assistant", "function_call": {"name": "add", "arguments": ARGUMENTS}},
+            {"role": "function", "content": "3"},
+            ANSWERED,
+        ],
+        [  # several calls in one text, and calls outside of `function`
+            ASKED,
+            {"role": "tool_call", "content": json.dumps([CALL["function"]])},
+            {"role": "tool_response", "content": "3"},
+            ANSWERED,
+        ],
+        json.dumps(TURNS),
+    ],
+)
+def test_a_call_is_a_call_in_the_words_of_every_data_set(turns: Any) -> None:
+    assert read_chat(Row("x", {"messages": turns}), unanswered=False) == (TURNS, None)
+
+
+def test_tables_with_nulls_for_what_a_turn_lacks(tmp_path: Path) -> None:
+    """A column of parquet gives every turn the fields of all turns, and every tool likewise."""
+    tools = [TOOL["function"], {"name": "say", "parameters": None}]
+    rows = [{"messages": list(TURNS), "tools": tools}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (row,) = read_rows(tmp_path / "a.parquet")
+    assert row["messages"][0]["tool_calls"] is None
+    messages, found = read_chat(row, unanswered=False)
+    assert messages == TURNS
+    assert found == (TOOL, {"type": "function", "function": {"name": "say"}})
+
+
+def test_ids_names_and_thoughts_are_kept() -> None:
+    call = {"id": "call_1", **CALL}
+    turns = [
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "call_1", "name": "add"},
+        {"role": "assistant", "content": "It is 3.", "reasoning_content": "Easy."},
+    ]
+    assert list(read_chat(Row("x", {"messages": turns}), False)[0]) == turns
+
+
+def test_a_call_that_is_no_json_stays_what_it_says() -> None:
+    turns = [ASKED, {"from": "function_call", "value": "add(1, 2)"}]
+    messages, _ = read_chat(Row("x", {"messages": turns}), False)
+    assert messages[1] == {"role": "assistant", "content": "add(1, 2)"}
+
+
+def test_the_loss_counts_calls_and_not_what_tools_say() -> None:
+    sample = chat(list(TURNS), tools=json.dumps([TOOL["function"]]))
+    known = tokenizer(TEMPLATE)
+    (row,), _ = tokenise_samples([sample], known, Limit(None, None, "truncate"), "training")
+    assert masked_sample(row, known).plain == (
+        '<add>u:1 + 2?;a:▶add{"a": 1, "b": 2};◀t:3;a:▶It is 3.;◀'
+    )
+
+
+def test_a_template_that_knows_no_calls_gets_them_as_text() -> None:
+    plain = tokenizer(
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    (row,), _ = tokenise_samples(
+        [chat(list(TURNS))], plain, Limit(None, None, "truncate"), "training"
+    )
+    assert masked_sample(row, plain).plain == (
+        'u:1 + 2?;a:▶{"name": "add", "arguments": {"a": 1, "b": 2}};◀t:3;a:▶It is 3.;◀'
+    )
+
+
+@pytest.mark.parametrize(
+    ("turns", "values", "said"),
+    [
+        ("{", {}, "'messages' is not valid JSON"),
+        (
+            [ASKED, {"role": "assistant", "tool_calls": "["}],
+            {},
+            "turn 2: 'tool_calls' is not valid",
+        ),
+        ([ASKED, {"role": "assistant", "tool_calls": {"a": 1}}], {}, "'tool_calls' is a dict"),
+        ([ASKED, {"role": "assistant", "tool_calls": [{"id": "x"}]}], {}, "the name of a function"),
+        (
+            [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}],
+            {},
+            "turn 2: the arguments of a call is not valid JSON",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], {}, "turn 1: the content has parts"),
+        ([ASKED, ANSWERED], {"tools": "{"}, "'tools' is not valid JSON"),
+        ([ASKED, ANSWERED], {"tools": ["add"]}, "'tools' is not a list of objects"),
+    ],
+)
+def test_chats_that_cannot_be_read(turns: Any, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_chat(Row("a.jsonl, line 3", {"messages": turns, **values}), False)
+    assert said in str(caught.value)
+    assert "a.jsonl, line 3" in str(caught.value)
+
+
+# Alpaca with what came before.
+
+
+def test_alpaca_s_system_and_history_come_before_the_instruction() -> None:
+    values = {
+        "instruction": "And 3?",
+        "output": "4",
+        "system": "Be brief.",
+        "history": [["1 + 1?", "2"], ["And 2?", "3"]],
+    }
+    (sample,) = samples([Row("x", values)], "alpaca", {})
+    assert sample.completion == "4"
+    assert sample.prompt == (
+        "Be brief.\n\n### Instruction:\n1 + 1?\n\n### Response:\n2\n\n"
+        "### Instruction:\nAnd 2?\n\n### Response:\n3\n\n" + alpaca_prompt("And 3?")
+    )
+    for nothing in ({}, {"system": "", "history": []}, {"system": None, "history": None}):
+        row = Row("x", {"instruction": "i", "output": "o", **nothing})
+        (sample,) = samples([row], "alpaca", {})
+        assert sample.prompt == alpaca_prompt("i")
+
+
+@pytest.mark.parametrize("history", [["a"], [["a"]], [["a", 1]]])
+def test_a_history_of_no_pairs_is_refused(history: Any) -> None:
+    row = Row("a.json, row 2", {"instruction": "i", "output": "o", "history": history})
+    with pytest.raises(DataError, match=r"a\.json, row 2: 'history' is a list of pairs"):
+        samples([row], "alpaca", {})
