@@ -25,7 +25,7 @@ from msplora.train.memory_trace import Held, MemoryTrace
 from msplora.train.run import prepare_job
 from msplora.train.settings import Settings
 from msplora.train.settings_file import make_settings, read_settings
-from msplora.train.target import CPU_SLACK, CUDA_CONTEXT, GIB, find_target
+from msplora.train.target import CPU_LIBRARIES, CPU_SLACK, CUDA_CONTEXT, GIB, find_target
 from runs import (
     answered_rows,
     labelled_rows,
@@ -269,7 +269,7 @@ def test_targets() -> None:
     assert find_target("NVIDIA H100").capacity == 80 * GIB
     assert find_target("RTX 4090").on_gpu
     assert not find_target("cpu:8GB").on_gpu
-    assert find_target("cpu:8GB").overhead(1000, 200) == 800 * CPU_SLACK
+    assert find_target("cpu:8GB").overhead(1000, 200) == CPU_LIBRARIES + 800 * CPU_SLACK
     assert find_target("8GB").overhead(0, 0) > CUDA_CONTEXT
     with pytest.raises(ConfigError, match="cpu:16GB"):
         find_target("")
