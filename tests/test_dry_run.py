@@ -37,7 +37,7 @@ from runs import (
     write_jsonl,
 )
 
-CLOSE = 0.03
+CLOSE = 0.01
 """How far an estimate may be off here; the promise is 0.10."""
 
 

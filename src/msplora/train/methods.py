@@ -63,9 +63,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
         try:
-            # In a dry run the base has no numbers, and the adapter needs none.
-            on_meta = base.model.device.type == "meta"
-            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=on_meta)
+            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=_on_meta(base.model))
         except ValueError as error:
             raise _explain(error, base.model, config) from error
     head = _count(model, modules_to_save=True)
@@ -73,6 +71,11 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     rank = sum(config.ranks or ()) if plan else config.r
     lora = plan.lora_parameters if plan else adapter
     return Adapted(model, Trainable(adapter, head, base_numbers, lora), plan, rank, notes)
+
+
+def _on_meta(model: nn.Module) -> bool:
+    """Whether the model has no numbers, as in a dry run; its adapter needs none either."""
+    return next(model.parameters()).is_meta
 
 
 def adapter_config(settings: Settings, base: Base) -> Any:
@@ -156,7 +159,9 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
         with warnings.catch_warnings():
             # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+            return peft.PeftModel.from_pretrained(
+                model, str(folder), is_trainable=is_trainable, low_cpu_mem_usage=_on_meta(model)
+            )
     except MSPLoraError:
         raise
     except (RuntimeError, ValueError, UserWarning) as error:
