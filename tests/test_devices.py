@@ -177,6 +177,14 @@ def test_gradients_are_those_of_one_large_batch(bases: Path) -> None:
     assert_alike("one", "halves")
 
 
+def test_a_base_placed_by_a_device_map_trains_alike(bases: Path) -> None:
+    """With one device, all of it is there; what it says of the placement is accelerate's."""
+    assert command("train", config(bases, "sft", "one", 1)).code == 0
+    mapped = command("train", config(bases, "sft", "map", 1), "--set=devices.device_map=auto")
+    assert mapped.code == 0, mapped.err
+    assert_alike("one", "map")
+
+
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_accelerate_knows_every_preset(strategy: str) -> None:
     from accelerate.commands.launch import launch_command_parser

@@ -68,7 +68,7 @@ def test_the_commands_run_in_order(workspace: Path) -> None:
         for line in block.splitlines()
         if line.startswith("msplora")
     ]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         arguments = re.findall(r'"[^"]*"|\S+', command)[1:]
         arguments = [argument.strip('"') for argument in arguments]

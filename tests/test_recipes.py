@@ -125,7 +125,7 @@ def furnish(content: dict[str, Any]) -> None:
         for split in ("train", "dev"):
             Path(data["path"], f"{split}.tsv").write_text(text)
     else:
-        save_language_model(model, chats=True)
+        save_language_model(model, chats=True, positions=1024)
         rows = PAIRS if content["task"] == "dpo" else ROWS
         if "train" in data:
             Path(data["train"]).write_text(json.dumps(rows * 4))

@@ -58,7 +58,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_decoder(folder / "decoder")
     # A model with LayerNorm, so that a rate too high is seen: RMSNorm turns infinities into zeros.
     shape = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 64}
-    hf.GPT2LMHeadModel(hf.GPT2Config(**shape)).save_pretrained(folder / "decoder")
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **ends)).save_pretrained(folder / "decoder")
     write_jsonl(folder / "answered.jsonl", answered_rows(20))
     return folder
 

@@ -213,7 +213,7 @@ def test_a_run_that_started_from_an_adapter_resumes(
 
     file = write_config(folder / "again.yaml", config(folder, "again", **changes))
     with monkeypatch.context() as context:
-        context.setattr(run_module, "_write", stop)
+        context.setattr(run_module, "write_records", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             command("train", file)
     checkpoints = folder / "again.unfinished/checkpoints"

@@ -26,10 +26,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_language_model(folder: Path, chats: bool = False) -> Path:
+def save_language_model(folder: Path, chats: bool = False, positions: int = 512) -> Path:
     """A Llama of four layers."""
     torch.manual_seed(0)
-    config = hf.LlamaConfig(max_position_embeddings=1024, num_key_value_heads=2, **_SIZES)
+    config = hf.LlamaConfig(max_position_embeddings=positions, num_key_value_heads=2, **_SIZES)
     hf.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = _tokenizer()
     if chats:

@@ -83,7 +83,7 @@ def train(
 
     if not dry_run and (device or measure or as_json):
         raise typer.BadParameter("--device, --measure and --json belong to --dry-run")
-    if dry_run and (resume or force):
+    if dry_run and (resume is not None or force):
         raise typer.BadParameter("a dry run leaves the output alone: no --resume, no --force")
     with train_extra():
         from msplora.train.settings_file import read_settings

@@ -91,10 +91,10 @@ def run_apart(settings: Settings, log: Path, stop: SweepSignals, lock: int) -> O
         _, status, usage = os.wait4(process.pid, 0)
         stop.forget()
     process.returncode = code = os.waitstatus_to_exitcode(status)
+    config.unlink()
     seconds = time.monotonic() - began
     resident = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if code == 0:
-        config.unlink()
         return Outcome("complete", seconds, resident_bytes=resident)
     with log.open("rb") as file:
         file.seek(before)

@@ -86,6 +86,8 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
         **_hub(settings),
         "config": config,
         dtype_argument(): _weights_dtype(settings, arithmetic, for_training),
+        # Where it is unset the model is loaded on the CPU, and the trainer moves it.
+        **({"device_map": settings.devices.device_map} if settings.devices.device_map else {}),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, and refused but in a head
     }

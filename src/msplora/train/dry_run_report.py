@@ -76,8 +76,8 @@ def _lines(found: DryRun) -> list[Any]:
         )
     else:
         lines.append(
-            f"• beside the tensors {beside}: {CPU_SLACK:.0%} of what comes and goes, for the "
-            f"allocator and what libraries keep for themselves"
+            f"• beside the tensors {beside}: what libraries take at first use, and "
+            f"{CPU_SLACK:.0%} of what comes and goes for the allocator"
         )
     lines += [
         f"• {schedule.steps:,} steps, {schedule.warmup_steps:,} of them to warm up; "

@@ -80,7 +80,7 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
         trainer = job.make_trainer(Path(folder))
         trainer.args.dataloader_pin_memory = False
         if on_gpu:
-            steps_at_once(trainer.optimizer)
+            steps_at_once(trainer.create_optimizer())
         rehearsal = Rehearsal(trainer)
         stack.enter_context(_purposes(trace, model))
         trace.start_anew()

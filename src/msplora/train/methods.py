@@ -67,9 +67,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
         try:
-            # In a dry run the base has no numbers, and the adapter needs none.
-            on_meta = base.model.device.type == "meta"
-            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=on_meta)
+            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=_on_meta(base.model))
         except ValueError as error:
             raise _explain(error, base.model, config) from error
     if plan:
@@ -91,6 +89,11 @@ def _check_levels(settings: Settings, model: Any) -> None:
         training.level_learning_rate_factors, known, "training.level_learning_rate_factors"
     )
     freeze_levels(model, training.frozen_levels or ())
+
+
+def _on_meta(model: nn.Module) -> bool:
+    """Whether the model has no numbers, as in a dry run; its adapter needs none either."""
+    return next(model.parameters()).is_meta
 
 
 def adapter_config(settings: Settings, base: Base) -> Any:
@@ -199,7 +202,9 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
         with warnings.catch_warnings():
             # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+            return peft.PeftModel.from_pretrained(
+                model, str(folder), is_trainable=is_trainable, low_cpu_mem_usage=_on_meta(model)
+            )
     except MSPLoraError:
         raise
     except (RuntimeError, ValueError, UserWarning) as error:
