@@ -92,7 +92,7 @@ def test_a_run_by_length_resumes_within_an_epoch_bit_for_bit(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ShowProgress, "on_step_end", on_step_end)
-    assert msplora("train", file).code == 1
+    assert msplora("train", file).code == 130
     assert msplora("train", file, "--resume").code == 0
     found = {name: tensors(Path(name) / "adapter") for name in ("straight", "run", "mixed")}
     assert same(found["straight"], found["run"])

@@ -335,9 +335,9 @@ def test_a_token_over_the_end_of_the_prompt_belongs_to_both_answers() -> None:
         eos_token_id = 0
         chat_template = None
 
-        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            merged = text.replace("ab", "\x01")
-            return {"input_ids": [ord(letter) for letter in merged]}
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            merged = [text.replace("ab", "\x01") for text in texts]
+            return {"input_ids": [[ord(letter) for letter in text] for text in merged]}
 
     from msplora.train.data_preference import Pair
     from msplora.train.data_sft import Sample
@@ -377,8 +377,8 @@ def test_long_pairs_are_cut_dropped_or_left_out_and_counted(tmp_path: Path, toke
         "No",
     ]
     assert found(6, "drop")[1] == {"dropped": 1}
-    assert found(4, "truncate")[1] == {"empty": 1}  # the prompt fills it
-    assert found(6, "truncate", chosen="No!", rejected="No.")[1] == {"empty": 1}  # alike so far
+    assert found(4, "truncate")[1] == {"unlearnt": 1}  # the prompt fills it
+    assert found(6, "truncate", chosen="No!", rejected="No.")[1] == {"unlearnt": 1}  # alike so far
     assert found(9, "truncate")[1] == {}
 
 

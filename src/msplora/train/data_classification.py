@@ -146,8 +146,9 @@ def with_classes(
     found = {_class_name(row[data.label_column]) for row in train}
     found.discard("")  # reported with its place, where labels are read
     if len(found) < 2:
+        place = train[0].place
         raise DataError(
-            f"{train[0].place.rpartition(',')[0]}: the column {data.label_column!r} holds "
+            f"{place.rpartition(',')[0] or place}: the column {data.label_column!r} holds "
             f"{len(found)} class(es) ({', '.join(sorted(found))}); a classifier needs two or more. "
             f"Name them in data.labels{otherwise}."
         )
