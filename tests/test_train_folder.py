@@ -332,7 +332,7 @@ def test_weights_that_the_very_last_step_spoilt_are_not_kept(
     monkeypatch.setattr(ShowProgress, "on_step_end", on_step_end)
     content = config(bases, data={"validation_fraction": 0}, training={"logging_steps": 50})
     result = train(content)
-    assert result.code == 1
+    assert result.code == 3
     assert "hold no numbers" in result.error
     assert not Path("run").exists()
 
