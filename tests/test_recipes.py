@@ -104,6 +104,33 @@ def test_the_list_shows_all_and_copy_gives_one(
     assert "is no folder" in nowhere.error
 
 
+MEASURED = {
+    row["recipe"]: row
+    for row in map(
+        json.loads,
+        (Path(__file__).parents[1] / "benchmarks/results/recipes.jsonl").read_text().splitlines(),
+    )
+}
+
+
+def test_every_small_recipe_has_been_run() -> None:
+    assert MEASURED.keys() == {name for name in RECIPES if name.endswith("-cpu")}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_head_says_what_was_measured(name: str) -> None:
+    facts, row = RECIPES[name].facts, MEASURED[name]
+    metric = read(name)["training"].get("metric_for_best", "loss")
+    shown = f"{row['best'][metric]:.{2 if read(name)['task'] == 'sft' else 3}f}"
+    assert shown in facts["Expected"]
+    assert "one seed" in facts["Expected"]
+    assert facts["Memory"].startswith(f"{row['resident_mib'] / 1024:.1f} GiB")
+    minutes = re.match(r"(half a|\d+)( and a half)? minutes? on two cores", facts["Time"])
+    assert minutes
+    said = 0.5 if minutes[1] == "half a" else int(minutes[1]) + (0.5 if minutes[2] else 0)
+    assert said == pytest.approx(row["seconds"] / 60, abs=0.3)
+
+
 def test_a_head_that_lacks_something_is_seen() -> None:
     with pytest.raises(ValueError, match="the head of recipe x says"):
         recipes.parse("x", "# A title\n#\n# Needs: nothing\n\nmodel: a\n")
@@ -142,7 +169,7 @@ def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     furnish(read(name))
     if "4bit" in name and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
+        pytest.skip("bitsandbytes (the quantised extra) is not installed")
     steps = len(read(name)["training"].get("stages", [])) or 2
     flags = [
         f"--set=training.{key}={value}"
