@@ -14,6 +14,9 @@ from msplora.errors import MSPLoraError
 
 from . import bench, convert, data, demo, evaluate, generate, plan, predict, recipes, sweep, train
 
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Set where a launcher waits for word of an error; the file it is left in."""
+
 app = typer.Typer(
     name="msplora",
     help="Fine-tune transformers with pyramids of shared low-rank adapters (MSPLoRA).",
@@ -70,7 +73,7 @@ def main() -> None:
     try:
         app()
     except MSPLoraError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if ERROR_FILE in os.environ and os.environ.get("RANK", "0") != "0":
             # Of several processes the first prints; where another fails alone, the launcher does.
             from msplora.train.devices import report_failure
 

@@ -53,7 +53,8 @@ def is_main_process() -> bool:
 
 def process_index() -> int:
     """Which of the processes this one is, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    # A rank alone says nothing: clusters give one to commands that train with nobody.
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def join() -> None:
@@ -184,5 +185,4 @@ def report_failure(error: BaseException) -> None:
     time.sleep(2)
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+    get_error_handler().record_exception(error)
