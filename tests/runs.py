@@ -170,3 +170,26 @@ def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) 
     return list(first) == list(second) and all(
         torch.equal(first[key], second[key]) for key in first
     )
+
+
+def save_bases(folder: Path, rows: int = 40, **encoder: Any) -> Path:
+    """A decoder and an encoder, and rows for each."""
+    save_encoder(folder / "encoder", positions=16, **encoder)
+    save_decoder(folder / "decoder")
+    write_jsonl(folder / "labelled.jsonl", labelled_rows(rows))
+    write_jsonl(folder / "answered.jsonl", answered_rows(rows))
+    return folder
+
+
+def config_on(bases: Path, task: str = "sft", **changes: Any) -> dict[str, Any]:
+    """A run on one of `save_bases`, in steps of 8 rows, each of them logged."""
+    classifies = task == "classification"
+    training = {"batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
+    content = {
+        "model": str(bases / ("encoder" if classifies else "decoder")),
+        "task": task,
+        "output": "run",
+        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
+        "training": training | changes.pop("training", {}),
+    }
+    return content | changes

@@ -17,13 +17,12 @@ from pydantic.fields import FieldInfo
 from msplora.sweep.settings import SearchSettings, SweepSettings
 from msplora.train.settings import (
     AdapterSettings,
-    DataSettings,
-    DataSource,
     DeviceSettings,
     Settings,
     StageSettings,
     TrainingSettings,
 )
+from msplora.train.settings_data import DataSettings, DataSource
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/training.md"
 SECTIONS: dict[str, type[BaseModel]] = {

@@ -15,7 +15,7 @@ from msplora.train.data_classification import Classes, examples, fit_columns, re
 from msplora.train.data_files import DataError, Row
 from msplora.train.lengths import Limit
 from msplora.train.metrics import metrics_for, predictions
-from msplora.train.settings import DataSettings
+from msplora.train.settings_data import DataSettings
 from msplora.train.tokenise_classification import tokenise_examples
 from runs import save_encoder, write_jsonl
 

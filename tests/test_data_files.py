@@ -15,7 +15,7 @@ from pyarrow import parquet
 from msplora.train.data_files import DataError, read_hub, read_rows
 from msplora.train.data_glue import GLUE, read_glue, read_glue_file
 from msplora.train.data_split import hold_out, read_splits
-from msplora.train.settings import DataSettings
+from msplora.train.settings_data import DataSettings
 
 
 def zipped(content: str) -> bytes:

@@ -20,7 +20,7 @@ from msplora.train.data_sft import (
     samples,
 )
 from msplora.train.lengths import Limit
-from msplora.train.settings import DataSettings
+from msplora.train.settings_data import DataSettings
 from msplora.train.sft import masked_sample
 from msplora.train.tokenise_sft import IGNORED, prompt_ids, tokenise_samples
 from runs import WORDS, word_tokenizer, write_jsonl

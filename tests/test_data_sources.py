@@ -17,7 +17,7 @@ from msplora.train.data_sft import read_sft
 from msplora.train.data_sources import absolute_sources, named_sources, repeated
 from msplora.train.data_split import read_parts, read_splits
 from msplora.train.run import with_absolute_paths
-from msplora.train.settings import DataSettings, DataSource
+from msplora.train.settings_data import DataSettings, DataSource
 from msplora.train.settings_file import make_settings, read_settings, write_settings
 from runs import answered_rows, labelled_rows, msplora, save_decoder, write_config, write_jsonl
 

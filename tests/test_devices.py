@@ -18,7 +18,7 @@ from msplora.errors import ConfigError
 from msplora.train import devices
 from msplora.train.devices import PRESETS, launch_arguments
 from msplora.train.settings import DeviceSettings
-from runs import answered_rows, labelled_rows, save_decoder, save_encoder, write_config, write_jsonl
+from runs import config_on, save_bases, write_config
 from runs import msplora as command
 
 SCRIPT = Path(__file__).with_name("fsdp_on_cpu.py")
@@ -26,14 +26,9 @@ SCRIPT = Path(__file__).with_name("fsdp_on_cpu.py")
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
     # Without dropout, whose masks are drawn by each process for itself.
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    save_encoder(folder / "encoder", positions=16, **none)
-    save_decoder(folder / "decoder")
-    write_jsonl(folder / "labelled.jsonl", labelled_rows(44))
-    write_jsonl(folder / "answered.jsonl", answered_rows(44))
-    return folder
+    return save_bases(tmp_path_factory.mktemp("bases"), 44, **none)
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +41,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config(bases: Path, task: str, output: str, processes: int, **training: Any) -> Path:
     """Two epochs over 40 rows in steps of 8, whatever the number of processes."""
-    classifies = task == "classification"
-    usual = {"epochs": 2, "learning_rate": 0.01, "logging_steps": 1}
-    content: dict[str, Any] = {
-        "model": str(bases / ("encoder" if classifies else "decoder")),
-        "task": task,
-        "output": output,
-        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
-        "training": usual | {"batch_size": 8 // processes} | training,
-    }
+    usual = {"epochs": 2, "batch_size": 8 // processes}
+    content = config_on(bases, task, output=output, training=usual | training)
     return write_config(Path(f"{output}.yaml"), content)
 
 
@@ -89,7 +77,12 @@ def assert_alike(one: str, several: str) -> None:
     """The same losses at every step, the same evaluations, and the same adapter, whole."""
     assert losses(several) == pytest.approx(losses(one), rel=1e-4)
     first, second = (json.loads(Path(run, "metrics.json").read_text()) for run in (one, several))
-    for before, after in zip(first["evaluations"], second["evaluations"], strict=True):
+    for before, after in zip(
+        [first["before"], *first["evaluations"]],
+        [second["before"], *second["evaluations"]],
+        strict=True,
+    ):
+        assert after["step"] == before["step"]
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
     expected, found = adapter(one), adapter(several)
     assert {name: its.shape for name, its in found.items()} == {

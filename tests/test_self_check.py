@@ -15,26 +15,13 @@ import msplora
 from adapted_llama import LLAMA, TARGETS, adapted
 from msplora.train import results
 from msplora.train.self_check import untrained
-from runs import (
-    Result,
-    answered_rows,
-    labelled_rows,
-    save_decoder,
-    save_encoder,
-    write_config,
-    write_jsonl,
-)
+from runs import Result, config_on, save_bases, write_config
 from runs import msplora as command
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    save_encoder(folder / "encoder", positions=16)
-    save_decoder(folder / "decoder")
-    write_jsonl(folder / "labelled.jsonl", labelled_rows(40))
-    write_jsonl(folder / "answered.jsonl", answered_rows(40))
-    return folder
+    return save_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +31,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(bases: Path, task: str = "sft", *flags: object, **changes: Any) -> Result:
-    classifies = task == "classification"
-    training = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
-    content: dict[str, Any] = {
-        "model": str(bases / ("encoder" if classifies else "decoder")),
-        "task": task,
-        "output": "run",
-        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
-        "training": training | changes.pop("training", {}),
-    }
-    return command("train", write_config(Path("config.yaml"), content | changes), *flags)
+    training = {"epochs": 2} | changes.pop("training", {})
+    content = config_on(bases, task, training=training, **changes)
+    return command("train", write_config(Path("config.yaml"), content), *flags)
 
 
 def metrics() -> dict[str, Any]:

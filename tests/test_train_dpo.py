@@ -14,7 +14,7 @@ import transformers as hf
 
 from msplora.train.data_preference import read_preferences
 from msplora.train.lengths import Limit
-from msplora.train.settings import DataSettings
+from msplora.train.settings_data import DataSettings
 from msplora.train.tokenise_preference import tokenise_pairs
 from msplora.train.tokenise_sft import IGNORED, whole_row
 from runs import WORDS, Result, answered_rows, save_decoder, tensors, write_config, write_jsonl

@@ -15,7 +15,7 @@ from PIL import Image
 
 from msplora.train.data_files import DataError
 from msplora.train.data_images import open_image, read_images
-from msplora.train.settings import DataSettings
+from msplora.train.settings_data import DataSettings
 from runs import Result, answered_rows, save_decoder, tensors, tree, write_config, write_jsonl
 from runs import msplora as command
 from tiny_images import COLOURS, SIDE, paint, paint_folder, processor, save_vision_model

@@ -12,10 +12,9 @@ import torch
 from runs import (
     Result,
     answered_rows,
-    labelled_rows,
+    config_on,
     same,
-    save_decoder,
-    save_encoder,
+    save_bases,
     tensors,
     write_config,
     write_jsonl,
@@ -26,12 +25,7 @@ from test_train_folder import stop_at
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    save_encoder(folder / "encoder", positions=16)
-    save_decoder(folder / "decoder")
-    write_jsonl(folder / "labelled.jsonl", labelled_rows(40))
-    write_jsonl(folder / "answered.jsonl", answered_rows(40))
-    return folder
+    return save_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +35,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(bases: Path, *flags: object, **changes: Any) -> Result:
-    """Four and a half epochs' worth of steps, 9, of a run that logs each of them."""
-    classifies = changes.get("task") == "classification"
-    training = {"max_steps": 9, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
-    content: dict[str, Any] = {
-        "model": str(bases / ("encoder" if classifies else "decoder")),
-        "task": "sft",
-        "output": "run",
-        "data": {"train": str(bases / ("labelled.jsonl" if classifies else "answered.jsonl"))},
-        "training": training | changes.pop("training", {}),
-    }
-    return command("train", write_config(Path("config.yaml"), content | changes), *flags)
+    """A run of 9 steps."""
+    training = {"max_steps": 9} | changes.pop("training", {})
+    content = config_on(bases, training=training, **changes)
+    return command("train", write_config(Path("config.yaml"), content), *flags)
 
 
 def read_json(file: str) -> Any:

@@ -11,7 +11,7 @@ from msplora.errors import nearest
 from .data_files import DataError, Row, require_columns
 from .data_glue import GLUE
 from .data_split import all_rows, read_parts
-from .settings import DataSettings
+from .settings_data import DataSettings
 
 # Columns that hold the text where none is named, tried in order.
 _USUAL_TEXT = (

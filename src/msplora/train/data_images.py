@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .data_classification import Classes, label_of, with_classes
 from .data_files import DataError, Row, read_rows, require_columns
 from .data_split import hold_out, read_splits
-from .settings import DataSettings
+from .settings_data import DataSettings
 
 # The folders of a data set that comes divided, by what they are for.
 _TRAINING = ("train", "training")

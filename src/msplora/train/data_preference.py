@@ -12,7 +12,7 @@ from .data_chat import ROLES
 from .data_files import DataError, Row, read_rows
 from .data_sft import Form, Sample, named, samples
 from .data_split import Part, read_parts
-from .settings import DataSettings
+from .settings_data import DataSettings
 
 _KNOWN = ("prompt", "instruction", "messages", "conversations", "chosen", "rejected")
 

@@ -12,7 +12,7 @@ from .data_chat import chat_text, read_chat
 from .data_files import DataError, Row
 from .data_sources import read_source
 from .data_split import Part, all_rows, read_parts
-from .settings import DataSettings, DataSource
+from .settings_data import DataSettings, DataSource
 
 Form = Literal["text", "prompt-completion", "alpaca", "messages", "text-file"]
 

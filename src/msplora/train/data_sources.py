@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .data_files import DataError, Row, read_hub, read_rows, read_text, suffix_of
-from .settings import DataSource, Sources
+from .settings_data import DataSource, Sources
 
 Item = TypeVar("Item")
 

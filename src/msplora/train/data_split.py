@@ -9,7 +9,7 @@ from typing import TypeVar
 from .data_files import DataError, Row
 from .data_glue import read_glue
 from .data_sources import is_whole_text, named_sources, read_source, repeated, source_name
-from .settings import DataSettings, DataSource
+from .settings_data import DataSettings, DataSource
 
 Item = TypeVar("Item")
 

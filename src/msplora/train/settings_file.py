@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 
-from .settings import TASKS_OF_KEY, DataSettings, DataSource, Settings
+from .settings import TASKS_OF_KEY, Settings
+from .settings_data import DataSettings, DataSource
 
 # A GLUE task has files, columns and classes of its own.
 _DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
