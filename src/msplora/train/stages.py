@@ -140,8 +140,6 @@ class StagedTraining(TrainerCallback):
         for level, parameters in level_parameters(model, self.adapter_name).items():
             for parameter in parameters:
                 parameter.requires_grad_(level in levels)
-                if level not in levels:
-                    parameter.grad = None  # what is left of an earlier step would be applied
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave what was trainable trainable."""
