@@ -69,6 +69,18 @@ def adapted(depth: int = DEPTH, **changes: Any) -> Any:
     return model.train()
 
 
+class Headed(nn.Module):
+    """A body that holds all adapted layers, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Blocks()
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
 def root_of(model: Any) -> Any:
     return model.base_model.model
 
@@ -294,6 +306,30 @@ def test_a_factor_that_somebody_hooked_into_is_asked_by_each_layer(
     # The A of mix and of up would be stacked together: there every layer stacks A and B alone.
     assert sorted(made) == [1] * 4 * DEPTH + [DEPTH, 2 * DEPTH]
     assert len(fetched) == DEPTH
+
+
+def test_the_part_that_holds_all_adapted_layers_may_be_called_by_itself(made: list[int]) -> None:
+    """As losses do that fold the logits: they call the decoder, and use the head in parts."""
+    torch.manual_seed(0)
+    config = msplora.MSPLoraConfig(target_modules=["up", "down", "mix"])
+    model: Any = get_peft_model(Headed().double(), config).double()
+    randomise(model, size=0.1)
+    whole = model(inputs())
+    by_the_whole = sorted(made)
+    assert len(by_the_whole) < 6 * DEPTH
+    made.clear()
+    root = root_of(model)
+    assert torch.equal(root.head(root.body(inputs())), whole)
+    assert sorted(made) == by_the_whole
+    assert its_call(model) is None
+    # What it made is gone: an edit that leaves no trace is seen.
+    next(iter(msplora.factors(model).values()))[1].data.mul_(2)
+    assert not torch.allclose(root.head(root.body(inputs())), whole)
+    made.clear()
+    root.body.layers[0](inputs())
+    assert made == [1] * 6
+    assert hooks_of(root) == hooks_of(root.body) == 2
+    assert hooks_of(model.unload().body) == 0
 
 
 def test_copies_and_pickles_stack_their_own() -> None:

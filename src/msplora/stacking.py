@@ -7,10 +7,11 @@ levels of a layer side by side:
 
     A_LRI = [[A_global; A_mid(l); A_local(l)] for every layer l],   B_LRO likewise, times the scales
 
-The stacks live from the first layer that asks for them to the end of the model's call. Outside such
-a call (a layer called by itself, or called again by checkpointing during backward) a layer gets
-stacks of its own: nobody could tell when shared ones go stale, as an edit through `.data` leaves no
-trace. Both are the same to what autograd keeps, as checkpointing asks.
+The stacks live from the first layer that asks for them to the end of the call of the model, or of
+a part of it that holds all adapted layers: losses that fold the logits call the decoder and not the
+model. Outside such a call (a layer called by itself, or called again by checkpointing during
+backward) a layer gets stacks of its own: nobody could tell when shared ones go stale, as an edit
+through `.data` leaves no trace. Both are the same to what autograd keeps, as checkpointing asks.
 
 Shapes as in `product.py`, and L the layers that are stacked together, D one of I and O.
 """
@@ -57,17 +58,20 @@ class Stacks:
     def forget(self, adapter_name: str) -> None:
         self.stackings = {key: its for key, its in self.stackings.items() if key[0] != adapter_name}
 
-    def watch(self, model: nn.Module) -> None:
-        """Learn of the calls of `model`."""
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end, always_call=True)
+    def watch(self, model: nn.Module, layers: Sequence[str]) -> None:
+        """Learn of the calls of `model`, and of every part of it that holds all of `layers`."""
+        self.unwatch(model)
+        for module in _around(model, layers):
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end, always_call=True)
 
     def unwatch(self, model: nn.Module) -> None:
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "__self__", None) is self:
-                    del hooks[key]
-                    model._forward_hooks_always_called.pop(key, None)
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "__self__", None) is self:
+                        del hooks[key]
+                        module._forward_hooks_always_called.pop(key, None)
 
     def of(
         self, stackings: Sequence[Stacking], device: torch.device, dtype: torch.dtype
@@ -89,17 +93,29 @@ class Stacks:
             found.append(stacks)
         return found
 
-    def _begin(self, model: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any) -> None:
         # A compiler sees through the layers' own stacking; replicas are called all at once.
-        if not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
+        if not torch.compiler.is_compiling() and not getattr(module, "_is_replica", False):
+            # Within the call of a larger part, too: no adapted layer is outside of this one.
             self._call = _Call()
 
-    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._call = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_call": None}
+
+
+def _around(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
+    """The model and the modules in it, from the outside in, that each hold all of `layers`."""
+    parents = [path.split(".")[:-1] for path in layers]
+    found = [model]
+    for names in zip(*parents, strict=False):
+        if len(set(names)) > 1:
+            break
+        found.append(found[-1].get_submodule(names[0]))
+    return [its for its in found if not isinstance(its, (nn.ModuleList, nn.ModuleDict))]
 
 
 class _Call:
