@@ -92,6 +92,16 @@ CASES: dict[str, dict[str, Any]] = {
         FEW_WORDS, 6, 256, 2, {"target_modules": LLAMA_QV}, training={"packing": True},
         data={"max_length": 512},
     ),
+    "SmolLM2-135M, 6 layers, 4 bits": _case(
+        SMOLLM, 6, 256, 4, {"target_modules": "all-linear"}, quantization="4bit"
+    ),
+    "SmolLM2-135M, 6 layers, 4 bits, bfloat16, checkpointed": _case(
+        SMOLLM, 6, 512, 4, {"target_modules": "all-linear"}, quantization="4bit",
+        dtype="bfloat16", training={"gradient_checkpointing": True},
+    ),
+    "SmolLM2-135M with 4,096 words, 6 layers, 8 bits": _case(
+        FEW_WORDS, 6, 256, 4, {"target_modules": "all-linear"}, quantization="8bit"
+    ),
 }  # fmt: skip
 
 
@@ -137,12 +147,13 @@ def make_run(case: dict[str, Any], folder: Path) -> Path:
         "task": "classification" if classifies else "sft",
         "output": str(folder / "run"),
         "data": {"train": str(folder / "rows.jsonl"), **case.get("data", {})},
-        **{key: case[key] for key in ("method", "dtype", "adapter", "training") if key in case},
+        **{key: case[key] for key in KEYS if key in case},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
     return folder / "run.yaml"
 
 
+KEYS = ("method", "dtype", "quantization", "adapter", "training")
 _WORDS = [f"w{place}" for place in range(1000)]
 
 

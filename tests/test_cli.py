@@ -219,10 +219,15 @@ def test_the_base_may_have_moved(folder: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.err
 
 
-def test_quiet_prints_nothing_while_training(folder: Path, tmp_path: Path) -> None:
-    result = command("-q", "train", folder / "answered.yaml", "--output", tmp_path / "run")
-    assert (result.code, result.out) == (0, "")
-    assert (tmp_path / "run/metrics.json").is_file()
+def test_quiet_prints_what_came_out_and_warnings(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = command("-q", "train", folder / "answered.yaml", "--output", run)
+    assert result.code == 0
+    best, where, *more = result.out.splitlines()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert f"Best loss: {metrics['best']['loss']:.4f}" in best
+    assert where == f"The run is in {run}"
+    assert more == []
     assert command("-q", "eval", tmp_path / "run", "--json").json()["rows"] == 4
 
 

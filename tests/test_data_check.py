@@ -11,8 +11,8 @@ import transformers as hf
 
 from msplora.train.data_check import Said, contradictions, repeats_between, repeats_within
 from msplora.train.data_report import data_report
+from msplora.train.end_tokens import end_tokens
 from msplora.train.settings_file import make_settings
-from msplora.train.sft_rows import end_tokens
 from runs import (
     WORDS,
     labelled_rows,

@@ -12,6 +12,7 @@ import datasets
 import pytest
 import yaml
 
+from glue_files import TASKS, write_glue
 from msplora import recipes
 from msplora.train.settings_file import read_settings
 from runs import msplora as command
@@ -26,19 +27,10 @@ ROWS = [
     for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")
 ]
 PAIRS = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "No."} for row in ROWS]
-GLUE: dict[str, str] = {
-    "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tA.\tA.\n0\t3\t4\tA.\tB.\n",
-    "cola": "x\t1\t\tIt is.\nx\t0\t*\tIs it be.\n",
-    "rte": "index\tsentence1\tsentence2\tlabel\n0\tA.\tA.\tentailment\n1\tA.\tB.\tnot_entailment\n",
-    "sst2": "sentence\tlabel\nGood.\t1\nBad.\t0\n",
-    "qnli": "index\tquestion\tsentence\tlabel\n0\tA?\tA.\tentailment\n1\tA?\tB.\tnot_entailment\n",
-    "stsb": "index\tsentence1\tsentence2\tscore\n0\tA.\tA.\t5.0\n1\tA.\tB.\t0.5\n",
-}
-"""The files of each task as GLUE has them, with two rows."""
 
 
 def test_the_recipes_cover_what_they_are_for() -> None:
-    assert {f"roberta-base-{task}-1gpu" for task in GLUE} < RECIPES.keys()
+    assert {f"roberta-base-{task}-1gpu" for task in TASKS} < RECIPES.keys()
     assert {"llama-2-7b-alpaca-1gpu", "llama-2-7b-alpaca-4bit-1gpu"} < RECIPES.keys()
     tasks = {read(name)["task"] for name in RECIPES}
     assert tasks == {"classification", "image-classification", "sft", "dpo"}
@@ -61,7 +53,7 @@ def test_a_recipe_says_what_it_is(name: str, tmp_path: Path) -> None:
         assert "not measured" in recipe.facts["Time"]
 
 
-@pytest.mark.parametrize("task", GLUE)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_paper_s_set_up_is_the_paper_s(task: str, tmp_path: Path) -> None:
     name = f"roberta-base-{task}-1gpu"
     assert "the paper's claim, not measured" in RECIPES[name].facts["Expected"]
@@ -145,12 +137,7 @@ def furnish(content: dict[str, Any]) -> None:
             paint_folder(Path(data["hub"], split), 4)
     elif content["task"] == "classification":
         save_encoder(model)
-        Path(data["path"]).mkdir(parents=True)
-        header, newline, rows = GLUE[data["glue"]].partition("\n")
-        whole = rows * 6 if header.startswith(("index", "Quality", "sentence")) else ""
-        text = header + newline + whole if whole else GLUE[data["glue"]] * 6
-        for split in ("train", "dev"):
-            Path(data["path"], f"{split}.tsv").write_text(text)
+        write_glue(Path(data["path"]), data["glue"])
     else:
         save_language_model(model, chats=True, positions=1024)
         rows = PAIRS if content["task"] == "dpo" else ROWS

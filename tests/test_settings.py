@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from msplora.errors import ConfigError
+from msplora.train.other_names import OTHER_NAMES
 from msplora.train.settings import Settings
 from msplora.train.settings_file import known_keys, make_settings, read_settings, write_settings
 
@@ -105,7 +106,9 @@ def test_what_is_written_reads_as_the_same(tmp_path: Path) -> None:
         ("adapter.rank", "adapter.ranks"),
         ("learning_rate", "training.learning_rate"),  # right name, wrong place
         ("training.r", "adapter.r"),
-        ("training.lr", "learning_rate"),  # like none, so those of the section are listed
+        ("training.zzz", "learning_rate"),  # like none, so those of the section are listed
+        ("training.lr", "training.learning_rate"),  # another tool's name
+        ("cutoff_len", "data.max_length"),
         ("learning_rte", "training.learning_rate"),
     ],
 )
@@ -113,6 +116,11 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
     message = refusal(tmp_path, MINIMAL, f"{key}=1")
     assert f"unknown key {key!r}" in message
     assert meant in message.partition(repr(key))[2]
+
+
+def test_names_of_other_tools_lead_to_keys_that_there_are() -> None:
+    assert set(OTHER_NAMES.values()) <= set(known_keys())
+    assert not OTHER_NAMES.keys() & {key.rpartition(".")[2] for key in known_keys()}
 
 
 def test_every_known_key_is_accepted_where_it_is_listed() -> None:

@@ -1,4 +1,4 @@
-"""Runs on preference pairs: rewards by hand, the reference, and every form that pairs come in."""
+"""Runs on preference pairs: rewards by hand, the reference, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ import pytest
 import torch
 import transformers as hf
 
-from msplora.train.data_preference import read_preferences
-from msplora.train.lengths import Limit
-from msplora.train.settings_data import DataSettings
-from msplora.train.tokenise_preference import tokenise_pairs
-from msplora.train.tokenise_sft import IGNORED, whole_row
 from runs import WORDS, Result, answered_rows, save_decoder, tensors, write_config, write_jsonl
 from runs import msplora as command
-from tiny_saved import save_language_model
 
 COUNT = 40
 BETA = 0.3
@@ -239,116 +233,6 @@ def test_the_run_serves_the_other_verbs(folder: Path, printed: str) -> None:
     assert "generate" in printed.partition("The run is in")[2]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = save_language_model(tmp_path_factory.mktemp("bytes"), chats=True)
-    return hf.AutoTokenizer.from_pretrained(folder)
-
-
-def read(tmp_path: Path, row: dict[str, Any], **data: Any) -> Any:
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps([row]))
-    settings = DataSettings(train=str(file), validation_fraction=0, **data)
-    return read_preferences(settings, 0)
-
-
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-ASKED = turn("user", "Hi?")
-YES, NO = turn("assistant", "Yes."), turn("assistant", "No.")
-CHATS = {
-    "turns": {"prompt": [ASKED], "chosen": [YES], "rejected": [NO]},
-    "one turn each": {"messages": [ASKED], "chosen": YES, "rejected": NO},
-    "whole chats": {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
-    "whole chats with a prompt": {"prompt": "Hi?", "chosen": [ASKED, YES], "rejected": [ASKED, NO]},
-    "text prompt": {"prompt": "Hi?", "chosen": [YES], "rejected": [NO]},
-    "text answers": {"prompt": [ASKED], "chosen": "Yes.", "rejected": "No."},
-    "sharegpt": {
-        "conversations": [{"from": "human", "value": "Hi?"}],
-        "chosen": {"from": "gpt", "value": "Yes."},
-        "rejected": {"from": "gpt", "value": "No."},
-    },
-}
-
-
-@pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
-def test_every_form_of_a_chat_gives_the_same_pair(
-    row: dict[str, Any], tmp_path: Path, tokenizer: Any
-) -> None:
-    data = read(tmp_path, row)
-    assert data.form == "messages"
-    (found,), _ = tokenise_pairs(data.train, tokenizer, Limit(512, None, "truncate"), "training")
-    assert tokenizer.decode(found.prompt_ids) == "[user] Hi?</s>[assistant] "
-    assert tokenizer.decode(found.chosen_ids) == "Yes.</s>"
-    assert tokenizer.decode(found.rejected_ids) == "No.</s>"
-
-
-def test_earlier_turns_of_the_assistant_are_part_of_the_prompt(
-    tmp_path: Path, tokenizer: Any
-) -> None:
-    row = {"prompt": [ASKED, YES, ASKED], "system": "Be brief.", "chosen": [NO], "rejected": [YES]}
-    data = read(tmp_path, row)
-    (found,), _ = tokenise_pairs(data.train, tokenizer, Limit(512, None, "truncate"), "training")
-    assert tokenizer.decode(found.prompt_ids) == (
-        "[system] Be brief.</s>[user] Hi?</s>[assistant] Yes.</s>[user] Hi?</s>[assistant] "
-    )
-    assert tokenizer.decode(found.chosen_ids) == "No.</s>"
-
-
-TEXTS = {
-    "texts": ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}, {}, "Hi?"),
-    "alpaca": (
-        {"instruction": "Say.", "input": "Hi", "chosen": "Yes.", "rejected": "No.", "output": "!"},
-        {},
-        "### Instruction:\nSay.\n\n### Input:\nHi\n\n### Response:\n",
-    ),
-    "renamed": (
-        {"question": "Hi?", "good": "Yes.", "bad": "No."},
-        {"prompt": "question", "chosen": "good", "rejected": "bad"},
-        "Hi?",
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "columns", "prompt"), TEXTS.values(), ids=TEXTS)
-def test_a_pair_is_written_as_supervised_fine_tuning_writes_it(
-    row: dict[str, str], columns: dict[str, str], prompt: str, tmp_path: Path, tokenizer: Any
-) -> None:
-    data = read(tmp_path, row, columns=columns)
-    (found,), _ = tokenise_pairs(data.train, tokenizer, Limit(512, None, "truncate"), "training")
-    assert tokenizer.decode(found.prompt_ids) == f"<s>{prompt}"
-    for sample, ids in (
-        (data.train[0].chosen, found.chosen_ids),
-        (data.train[0].rejected, found.rejected_ids),
-    ):
-        learnt = whole_row(sample, tokenizer)
-        assert learnt.input_ids == found.prompt_ids + ids
-        assert [its for its in learnt.labels if its != IGNORED] == ids
-
-
-def test_a_token_over_the_end_of_the_prompt_belongs_to_both_answers() -> None:
-    class Merging:
-        """Whole characters, but for "ab", which is one token."""
-
-        eos_token_id = 0
-        chat_template = None
-
-        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-            merged = [text.replace("ab", "\x01") for text in texts]
-            return {"input_ids": [[ord(letter) for letter in text] for text in merged]}
-
-    from msplora.train.data_preference import Pair
-    from msplora.train.data_sft import Sample
-
-    pair = Pair(Sample("row 1", "xa", "bc"), Sample("row 1", "xa", "cc"))
-    (found,), _ = tokenise_pairs([pair], Merging(), Limit(None, None, "truncate"), "training")
-    assert found.prompt_ids == [ord("x")]
-    assert found.chosen_ids == [1, ord("c"), 0]
-    assert found.rejected_ids == [ord("a"), ord("c"), ord("c"), 0]
-
-
 def test_pairs_with_nothing_to_prefer_are_counted_and_left_out(folder: Path) -> None:
     rows = pairs(6)
     rows[1]["rejected"] = rows[1]["chosen"]
@@ -360,50 +244,6 @@ def test_pairs_with_nothing_to_prefer_are_counted_and_left_out(folder: Path) -> 
     assert "training: 3 rows" in out
     assert "left out: 1 rows whose two answers are the same" in out
     assert "left out: 2 rows with an empty answer" in out
-
-
-def test_long_pairs_are_cut_dropped_or_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
-    def found(length: int, too_long: Any, **row: str) -> tuple[list[Any], dict[str, int]]:
-        data = read(tmp_path, {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."} | row)
-        other = read(tmp_path, {"prompt": "A", "chosen": "B", "rejected": "C"})
-        limit = Limit(512, length, too_long)
-        rows, report = tokenise_pairs(data.train + other.train, tokenizer, limit, "training")
-        return rows, report.left_out()
-
-    rows, counts = found(6, "truncate")
-    assert counts == {"truncated": 1}
-    assert [tokenizer.decode(ids) for ids in (rows[0].chosen_ids, rows[0].rejected_ids)] == [
-        "Ye",
-        "No",
-    ]
-    assert found(6, "drop")[1] == {"dropped": 1}
-    assert found(4, "truncate")[1] == {"unlearnt": 1}  # the prompt fills it
-    assert found(6, "truncate", chosen="No!", rejected="No.")[1] == {"unlearnt": 1}  # alike so far
-    assert found(9, "truncate")[1] == {}
-
-
-REFUSED = {
-    "no answers": ({"prompt": "Hi?", "completion": "Yes."}, "'chosen' and 'rejected' is missing"),
-    "misspelt": ({"prompt": "Hi?", "chosen": "Yes.", "rejectd": "No."}, "'rejected'?"),
-    "no prompt": ({"chosen": "Yes.", "rejected": "No."}, "a prompt is missing"),
-    "nothing shared": ({"chosen": [YES], "rejected": [NO]}, "must be text or a list of turns"),
-    "two turns": ({"prompt": [ASKED], "chosen": [YES, ASKED], "rejected": [NO]}, "2 turn(s)"),
-    "of the user": ({"prompt": [ASKED], "chosen": ASKED, "rejected": NO}, "1 turn(s) of user"),
-    "a number": ({"prompt": "Hi?", "chosen": 3, "rejected": "No."}, "'chosen' must be text"),
-    "only alike": ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes."}, "nothing to prefer"),
-}
-
-
-@pytest.mark.parametrize(("row", "said"), REFUSED.values(), ids=REFUSED)
-def test_rows_that_are_no_pairs_are_refused_with_their_place(
-    row: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    from msplora.train.data_files import DataError
-
-    with pytest.raises(DataError) as refused:
-        read(tmp_path, row)
-    assert said in str(refused.value)
-    assert "rows.json, row 1" in str(refused.value)
 
 
 WRONG = {

@@ -30,10 +30,10 @@ def save_vision_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def processor() -> Any:
+def processor(side: int = SIDE) -> Any:
     # Without torchvision newer transformers call it by another name.
     kind = getattr(hf, "ViTImageProcessorPil", None) or hf.ViTImageProcessor
-    return kind(size={"height": SIDE, "width": SIDE})
+    return kind(size={"height": side, "width": side})
 
 
 def paint(file: Path, colour: str, shade: int, mode: str = "RGB") -> Path:

@@ -31,7 +31,7 @@ def save_language_model(folder: Path, chats: bool = False, positions: int = 512)
     torch.manual_seed(0)
     config = hf.LlamaConfig(max_position_embeddings=positions, num_key_value_heads=2, **_SIZES)
     hf.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     if chats:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -44,11 +44,12 @@ def save_encoder(folder: Path) -> Path:
     # As many as RoBERTa's: positions start after the padding's.
     config = hf.RobertaConfig(max_position_embeddings=515, **_SIZES)
     hf.RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
-    _tokenizer(closing=True).save_pretrained(folder)
+    byte_tokenizer(closing=True).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(closing: bool = False) -> hf.PreTrainedTokenizerFast:
+def byte_tokenizer(closing: bool = False) -> hf.PreTrainedTokenizerFast:
+    """Of bytes; with `closing`, sequences end in </s>, as an encoder's do."""
     words = {word: place for place, word in enumerate([*_SPECIAL, *_BYTES])}
     found = Tokenizer(models.BPE(vocab=words, merges=[]))
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore

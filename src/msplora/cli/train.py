@@ -101,10 +101,12 @@ def train(
 
         if settings.devices.processes > 1 and not is_worker():
             raise typer.Exit(launch(settings.devices, sys.argv[1:]))
+        from rich.console import Console
+
         from msplora.train.run import train_run
 
         how = "auto" if resume == "auto" else resume is not None
-        train_run(settings, resume=how, force=force, console=progress_console())
+        train_run(settings, how, force, console=progress_console(), results=Console())
 
 
 def _dry_run(settings: Settings, device: str | None, measure: bool, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from msplora.loading import (
 from .data_classification import Classes
 from .quantisation import is_quantised, prepare_quantised, quantisation_config
 from .settings import Settings
+from .weightless_quantised import quantise_without_weights
 
 
 @dataclass
@@ -125,18 +126,19 @@ def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bo
     of_images = settings.task == "image-classification"
     tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
     config, loader = _config_and_class(settings, classes, source)
-    if settings.quantization or getattr(config, "quantization_config", None):
-        raise ConfigError(
-            f"{source} is to be quantised, and a dry run knows only bases that are not. Leave "
-            f"quantization out: the frozen weights then take what --dry-run says, and about a "
-            f"quarter of it in 4 bits."
-        )
     arithmetic = _arithmetic(settings, config, on_gpu)
-    dtype = {dtype_argument(): _weights_dtype(settings, arithmetic, for_training=True)}
+    whole = _head_of(loader, config, settings) if classes else ()
+    quantised = quantisation_config(settings, config, arithmetic, whole)
+    quantised = quantised or getattr(config, "quantization_config", None)
+    weights = arithmetic if quantised else _weights_dtype(settings, arithmetic, for_training=True)
+    dtype = {dtype_argument(): weights}
     code = {"trust_remote_code": settings.trust_remote_code}
     with loading_errors_explained(source), quiet_loading(), torch.device("meta"):
         model = loader.from_config(config, **dtype, **code).eval()
         model.tie_weights()
+        if quantised:
+            quantise_without_weights(model, quantised, arithmetic)
+            model = prepare_quantised(model)
     base = _base_of(model, tokenizer, arithmetic, classes)
     stored = _stored_names(source)
     poolers = {_pooler(name) for name, _ in model.named_parameters()} - {None}

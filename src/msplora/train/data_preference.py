@@ -10,8 +10,8 @@ from msplora.errors import nearest
 
 from .data_chat import ROLES
 from .data_files import DataError, Row, read_rows
-from .data_sft import Form, Sample, named, samples
-from .data_split import Part, read_parts
+from .data_sft import Form, Sample, SourceOfSamples, named, samples
+from .data_split import Part, Splits, read_parts
 from .settings_data import DataSettings
 
 _KNOWN = ("prompt", "instruction", "messages", "conversations", "chosen", "rejected")
@@ -38,6 +38,7 @@ class PreferenceData:
     """
 
     form: Form
+    sources: list[SourceOfSamples]
     train: list[Pair]
     held_out: list[Pair]
     alike: int = 0
@@ -58,7 +59,19 @@ def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
             f"{train_rows[0].place} and all rows after it have an empty answer, or the same one "
             f"twice; there is nothing to prefer."
         )
-    return PreferenceData(form, train, held_out, alike + more_alike, empty + more_empty)
+    sources = _sources(splits, form)
+    return PreferenceData(form, sources, train, held_out, alike + more_alike, empty + more_empty)
+
+
+def _sources(splits: Splits, form: Form) -> list[SourceOfSamples]:
+    weights = {part.name: part.source.weight for part in (*splits.held_out, *splits.train)}
+    train, held_out = (
+        {part.name: len(part.rows) for part in parts} for parts in (splits.train, splits.held_out)
+    )
+    return [
+        SourceOfSamples(name, form, weight, train.get(name, 0), held_out.get(name, 0))
+        for name, weight in weights.items()
+    ]
 
 
 def read_more_preferences(file: str, form: Form, data: DataSettings) -> list[Pair]:

@@ -14,11 +14,13 @@ from msplora.errors import ConfigError
 from msplora.loading import loading_errors_explained, resolve_source
 from msplora.planning import on_meta
 
-from . import classification_rows, sft_rows
+from . import classification_rows, preference_rows, sft_rows
 from .base_model import load_tokenizer
 from .data_check import DataCheck
 from .data_classification import read_classification
+from .data_preference import read_preferences
 from .data_sft import read_sft
+from .end_tokens import end_tokens
 from .lengths import row_limit
 from .preview import show_warnings
 from .quiet import quiet_libraries
@@ -40,7 +42,7 @@ def data_report(settings: Settings, rows: int = 3) -> DataReport:
     Raises:
         MSPLoraError: the data, the config or the tokenizer is not what a run can use.
     """
-    reports = {"sft": _sft, "classification": _classification}
+    reports = {"sft": _sft, "dpo": _preferences, "classification": _classification}
     if settings.task not in reports:
         raise ConfigError(
             f"task {settings.task!r} has no check of its data; {', '.join(reports)} have one."
@@ -56,7 +58,9 @@ def show_report(report: DataReport, settings: Settings, console: Console) -> Non
         console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
     show_warnings(report.check, console)
     for number, sample in enumerate(report.samples, 1):
-        counted = " (the loss counts what stands between ▶ and ◀)" * (settings.task == "sft")
+        counted = " (the loss counts what stands between ▶ and ◀)" * (
+            settings.task in ("sft", "dpo")
+        )
         console.print(f"\nTraining row {number}{counted}:")
         console.print(sample, soft_wrap=True)
 
@@ -64,9 +68,18 @@ def show_report(report: DataReport, settings: Settings, console: Console) -> Non
 def _sft(settings: Settings, rows: int) -> DataReport:
     data = read_sft(settings.data, settings.seed)
     model, tokenizer, generation = _weightless(settings)
-    ends = sft_rows.end_tokens(tokenizer, model.config, generation)
+    ends = end_tokens(tokenizer, model.config, generation)
     found = sft_rows.prepare_rows(settings, data, tokenizer, row_limit(settings, model), ends)
     samples = [sft_rows.masked_sample(row, tokenizer) for row in found.train[:rows]]
+    return DataReport(found.check, found.notes, samples)
+
+
+def _preferences(settings: Settings, rows: int) -> DataReport:
+    data = read_preferences(settings.data, settings.seed)
+    model, tokenizer, generation = _weightless(settings)
+    ends = end_tokens(tokenizer, model.config, generation)
+    found = preference_rows.prepare_rows(data, tokenizer, row_limit(settings, model), ends)
+    samples = [preference_rows.pair_sample(row, tokenizer) for row in found.train[:rows]]
     return DataReport(found.check, found.notes, samples)
 
 

@@ -11,7 +11,6 @@ import datasets
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.text import Text
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -21,17 +20,19 @@ from msplora.loading import adapter_folder
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_stages
 from .data_preference import read_preferences
+from .end_tokens import end_tokens
 from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
 from .lengths import row_limit
 from .methods import adapt
+from .preference_rows import pair_sample, prepare_rows
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
 from .sft import padding_id
 from .task_record import TaskRecord
-from .tokenise_preference import PairTokens, tokenise_pairs
+from .tokenise_preference import PairTokens
 from .trainer_arguments import quieten, trainer_arguments, training_steps
 
 _REFERENCE = "ref"
@@ -79,16 +80,9 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     best = check_metric(settings, "loss", ("loss", "rewards/accuracies", "rewards/margins"))
     base = load(settings, None)
     limit = row_limit(settings, base.model)
-    train, report = tokenise_pairs(data.train, base.tokenizer, limit, "training")
-    notes = [f"form of the prompts: {data.form}", f"training: {report}"]
-    held_out: list[PairTokens] = []
-    if data.held_out:
-        held_out, report = tokenise_pairs(data.held_out, base.tokenizer, limit, "held-out")
-        notes.append(f"held out: {report}")
-    if data.alike:
-        notes.append(f"left out: {data.alike} rows whose two answers are the same")
-    if data.empty:
-        notes.append(f"left out: {data.empty} rows with an empty answer")
+    ends = end_tokens(base.tokenizer, base.model.config, base.model.generation_config)
+    rows = prepare_rows(data, base.tokenizer, limit, ends)
+    train, held_out, notes = rows.train, rows.held_out, rows.notes
     if settings.method != "full" and settings.adapter.lora_dropout:
         notes.append("task dpo trains without dropout, so adapter.lora_dropout is not read")
     check_stages(settings, training_steps(settings, len(train)))
@@ -119,8 +113,9 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
         best,
         held_out=bool(held_out),
         data_notes=notes,
-        sample=_sample(train[0], base.tokenizer),
+        sample=pair_sample(train[0], base.tokenizer),
         make_trainer=make_trainer,
+        check=rows.check,
     )
 
 
@@ -187,11 +182,3 @@ def _reference_in_words(settings: Settings) -> str:
 
 def _dataset(rows: list[PairTokens]) -> datasets.Dataset:
     return datasets.Dataset.from_list([asdict(row) for row in rows])
-
-
-def _sample(row: PairTokens, tokenizer: Any) -> Text:
-    """A pair in words: the prompt, then each answer between ▶ and ◀."""
-    shown = Text(tokenizer.decode(row.prompt_ids), style="dim")
-    shown.append("\nchosen:   ").append(f"▶{tokenizer.decode(row.chosen_ids)}◀", style="green")
-    shown.append("\nrejected: ").append(f"▶{tokenizer.decode(row.rejected_ids)}◀", style="red")
-    return shown

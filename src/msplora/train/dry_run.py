@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from .job import Job
 from .measured import Measured, measure
 from .memory_trace import Held, Peak
 from .methods import Trainable
+from .quantisation import can_be_quantised, is_quantised
 from .quiet import quiet_libraries
 from .rehearsal import Rows
 from .run import prepare_job, with_absolute_paths
@@ -129,9 +131,7 @@ def dry_run(settings: Settings, device: str | None = None, real: bool = False) -
             f"on. Leave --device or --measure out."
         )
     with quiet_libraries():
-        transformers.set_seed(settings.seed)
-        with torch.device("meta"):
-            job = prepare_job(settings, partial(base_without_weights, on_gpu=target.on_gpu))
+        job = _without_weights(settings, target)
         found = estimate(job, target.on_gpu)
         remedies = ()
         if _needed(found, target) > target.capacity:
@@ -142,6 +142,12 @@ def dry_run(settings: Settings, device: str | None = None, real: bool = False) -
             measured = measure(prepare_job(settings))
     schedule = _schedule(settings, found.rows)
     return DryRun(job, target, found, schedule, disk_use(job), remedies, measured)
+
+
+def _without_weights(settings: Settings, target: Target) -> Job:
+    transformers.set_seed(settings.seed)
+    with torch.device("meta"):
+        return prepare_job(settings, partial(base_without_weights, on_gpu=target.on_gpu))
 
 
 def _needed(found: Estimate, target: Target) -> int:
@@ -163,27 +169,39 @@ def _remedies(job: Job, target: Target, found: Estimate) -> Iterator[Remedy]:
     judged = found.evaluation
     if judged and judged.total > 0.8 * found.training.total and training.eval_batch_size > 1:
         single.append({"training.eval_batch_size": training.eval_batch_size // 2})
-    if job.base.arithmetic == torch.float32:
+    whole = not is_quantised(job.base.model)
+    if job.base.arithmetic == torch.float32 and whole:
         single.append({"dtype": "bfloat16"})
+    if whole and can_be_quantised(job.record.settings):
+        single.append({"quantization": "4bit"})
     together: dict[str, Any] = {}
     for changes in single:
         together |= changes
     for changes in single + [together] * (len(single) > 1):
         with _changed(job.record.settings, changes):
-            arithmetic = torch.bfloat16 if "dtype" in changes else None
-            yield Remedy(changes, _needed(estimate(job, target.on_gpu, arithmetic), target))
+            if "quantization" in changes:  # another base
+                its, arithmetic = _without_weights(job.record.settings, target), None
+            else:
+                its, arithmetic = job, torch.bfloat16 if "dtype" in changes else None
+            needed = _needed(estimate(its, target.on_gpu, arithmetic), target)
+        yield Remedy(changes, needed)
 
 
 @contextmanager
 def _changed(settings: Settings, changes: Mapping[str, Any]) -> Iterator[None]:
-    """Settings of the trainer with other values for a while."""
-    before = settings.training
-    keys = {key.removeprefix("training."): its for key, its in changes.items() if key != "dtype"}
-    settings.training = before.model_copy(update=keys)
+    """Dotted keys with other values for a while."""
+    before = {key: operator.attrgetter(key)(settings) for key in changes}
     try:
+        _put(settings, changes)
         yield
     finally:
-        settings.training = before
+        _put(settings, before)
+
+
+def _put(settings: Settings, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        setattr(operator.attrgetter(section)(settings) if section else settings, name, value)
 
 
 def _schedule(settings: Settings, rows: Rows) -> Schedule:
@@ -199,7 +217,12 @@ def _schedule(settings: Settings, rows: Rows) -> Schedule:
 def disk_use(job: Job) -> Disk:
     """What a job will write, without the tokenizer and what is small beside it."""
     model = job.adapted.model
-    kept = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    if isinstance(model, PeftModel):
+        # Not by `state_dict()`, in which quantised layers ask for numbers of their scales.
+        named = dict(model.named_parameters()) | dict(model.named_buffers())
+        kept = get_peft_model_state_dict(model, state_dict=named)
+    else:
+        kept = model.state_dict()
     # Tied weights are in a file once.
     tensors = {id(its.untyped_storage()): its for its in kept.values()}.values()
     weights = sum(its.numel() * its.element_size() for its in tensors)

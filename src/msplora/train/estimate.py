@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from torch.optim import optimizer as torch_optimizer
 from .as_on_cuda import as_on_cuda, steps_at_once
 from .job import Job
 from .memory_trace import Held, MemoryTrace, Peak
+from .quantisation import is_quantised
 from .rehearsal import Rehearsal, Rows, rehearsed
 from .weightless import taken_for_real, weightless_copy
+from .weightless_quantised import scales
 
 CUDA_ROUNDING = 512
 """Bytes: the unit of PyTorch's allocator for CUDA."""
@@ -54,7 +57,8 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
     # As wide, and accelerate would want to see a GPU for the other.
     arithmetic = torch.bfloat16 if arithmetic == torch.float16 else arithmetic
     frozen = {torch.float16: torch.bfloat16}
-    if arithmetic == torch.bfloat16:
+    # What of a quantised base is not rounded stays in float32.
+    if arithmetic == torch.bfloat16 and not is_quantised(job.base.model):
         frozen[torch.float32] = torch.bfloat16
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = weightless_copy(job.adapted.model, fake, frozen)
@@ -62,9 +66,9 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
         fake,
         logits=_widths_of_logits(model),
         rounding=CUDA_ROUNDING if on_gpu else 1,
-        workspace=_no_workspace if on_gpu else cpu_workspace,
+        workspace=gpu_workspace if on_gpu else cpu_workspace,
     )
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers(), *scales(model)):
         trace.hold(tensor, Held.TRAINED if tensor.requires_grad else Held.FROZEN)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"))
@@ -138,17 +142,25 @@ def _widths_of_logits(model: Any) -> set[int]:
     return {vocabulary, part, vocabulary % part} if part else {vocabulary}
 
 
-def _no_workspace(func: Any, args: tuple[Any, ...]) -> int:
-    return 0
+def gpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """The bytes that a kernel of bitsandbytes takes for itself while it runs.
+
+    On a GPU it does without for a few rows; which, depends on the card.
+    """
+    if func.namespace != "bitsandbytes" or func.overloadpacket.__name__ != "gemm_4bit":
+        return 0
+    inputs, _, shape = args[:3]
+    return inputs.dtype.itemsize * math.prod(shape)  # the weights as they were before
 
 
 def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """The bytes that a kernel of PyTorch on the CPU takes for itself while it runs.
+    """The bytes that a kernel on the CPU takes for itself while it runs.
 
-    Of arithmetic between dtypes: tensors of another dtype than the result's are converted whole.
+    Of PyTorch's arithmetic between dtypes: tensors of another dtype than the result's are converted
+    whole.
     """
     if func.overloadpacket not in _ARITHMETIC:
-        return 0
+        return gpu_workspace(func, args)
     tensors = [its for its in args if isinstance(its, Tensor)]
     if len({its.dtype for its in tensors}) < 2:
         return 0

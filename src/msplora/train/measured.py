@@ -14,6 +14,7 @@ from msplora.bench.memory import peak_live_bytes
 
 from .job import Job
 from .rehearsal import Rehearsal, rehearsed
+from .weightless_quantised import scales
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def measure(job: Job) -> Measured:
         trainer = job.make_trainer(Path(folder))
         rehearsal = Rehearsal(trainer)
         model = trainer.model
-        weights = _bytes_of([*model.parameters(), *model.buffers()])
+        weights = _bytes_of([*model.parameters(), *model.buffers(), *scales(model)])
         training = weights + peak_live_bytes(rehearsal.train, device)
         if not rehearsal.evaluates:
             return Measured(training, None)

@@ -41,6 +41,7 @@ def model_card(
     ]
     if adapted.plan and trainable.lora:
         lines.append(f"| plain LoRA of the same r, for comparison | {trainable.lora:,} |")
+    lines += ["", "## Training", "", *_training(settings)]
     lines += ["", "## Results", "", *_results(metrics), "", "## Use", ""]
     if has_adapter:
         lines += _loading(settings, adapted)
@@ -74,6 +75,31 @@ def _data(settings: Settings) -> str:
     ]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
+
+
+def _training(settings: Settings) -> list[str]:
+    """What of the config one would ask for first; config.yaml has all of it."""
+    training, data = settings.training, settings.data
+    rows = training.batch_size * training.gradient_accumulation * settings.devices.processes
+    held_out = f"a fraction of {data.validation_fraction:g}"
+    if data.glue:
+        held_out = "the task's dev.tsv"
+    elif data.validation or data.validation_split:
+        held_out = "rows of their own"
+    elif not data.validation_fraction:
+        held_out = "none"
+    facts = {
+        "learning rate": f"{training.learning_rate:g}, {training.scheduler}",
+        "length": f"{training.max_steps} steps"
+        if training.max_steps
+        else f"{training.epochs:g} epochs",
+        "rows per step": f"{rows:,}",
+        "tokens per row, at most": f"{data.max_length:,}" if data.max_length else "",
+        "rows, at most": f"{data.max_rows:,}" if data.max_rows else "",
+        "held out": held_out,
+        "seed": str(settings.seed),
+    }
+    return ["| | |", "|---|---|"] + [f"| {what} | {its} |" for what, its in facts.items() if its]
 
 
 def _results(metrics: dict[str, Any]) -> list[str]:

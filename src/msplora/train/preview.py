@@ -1,4 +1,4 @@
-"""What is shown before the first step: the plan, what trains, a row and its loss mask."""
+"""What is shown before the first step: the plan, what trains, warnings, a row and its mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .methods import Adapted
 
 
 def show_preview(job: Job, console: Console) -> None:
-    """Print what the run is about to do."""
+    """Print what the run is about to do, and on what."""
     settings = job.record.settings
     console.rule(escape(f"{settings.method} · {settings.task} · {settings.model}"))
     if job.adapted.plan:
@@ -22,9 +22,11 @@ def show_preview(job: Job, console: Console) -> None:
     console.print(_trainable_table(job.adapted))
     for note in (*job.base.notes, *job.adapted.notes, *job.data_notes):
         console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
-    if job.check:
-        show_warnings(job.check, console)
-    console.print("\nA training row" + _legend(settings.task))
+
+
+def show_sample(job: Job, console: Console) -> None:
+    """Print a training row as the model sees it."""
+    console.print("\nA training row" + _legend(job.record.settings.task))
     console.print(job.sample, soft_wrap=True)
     console.print()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -33,8 +34,7 @@ def quantisation_config(
     """
     already = getattr(config, "quantization_config", None)
     if already is not None:
-        kind = already.get("quant_method") if isinstance(already, dict) else already.quant_method
-        kind = str(getattr(kind, "value", kind or "of an unknown kind"))
+        kind = quantised_by(already)
         if settings.quantization:
             raise ConfigError(
                 f"quantization = {settings.quantization!r}, but the weights of {settings.model} "
@@ -59,6 +59,18 @@ def quantisation_config(
         bnb_4bit_compute_dtype=arithmetic,
         llm_int8_skip_modules=list(whole) or None,
     )
+
+
+def can_be_quantised(settings: Settings) -> bool:
+    """Whether `quantization` could be set for such a run, here."""
+    return settings.method in ("msplora", "lora") and bool(find_spec("bitsandbytes"))
+
+
+def quantised_by(quantisation: Any) -> str:
+    """The method, or the library, that a config's quantisation names."""
+    asked = isinstance(quantisation, dict)
+    method = quantisation.get("quant_method") if asked else quantisation.quant_method
+    return str(getattr(method, "value", method or "an unknown method"))
 
 
 def is_quantised(model: nn.Module) -> bool:

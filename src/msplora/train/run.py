@@ -24,7 +24,7 @@ from .devices import is_main_process, join, wait_for_everyone, world_size
 from .disk_space import check_space, free_space
 from .job import Job
 from .next_steps import next_steps
-from .preview import show_preview
+from .preview import show_preview, show_sample, show_warnings
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
 from .results import measured, write_records, write_weights
@@ -44,8 +44,12 @@ def train_run(
     resume: Resume = False,
     force: bool = False,
     console: Console | None = None,
+    results: Console | None = None,
 ) -> Path:
     """Train, and return the run folder.
+
+    `console` shows how it is getting on; `results` what came out and what to look at, on the same
+    one where it is left out.
 
     Everything that can be refused is refused before the folder is made. A run that is interrupted
     leaves `<output>.unfinished` behind, which `resume` continues to the same result; "auto" starts
@@ -57,22 +61,28 @@ def train_run(
     """
     join()
     console = console or Console()
+    results = results or console
     if not is_main_process():
-        console = Console(quiet=True)
+        console = results = Console(quiet=True)
     settings = with_absolute_paths(settings)
     folder = RunFolder(settings, resume, force)
     if folder.is_complete or (folder.resumes and folder.lacks_only_its_name):
-        return _already_complete(folder, console)
+        return _already_complete(folder, results)
     with quiet_libraries():
         transformers.set_seed(settings.seed)
         job = prepare_job(settings)
         notes = check_space(job, folder.path)
         show_preview(job, console)
+        if job.check:
+            show_warnings(job.check, results)
+        show_sample(job, console)
         with StopSignals() as stop:
             metrics, warnings = _run(job, folder, notes, stop, console)
-    _report(console, settings, folder.path, job, metrics)
+    _report(results, folder.path, job, metrics)
+    for what, command in next_steps(settings, folder.path, job.adapted.rank):
+        console.print(f"  {what:9}", command, markup=False, highlight=False, soft_wrap=True)
     for warning in warnings:
-        console.print(f"[bold red]Look:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        results.print(f"[bold red]Look:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     return folder.path
 
 
@@ -197,9 +207,7 @@ def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console
         progress.stop()
 
 
-def _report(
-    console: Console, settings: Settings, run: Path, job: Job, metrics: dict[str, Any]
-) -> None:
+def _report(console: Console, run: Path, job: Job, metrics: dict[str, Any]) -> None:
     if job.held_out:
         name, best = job.best, metrics["best"]
         before = (metrics["before"] or {}).get(name)
@@ -208,5 +216,3 @@ def _report(
             f"Best {name}: [bold]{best[name]:.4f}[/] at epoch {best['epoch']:.2f}{change}"
         )
     console.print(f"The run is in {run}", markup=False, highlight=False, soft_wrap=True)
-    for what, command in next_steps(settings, run, job.adapted.rank):
-        console.print(f"  {what:9}", command, markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 
+from .other_names import OTHER_NAMES
 from .settings import TASKS_OF_KEY, Settings
 from .settings_data import DataSettings, DataSource
 
@@ -224,6 +225,8 @@ def _nearest_key(path: list[str]) -> str:
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
     if elsewhere:
         return f" Did you mean {elsewhere[0]!r}?"
+    if name in OTHER_NAMES:
+        return f" Here that is {OTHER_NAMES[name]!r}."
     # By the last part alone: under one long section every key looks like every other.
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     everywhere = {key.rpartition(".")[2]: key for key in known}

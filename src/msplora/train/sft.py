@@ -14,6 +14,7 @@ from msplora.errors import ConfigError
 from .base_model import LoadBase, load_base
 from .callbacks import check_stages
 from .data_sft import read_sft
+from .end_tokens import end_tokens
 from .held_out_loss import held_out_loss
 from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
@@ -25,7 +26,7 @@ from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_file import check_metric
-from .sft_rows import end_tokens, masked_sample, prepare_rows
+from .sft_rows import masked_sample, prepare_rows
 from .task_record import TaskRecord
 from .tokenise_sft import Tokens
 from .trainer_arguments import quieten, trainer_arguments, training_steps

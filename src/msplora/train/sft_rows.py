@@ -10,7 +10,6 @@ from typing import Any
 from rich.text import Text
 
 from .data_check import (
-    NOTEWORTHY,
     DataCheck,
     Said,
     SplitCheck,
@@ -21,6 +20,7 @@ from .data_check import (
     warnings_on_repeats,
 )
 from .data_sft import Sample, SftData
+from .end_tokens import warnings_on_ends, without_end
 from .lengths import Limit
 from .settings import Settings
 from .tokenise_chat import template_names
@@ -54,7 +54,7 @@ def prepare_rows(
                 report,
                 [len(row.input_ids) for row in rows[what]],
                 sum(label != IGNORED for row in rows[what] for label in row.labels[1:]),
-                _without_end(rows[what], ends, tokenizer),
+                without_end(rows[what], ends, tokenizer),
             )
             notes.append(checks[what].note(what, report))
     if data.left_out:
@@ -73,7 +73,8 @@ def prepare_rows(
     )
     for what, split in checks.items():
         check.warnings += warnings_on_lengths(split, what, limit.length)
-    check.warnings += _warnings_on_ends(check.training, data, ends, tokenizer)
+    chats = any(source.form == "messages" for source in data.sources)
+    check.warnings += warnings_on_ends(check.training, chats, ends, tokenizer)
     check.warnings += warnings_on_repeats(check)
     check.warnings += _warnings_on_samples([*data.train, *data.held_out], tokenizer)
     check.warnings += [
@@ -81,15 +82,6 @@ def prepare_rows(
         for what, count in check.empty.items()
     ]
     return SftRows(rows["training"], rows["held-out"], notes, check)
-
-
-def end_tokens(tokenizer: Any, *configs: Any) -> set[int]:
-    """The ids at which generation stops: the tokenizer's end token, and those of the configs."""
-    found = {tokenizer.eos_token_id}
-    for config in configs:
-        its = getattr(config, "eos_token_id", None)
-        found |= set(its) if isinstance(its, (list, tuple)) else {its}
-    return {its for its in found if its is not None}
 
 
 def masked_sample(row: Tokens, tokenizer: Any) -> Text:
@@ -115,54 +107,6 @@ def _source_notes(data: SftData) -> list[str]:
         f"{source.name}: form {source.form}, {source.train:,} samples in an epoch (weight "
         f"{source.weight:g}), {source.held_out:,} held out"
         for source in data.sources
-    ]
-
-
-def _without_end(rows: list[Tokens], ends: Collection[int], tokenizer: Any) -> int | None:
-    """Rows whose last trained token, white space after it aside, does not end a text."""
-    whole = [row for row in rows if not row.chunk]
-    if not whole:
-        return None
-    blank: dict[int, bool] = {}
-
-    def is_blank(its: int) -> bool:
-        if its not in blank:
-            blank[its] = not tokenizer.decode([its]).strip()
-        return blank[its]
-
-    def lacks_end(row: Tokens) -> bool:
-        last = max(place for place, label in enumerate(row.labels) if label != IGNORED)
-        while last > 0 and row.labels[last] != IGNORED and row.input_ids[last] not in ends:
-            if not is_blank(row.input_ids[last]):
-                return True
-            last -= 1
-        return row.labels[last] == IGNORED or row.input_ids[last] not in ends
-
-    return sum(map(lacks_end, whole))
-
-
-def _warnings_on_ends(
-    split: SplitCheck, data: SftData, ends: Collection[int], tokenizer: Any
-) -> list[str]:
-    if split.without_end is None:
-        return []
-    if not ends:
-        return ["the tokenizer has no end token, so the model does not learn to stop."]
-    # That what is cut has lost its end is said where the cutting is.
-    if split.without_end - split.truncated <= NOTEWORTHY * split.kept:
-        return []
-    names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ends))))
-    chats = any(source.form == "messages" for source in data.sources)
-    advice = (
-        f"The chat template closes the assistant's turns in another way: name one in "
-        f"data.chat_template that closes them with {names}, or a tokenizer whose end token is the "
-        f"template's."
-        if chats
-        else "Look at the rows' last tokens with msplora data."
-    )
-    return [
-        f"in {share(split.without_end, split.kept)} training rows the last token learnt is not the "
-        f"end token ({names}), so the model may not learn to stop. {advice}"
     ]
 
 

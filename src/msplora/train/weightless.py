@@ -29,16 +29,23 @@ def weightless_copy(
         frozen: the dtypes of frozen weights that become others.
     """
     made: dict[int, Any] = {}
+    by_storage: dict[Any, Tensor] = {}
 
-    def without_storage(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to("meta")
-        return fake.fake_tensor_converter.from_meta_and_device(fake, tensor, torch.device("cpu"))
+    def without_storage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        key = (tensor.untyped_storage()._cdata, tensor.shape, tensor.stride(), dtype)
+        if key not in by_storage:
+            meta = tensor.detach().to("meta", dtype)
+            by_storage[key] = fake.fake_tensor_converter.from_meta_and_device(
+                fake, meta, torch.device("cpu")
+            )
+        return by_storage[key]
 
     for parameter in model.parameters():
-        tensor = parameter.detach()
+        dtype = parameter.dtype
         if frozen and not parameter.requires_grad:
-            tensor = tensor.to(frozen.get(tensor.dtype, tensor.dtype))
-        made[id(parameter)] = nn.Parameter(without_storage(tensor), parameter.requires_grad)
+            dtype = frozen.get(dtype, dtype)
+        tensor = without_storage(parameter.data, dtype)
+        made[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
     for buffer in model.buffers():
         made[id(buffer)] = without_storage(buffer)
 
@@ -55,6 +62,10 @@ def weightless_copy(
 
     with OthersToo():
         copied = copy.deepcopy(model, made)
+        for parameter in model.parameters():
+            if type(parameter) is not nn.Parameter:  # a quantised one, with its scales
+                for name, value in vars(parameter).items():
+                    setattr(made[id(parameter)], name, copy.deepcopy(value, made))
     # It is where it should be, and torch refuses to swap such tensors for others.
     copied.__dict__["to"] = lambda *_, **__: copied
     return copied
