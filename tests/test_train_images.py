@@ -383,3 +383,15 @@ def test_other_families_train_and_come_back(folder: Path, tmp_path: Path, family
     assert found["loss"] == pytest.approx(best["loss"], rel=1e-5)
     result = command("convert", folder / family, tmp_path / "merged", "--to", "merged")
     assert result.code == 0, result.err
+
+
+def test_a_dry_run_foresees_what_is_measured(folder: Path) -> None:
+    file = write_config(folder / "dry.yaml", config(folder, "dry"))
+    result = command("train", file, "--dry-run", "--measure", "--json")
+    assert result.code == 0, result.err
+    found = result.json()
+    assert abs(found["measured"]["error"]) < 0.01
+    assert found["schedule"]["rows"] == 27
+    shown = command("train", file, "--dry-run").out
+    assert "it is of 8 images" in shown
+    assert "tokens" not in shown

@@ -62,11 +62,13 @@ def _memory_table(found: DryRun) -> Table:
 
 def _lines(found: DryRun) -> list[Any]:
     schedule, disk, estimate = found.schedule, found.disk, found.estimate
-    training = found.job.record.settings.training
+    settings = found.job.record.settings
+    of_text = settings.task != "image-classification"
+    rows = min(settings.training.batch_size, schedule.rows)
     lines = [
-        f"• the peak of a step is in its {estimate.training.where}; it is of the longest "
-        f"{min(training.batch_size, schedule.rows)} rows, the longest of "
-        f"{schedule.longest:,} tokens"
+        f"• the peak of a step is in its {estimate.training.where}; it is of "
+        + (f"the longest {rows} rows, the longest of {schedule.longest:,} tokens" * of_text)
+        + (f"{rows} images" * (not of_text))
     ]
     beside = size(found.needed - estimate.peak.total)
     if found.target.on_gpu:
@@ -81,7 +83,9 @@ def _lines(found: DryRun) -> list[Any]:
         )
     lines += [
         f"• {schedule.steps:,} steps, {schedule.warmup_steps:,} of them to warm up; "
-        f"{schedule.rows:,} rows and {schedule.tokens_per_epoch:,} tokens per epoch",
+        f"{schedule.rows:,} rows"
+        + f" and {schedule.tokens_per_epoch:,} tokens" * of_text
+        + " per epoch",
         f"• on disk {size(disk.weights)} trained, {size(disk.checkpoint)} per checkpoint, at most "
         f"{size(disk.at_most)} while it trains",
         f"[bold {'green' if found.fits else 'red'}]{verdict(found)}[/]",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from torch.utils.data import SequentialSampler
+from torch.utils.data import ConcatDataset, SequentialSampler, Subset
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .settings import Settings
@@ -63,7 +63,7 @@ class Rehearsal:
         arguments.load_best_model_at_end = False
         batches = STEPS * arguments.gradient_accumulation_steps
         rows = longest_rows(trainer.train_dataset, arguments.per_device_train_batch_size)
-        trainer.train_dataset = datasets.concatenate_datasets([rows] * batches)
+        trainer.train_dataset = _joined([rows] * batches)
         trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
         evaluated = arguments.per_device_eval_batch_size
         if hasattr(trainer, "held_out"):
@@ -84,8 +84,13 @@ class Rehearsal:
         self.trainer.evaluate()
 
 
-def lengths(rows: datasets.Dataset) -> list[int]:
-    """How much each row puts into a batch: its tokens, or all that its lists hold."""
+def lengths(rows: Any) -> list[int]:
+    """How much each row puts into a batch: its tokens, or all that its lists hold.
+
+    Images, which are read one by one, are given to the model in one size: 1 each.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return [1] * len(rows)
     names = ["input_ids"] if "input_ids" in rows.column_names else rows.column_names
     columns = [rows[name] for name in names]
     return [
@@ -94,8 +99,14 @@ def lengths(rows: datasets.Dataset) -> list[int]:
     ]
 
 
-def longest_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+def longest_rows(rows: Any, count: int) -> Any:
     """The `count` longest rows, longest first."""
     found = lengths(rows)
     order = sorted(range(len(found)), key=found.__getitem__, reverse=True)[:count]
-    return rows.select(order)
+    return rows.select(order) if isinstance(rows, datasets.Dataset) else Subset(rows, order)
+
+
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], datasets.Dataset):
+        return datasets.concatenate_datasets(parts)
+    return ConcatDataset(parts)
