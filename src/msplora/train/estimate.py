@@ -145,17 +145,13 @@ def _widths_of_logits(model: Any) -> set[int]:
 def gpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
     """The bytes that a kernel of bitsandbytes takes for itself while it runs.
 
-    Of 4 bits, the weights as they were before (on a GPU it does without for a few rows; which,
-    depends on the card); of 8 bits, the result in whole numbers.
+    Of 4 bits, the weights as they were before; on a GPU it does without for a few rows, and which,
+    depends on the card.
     """
-    name = func.overloadpacket.__name__ if func.namespace == "bitsandbytes" else ""
-    if name == "gemm_4bit":
-        inputs, _, shape = args[:3]
-        return inputs.dtype.itemsize * math.prod(shape)
-    if name == "int8_scaled_mm":
-        inputs, weights = args[:2]
-        return torch.int32.itemsize * math.prod(inputs.shape[:-1]) * weights.shape[0]
-    return 0
+    if func.namespace != "bitsandbytes" or func.overloadpacket.__name__ != "gemm_4bit":
+        return 0
+    inputs, _, shape = args[:3]
+    return inputs.dtype.itemsize * math.prod(shape)
 
 
 def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
