@@ -50,6 +50,9 @@ def options(
     """Options of every verb."""
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     logging.getLogger("msplora").setLevel(level)
+    if not verbose:
+        # PEFT imports it where it is installed, and it tells of kernels that some CPUs lack.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 app.command("train", cls=train.TrainCommand)(train.train)
