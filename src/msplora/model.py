@@ -99,6 +99,8 @@ class MSPLoraModel(LoraModel):
             )
             if existing is None:  # only now: PEFT walks over all modules several times
                 model.add_module(STORE_NAME, store)
+            else:
+                store.stacks.unwatch(model)
             layers = [path for path, its in model.named_modules() if isinstance(its, PyramidLayer)]
             store.stacks.watch(model, layers)
             check_every_site_borrows(model, plan, adapter_name)

@@ -60,7 +60,6 @@ class Stacks:
 
     def watch(self, model: nn.Module, layers: Sequence[str]) -> None:
         """Learn of the calls of `model`, and of every part of it that holds all of `layers`."""
-        self.unwatch(model)
         for module in _around(model, layers):
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end, always_call=True)
