@@ -209,7 +209,7 @@ def test_the_counts_are_those_of_a_count_by_hand(folder: Path, tmp_path: Path) -
     assert found.empty == {"an empty answer": 1}
     assert found.sources == [
         {"name": str(tmp_path / "rows.jsonl"), "form": "prompt-completion", "weight": 1.0}
-        | {"train": 4, "held_out": 0}
+        | {"train": 3, "held_out": 0}
     ]
 
 

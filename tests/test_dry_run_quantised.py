@@ -74,10 +74,10 @@ def test_the_estimate_is_what_is_measured(folder: Path, case: str) -> None:
     task, changes = CASES[case]
     found = dry_run(settings_of(folder, task, **changes), "cpu", real=True)
     assert found.measured
-    assert found.estimate.training.total == pytest.approx(found.measured.training, rel=0.02)
+    assert found.estimate.training.total == pytest.approx(found.measured.training, rel=0.01)
     assert found.estimate.evaluation
     evaluated = found.measured.evaluation
-    assert found.estimate.evaluation.total == pytest.approx(evaluated, rel=0.05)
+    assert found.estimate.evaluation.total == pytest.approx(evaluated, rel=0.03)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

@@ -332,6 +332,14 @@ def test_the_part_that_holds_all_adapted_layers_may_be_called_by_itself(made: li
     assert hooks_of(model.unload().body) == 0
 
 
+def test_a_block_by_itself_is_no_part_to_watch() -> None:
+    """One that runs many times in a call, as ALBERT's does, would be stacked each time."""
+    config = msplora.MSPLoraConfig(target_modules=r"layers\.1\.(up|mix)")
+    model: Any = get_peft_model(Blocks(), config)
+    assert hooks_of(root_of(model)) == 2
+    assert hooks_of(root_of(model).layers[1]) == 0
+
+
 def test_copies_and_pickles_stack_their_own() -> None:
     model = adapted()
     x = inputs()

@@ -113,8 +113,11 @@ def _around(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     for names in zip(*parents, strict=False):
         if len(set(names)) > 1:
             break
-        found.append(found[-1].get_submodule(names[0]))
-    return [its for its in found if not isinstance(its, (nn.ModuleList, nn.ModuleDict))]
+        part = found[-1].get_submodule(names[0])
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            break  # of blocks: one may run many times in a call, and in backward again
+        found.append(part)
+    return found
 
 
 class _Call:

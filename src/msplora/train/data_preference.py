@@ -10,8 +10,8 @@ from msplora.errors import nearest
 
 from .data_chat import ROLES
 from .data_files import DataError, Row, read_rows
-from .data_sft import Form, Sample, SourceOfSamples, named, samples
-from .data_split import Part, Splits, read_parts
+from .data_sft import Form, Sample, SourceOfSamples, named, samples, sources_of
+from .data_split import read_parts
 from .settings_data import DataSettings
 
 _KNOWN = ("prompt", "instruction", "messages", "conversations", "chosen", "rejected")
@@ -48,30 +48,27 @@ class PreferenceData:
 def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     """Return the pairs of a run's data."""
     splits = read_parts(data, seed)
-    train_rows, held_out_rows = (
-        _named(its, data.columns) for its in (splits.train, splits.held_out)
-    )
-    form = _form(train_rows + held_out_rows, {})
-    train, alike, empty = _pairs(train_rows, form, {})
-    held_out, more_alike, more_empty = _pairs(held_out_rows, form, {})
-    if not train:
+    parts = [*splits.train, *splits.held_out]
+    rows = [
+        [named(row, part.source.columns or data.columns) for row in part.rows] for part in parts
+    ]
+    form = _form([row for its in rows for row in its], {})
+    found = [_pairs(its, form, {}) for its in rows]
+    pairs = [its for its, _, _ in found]
+    train, held_out = pairs[: len(splits.train)], pairs[len(splits.train) :]
+    if not any(train):
         raise DataError(
-            f"{train_rows[0].place} and all rows after it have an empty answer, or the same one "
+            f"{rows[0][0].place} and all rows after it have an empty answer, or the same one "
             f"twice; there is nothing to prefer."
         )
-    sources = _sources(splits, form)
-    return PreferenceData(form, sources, train, held_out, alike + more_alike, empty + more_empty)
-
-
-def _sources(splits: Splits, form: Form) -> list[SourceOfSamples]:
-    weights = {part.name: part.source.weight for part in (*splits.held_out, *splits.train)}
-    train, held_out = (
-        {part.name: len(part.rows) for part in parts} for parts in (splits.train, splits.held_out)
+    return PreferenceData(
+        form,
+        sources_of(splits, dict.fromkeys((part.name for part in parts), form), train, held_out),
+        [pair for its in train for pair in its],
+        [pair for its in held_out for pair in its],
+        alike=sum(its for _, its, _ in found),
+        empty=sum(its for _, _, its in found),
     )
-    return [
-        SourceOfSamples(name, form, weight, train.get(name, 0), held_out.get(name, 0))
-        for name, weight in weights.items()
-    ]
 
 
 def read_more_preferences(file: str, form: Form, data: DataSettings) -> list[Pair]:
@@ -94,11 +91,6 @@ def read_prompts(rows: list[Row], form: Form, columns: Mapping[str, str]) -> lis
     if form == "messages":
         renamed = [_chat_prompt(row) for row in renamed]
     return samples(renamed, form, {}, unanswered=True)
-
-
-def _named(parts: list[Part], columns: Mapping[str, str]) -> list[Row]:
-    """The rows of all sources, under the names that pairs have here."""
-    return [named(row, part.source.columns or columns) for part in parts for row in part.rows]
 
 
 def _form(rows: list[Row], columns: Mapping[str, str]) -> Form:

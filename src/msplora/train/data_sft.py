@@ -11,7 +11,7 @@ from msplora.errors import nearest
 from .data_chat import chat_text, read_chat
 from .data_files import DataError, Row
 from .data_sources import read_source
-from .data_split import Part, all_rows, read_parts
+from .data_split import Part, Splits, all_rows, read_parts
 from .settings_data import DataSettings, DataSource
 
 Form = Literal["text", "prompt-completion", "alpaca", "messages", "text-file"]
@@ -107,18 +107,8 @@ def read_sft(data: DataSettings, seed: int) -> SftData:
     if not any(train):
         place = parts[0].rows[0].place
         raise DataError(f"{place} and all rows after it have an empty completion.")
-    counts = [
-        {part.name: len(its) for part, its in zip(its_parts, its_samples, strict=True)}
-        for its_parts, its_samples in ((splits.train, train), (splits.held_out, held_out))
-    ]
-    weights = {part.name: part.source.weight for part in reversed(parts)}
     return SftData(
-        [
-            SourceOfSamples(
-                name, form, weights[name], counts[0].get(name, 0), counts[1].get(name, 0)
-            )
-            for name, form in forms.items()
-        ],
+        sources_of(splits, forms, train, held_out),
         [sample for its in train for sample in its],
         [sample for its in held_out for sample in its],
         left_out=len(all_rows(parts)) - sum(map(len, found)),
@@ -128,6 +118,24 @@ def read_sft(data: DataSettings, seed: int) -> SftData:
             for sample in its
         ),
     )
+
+
+def sources_of(
+    splits: Splits,
+    forms: Mapping[str, Form],
+    train: Sequence[Sequence[Any]],
+    held_out: Sequence[Sequence[Any]],
+) -> list[SourceOfSamples]:
+    """Count what came of every source: of its form, and what each part of the splits gave."""
+    counts = [
+        {part.name: len(its) for part, its in zip(parts, found, strict=True)}
+        for parts, found in ((splits.train, train), (splits.held_out, held_out))
+    ]
+    weights = {part.name: part.source.weight for part in (*splits.held_out, *splits.train)}
+    return [
+        SourceOfSamples(name, form, weights[name], counts[0].get(name, 0), counts[1].get(name, 0))
+        for name, form in forms.items()
+    ]
 
 
 def read_more_sft(

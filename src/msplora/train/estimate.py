@@ -145,21 +145,25 @@ def _widths_of_logits(model: Any) -> set[int]:
 def gpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
     """The bytes that a kernel of bitsandbytes takes for itself while it runs.
 
-    Of 4 bits, the weights as they were before; on a GPU it does without for a few rows, and which,
-    depends on the card.
+    Of 4 bits, the weights as they were before (on a GPU it does without for a few rows, and which,
+    depends on the card); of 8 bits, the product in whole numbers.
     """
-    if func.namespace != "bitsandbytes" or func.overloadpacket.__name__ != "gemm_4bit":
-        return 0
-    inputs, _, shape = args[:3]
-    return inputs.dtype.itemsize * math.prod(shape)
+    name = _of_bitsandbytes(func)
+    if name == "gemm_4bit":
+        inputs, _, shape = args[:3]
+        return inputs.dtype.itemsize * math.prod(shape)
+    return 4 * _numbers_of_8_bits(args) if name == "int8_scaled_mm" else 0
 
 
 def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
     """The bytes that a kernel on the CPU takes for itself while it runs.
 
     Of PyTorch's arithmetic between dtypes: tensors of another dtype than the result's are converted
-    whole.
+    whole. So bitsandbytes holds a product of 8 bits in whole numbers, the same in float32, and its
+    scales, beside the result.
     """
+    if _of_bitsandbytes(func) == "int8_scaled_mm":
+        return 12 * _numbers_of_8_bits(args)
     if func.overloadpacket not in _ARITHMETIC:
         return gpu_workspace(func, args)
     tensors = [its for its in args if isinstance(its, Tensor)]
@@ -169,6 +173,16 @@ def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
     return common.itemsize * sum(
         its.numel() for its in tensors if its.dtype != common and its.dim()
     )
+
+
+def _of_bitsandbytes(func: Any) -> str:
+    return func.overloadpacket.__name__ if func.namespace == "bitsandbytes" else ""
+
+
+def _numbers_of_8_bits(args: tuple[Any, ...]) -> int:
+    """How many numbers the product of (… tokens, I) and (O, I) has."""
+    inputs, weights = args[:2]
+    return math.prod(inputs.shape[:-1]) * weights.shape[0]
 
 
 _ARITHMETIC = frozenset(
