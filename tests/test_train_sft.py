@@ -167,6 +167,9 @@ def test_the_run_folder_is_complete(folder: Path, printed: str) -> None:
     for entry in read_json(run / "metrics.json")["evaluations"]:
         assert f"{entry['loss']:.4f}" in card
     assert "3,136" in card
+    training = yaml.safe_load((run / "config.yaml").read_text())["training"]
+    assert f"| learning rate | {training['learning_rate']:g}, {training['scheduler']} |" in card
+    assert f"| rows per step | {training['batch_size']} |" in card
     assert (run / "adapter/README.md").read_text() == card
 
 

@@ -23,7 +23,7 @@ from .data_preference import Pair, PreferenceData
 from .end_tokens import warnings_on_ends, without_end
 from .lengths import LengthReport, Limit
 from .tokenise_preference import PairTokens, tokenise_pairs
-from .tokenise_sft import IGNORED, Tokens
+from .tokenise_sft import Tokens
 
 LOPSIDED = 0.7
 """Share of pairs whose preferred answer is the longer one, from which that is worth a warning."""
@@ -90,14 +90,8 @@ def _split(
         report,
         [len(its.prompt_ids) + max(half) for its, half in zip(pairs, halves, strict=True)],
         sum(map(sum, halves)),
-        without_end(list(map(_preferred, pairs)), ends, tokenizer),
+        without_end([Tokens("", its.chosen_ids, its.chosen_ids) for its in pairs], ends, tokenizer),
     )
-
-
-def _preferred(pair: PairTokens) -> Tokens:
-    """The row of supervised fine-tuning on the answer that the model is to prefer."""
-    prompt = [IGNORED] * len(pair.prompt_ids)
-    return Tokens("", pair.prompt_ids + pair.chosen_ids, prompt + pair.chosen_ids)
 
 
 def _said(pair: Pair) -> Said:

@@ -29,16 +29,10 @@ def weightless_copy(
         frozen: the dtypes of frozen weights that become others.
     """
     made: dict[int, Any] = {}
-    by_storage: dict[Any, Tensor] = {}
 
     def without_storage(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        key = (tensor.untyped_storage()._cdata, tensor.shape, tensor.stride(), dtype)
-        if key not in by_storage:
-            meta = tensor.detach().to("meta", dtype)
-            by_storage[key] = fake.fake_tensor_converter.from_meta_and_device(
-                fake, meta, torch.device("cpu")
-            )
-        return by_storage[key]
+        tensor = tensor.detach().to("meta", dtype)
+        return fake.fake_tensor_converter.from_meta_and_device(fake, tensor, torch.device("cpu"))
 
     for parameter in model.parameters():
         dtype = parameter.dtype
