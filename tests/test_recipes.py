@@ -149,8 +149,12 @@ def furnish(content: dict[str, Any]) -> None:
                 write_jsonl(Path(data["hub"], f"{split}.jsonl"), rows * 8)
 
 
+# The paper's six differ in the rows and in how long they train: one of each kind of score is enough.
+ALIKE = {f"roberta-base-{task}-1gpu" for task in TASKS if task not in ("cola", "mrpc", "stsb")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - ALIKE))
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
