@@ -58,6 +58,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-from . import autoload as _autoload  # noqa: E402  (needs nothing above, but must run last)
+from . import registering as _registering  # noqa: E402  (needs nothing above, but runs last)
 
-_autoload.install()
+_registering.install()

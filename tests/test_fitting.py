@@ -1,0 +1,153 @@
+"""The best pyramid for given updates, against dense least squares in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from msplora.fitting import Fit, Shared, Update, fit
+from msplora.pyramid import Level
+
+LAYERS = 6
+
+
+def shared_by(
+    layers: int, ranks: tuple[int, ...] = (4, 2, 1), groups: tuple[int, ...] = (1, 3, 0)
+) -> list[Shared]:
+    """Who shares in a pyramid."""
+    found = []
+    for rank, count in zip(ranks, groups, strict=True):
+        level = Level("its", rank, count, alpha=1.0)
+        for group in range(level.groups_among(layers)):
+            members = [at for at in range(layers) if level.group_of(at, layers) == group]
+            found.append(Shared(rank, tuple(members)))
+    return found
+
+
+def stacked(wanted: list[Shared], pairs: list[tuple[Tensor, Tensor]], layers: int) -> list[Update]:
+    """The update of each layer as one pair of factors."""
+    own = [
+        [pair for its, pair in zip(wanted, pairs, strict=True) if layer in its.layers]
+        for layer in range(layers)
+    ]
+    return [(torch.cat([a for a, _ in its]), torch.cat([b for _, b in its], 1)) for its in own]
+
+
+def pyramid_updates(
+    wanted: list[Shared], layers: int, sizes: tuple[float, ...], decay: float = 1.0
+) -> list[Update]:
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for its in wanted:
+        size = sizes[0] if len(its.layers) == layers else sizes[1 if len(its.layers) > 1 else 2]
+        a = torch.randn(its.rank, 20, generator=generator) * size
+        pairs.append(
+            (
+                a * decay ** torch.arange(its.rank)[:, None],
+                torch.randn(24, its.rank, generator=generator),
+            )
+        )
+    return stacked(wanted, pairs, layers)
+
+
+def random_updates(layers: int, rank: int = 5) -> list[Update]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(rank, 20, generator=generator), torch.randn(24, rank, generator=generator))
+        for _ in range(layers)
+    ]
+
+
+def dense_errors(updates: list[Update], wanted: list[Shared], found: Fit) -> list[float]:
+    sums = stacked(wanted, [(a, b) for a, b in found.pairs], len(updates))
+    return [
+        float((b.double() @ a.double() - b_found @ a_found).square().sum())
+        for (a, b), (a_found, b_found) in zip(updates, sums, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 6, 11])
+@pytest.mark.parametrize(
+    ("sizes", "decay"), [((1, 1, 1), 1.0), ((0.05, 1, 0.2), 0.3), ((1, 0.01, 0.1), 0.1)]
+)
+def test_a_pyramid_is_found_again(layers: int, sizes: tuple[float, ...], decay: float) -> None:
+    wanted = shared_by(layers)
+    updates = pyramid_updates(wanted, layers, sizes, decay)
+    found = fit(updates, wanted)
+    for error, norm in zip(dense_errors(updates, wanted, found), found.norms, strict=True):
+        assert error <= 1e-10 * norm
+
+
+@pytest.mark.parametrize("wanted", [shared_by(6), shared_by(6, (3, 2, 2), (2, 3, 0))])
+def test_the_errors_told_are_the_dense_ones(wanted: list[Shared]) -> None:
+    updates = random_updates(6)
+    found = fit(updates, wanted)
+    assert found.errors == pytest.approx(dense_errors(updates, wanted, found), rel=1e-9)
+    norms = [float((b.double() @ a.double()).square().sum()) for a, b in updates]
+    assert found.norms == pytest.approx(norms, rel=1e-12)
+    assert found.history[-1] == pytest.approx(sum(found.errors), rel=1e-9)
+
+
+def test_no_sweep_makes_the_error_larger() -> None:
+    found = fit(random_updates(6), shared_by(6), tolerance=0.0, max_sweeps=60)
+    assert len(found.history) > 10
+    assert all(later < earlier for earlier, later in itertools.pairwise(found.history))
+
+
+def test_neither_factor_can_be_bettered() -> None:
+    """At the end, dense least squares over all B (and over all A) finds the same error."""
+    updates, wanted = random_updates(LAYERS), shared_by(LAYERS)
+    found = fit(updates, wanted, tolerance=1e-12, max_sweeps=5000)
+    assert found.converged
+    dense = [b.double() @ a.double() for a, b in updates]
+    for transposed in (False, True):
+        rows = []
+        for layer in range(LAYERS):
+            row = []
+            for its, (a, b) in zip(wanted, found.pairs, strict=True):
+                held = b if transposed else a.mT
+                row.append(held if layer in its.layers else torch.zeros_like(held))
+            rows.append(torch.cat(row, 1))
+        wanted_dense = torch.cat([its if transposed else its.mT for its in dense])
+        design = torch.cat(rows)
+        best = torch.linalg.lstsq(design, wanted_dense, driver="gelsd").solution
+        error = float((design @ best - wanted_dense).square().sum())
+        assert error <= sum(found.errors) * (1 + 1e-9)
+        assert error == pytest.approx(sum(found.errors), rel=1e-6)
+
+
+def test_one_level_is_the_truncated_decomposition() -> None:
+    """One pair for all layers: that of the mean. One for each: of each by itself."""
+    updates = random_updates(4)
+    dense = torch.stack([b.double() @ a.double() for a, b in updates])
+    together = fit(updates, [Shared(3, (0, 1, 2, 3))])
+    kept = torch.linalg.svdvals(dense.mean(0))[:3]
+    best = float(dense.square().sum() - 4 * kept.square().sum())
+    assert sum(together.errors) == pytest.approx(best, rel=1e-5)
+    apart = fit(updates, [Shared(3, (layer,)) for layer in range(4)])
+    lost = torch.linalg.svdvals(dense)[:, 3:].square().sum(1)
+    assert apart.errors == pytest.approx(lost.tolist(), rel=1e-5)
+
+
+def test_more_rank_than_there_is_leaves_nothing() -> None:
+    updates = random_updates(3, rank=2)
+    found = fit(updates, shared_by(3, ranks=(30, 30, 30)))
+    assert [tuple(a.shape) for a, _ in found.pairs] == [(30, 20)] * 7
+    assert sum(found.errors) <= 1e-12 * sum(found.norms)
+    assert all(bool(torch.isfinite(its).all()) for pair in found.pairs for its in pair)
+
+
+def test_layers_of_unlike_rank_fit_together() -> None:
+    updates = [*random_updates(2, rank=5), *random_updates(1, rank=1)]
+    wanted = shared_by(3)
+    found = fit(updates, wanted)
+    assert found.errors == pytest.approx(dense_errors(updates, wanted, found), rel=1e-6, abs=1e-9)
+
+
+def test_both_factors_of_a_pair_have_the_same_norm() -> None:
+    for a, b in fit(random_updates(6), shared_by(6)).pairs:
+        assert math.isclose(float(a.norm()), float(b.norm()), rel_tol=1e-9)
