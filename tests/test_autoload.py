@@ -103,7 +103,7 @@ def test_an_msplora_that_is_broken_does_not_break_peft(
 def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(autoload.AutoloadError, match="is not there.*virtual environment"):
+    with pytest.raises(autoload.AutoloadError, match=r"is not there.*virtual environment"):
         autoload.enable(tmp_path / "nowhere")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(autoload.AutoloadError, match="cannot be written to by this user"):
