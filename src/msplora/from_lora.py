@@ -133,7 +133,7 @@ def to_msplora(
         )
     config = _config(model, changed, shape)
     found = plan(model, config)
-    pairs, sweeps, converged = _fit(found, changed)
+    pairs, sweeps, converged = fitted_pairs(found, changed)
     tensors = {
         f"base_model.model.{STORE_NAME}.{name_in_file(pair.address, name)}": tensor
         for pair in found.pairs
@@ -297,7 +297,7 @@ _NOT_KEPT = {
 # The fit
 
 
-def _fit(
+def fitted_pairs(
     found: Plan, updates: Mapping[str, Blocks]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int, bool]:
     """The tensors of every pair by address; the most sweeps; whether all kinds converged."""

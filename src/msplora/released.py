@@ -116,7 +116,8 @@ def load_released(
     left_over = sorted(set(found.others) - set(state))
     if left_over:
         raise AdapterFileError(
-            f"{str(folder)!r} holds {left_over[0]!r}, for which {type(model).__name__} has no place."
+            f"{str(folder)!r} holds {left_over[0]!r}, for which {type(model).__name__} has no "
+            f"place. Pass the base it was trained on with --base."
         )
     set_peft_model_state_dict(adapted, state | found.others)
     return adapted.eval(), found.others
@@ -150,8 +151,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{str(folder)!r} holds no pair. The released code writes them where it has trained; "
             f"what it loads and saves again loses them."
         )
-    found = Checkpoint(config, _paired(pairs, sorted(config["r"], reverse=True), folder), others)
-    return found
+    ranks = sorted(config["r"], reverse=True)
+    return Checkpoint(config, _paired(pairs, ranks, folder), others)
 
 
 def created_levels(key: str, levels: int, blocks: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""`msplora convert`: to a plain LoRA or into the base's weights, and back from LoRA to a pyramid."""
+"""`msplora convert`: to a plain LoRA or into the base, and back from LoRA to a pyramid."""
 
 from __future__ import annotations
 
