@@ -77,7 +77,12 @@ def fit(
         tolerance: stop when a sweep lowers the error by no more than this share of it.
         max_sweeps: stop at the latest after so many.
     """
-    problem = _Problem(updates, wanted)
+    # Pairs of the same layers are one until the end: how they share their rank out is free.
+    together: dict[tuple[int, ...], list[int]] = {}
+    for place, its in enumerate(wanted):
+        together.setdefault(its.layers, []).append(place)
+    ranks = {layers: [wanted[at].rank for at in its] for layers, its in together.items()}
+    problem = _Problem(updates, [Shared(sum(ranks[layers]), layers) for layers in together])
     found = None
     for start in (problem.common_directions, problem.largest_directions):
         ended = _alternate(problem, start(), tolerance, max_sweeps)
@@ -86,8 +91,16 @@ def fit(
         if found.history[-1] <= _ROUNDING * problem.norm:
             break
     assert found is not None
+    joined = problem.pairs(found.a_NK, found.b_NK)
+    parts = {
+        place: (a, b)
+        for (layers, places), (whole_a, whole_b) in zip(together.items(), joined, strict=True)
+        for place, a, b in zip(
+            places, whole_a.split(ranks[layers]), whole_b.split(ranks[layers], 1), strict=True
+        )
+    }
     return Fit(
-        pairs=problem.pairs(found.a_NK, found.b_NK),
+        pairs=tuple(parts[place] for place in range(len(wanted))),
         norms=tuple(problem.norms.tolist()),
         errors=tuple(problem.errors(found.a_NK, found.b_NK).tolist()),
         history=tuple(found.history),
@@ -240,7 +253,7 @@ class _Problem:
         return float(self.errors(a_NK, b_NK).sum())
 
     def pairs(self, a_NK: Tensor, b_NK: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The pairs as A (r, I) and B (O, r), of the same norm."""
+        """The pairs as A (r, I) and B (O, r), of the same norm, what counts most first."""
         found = []
         for rows in self.rows:
             a, b = _balanced(a_NK[rows], b_NK[rows].mT)
