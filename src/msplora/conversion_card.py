@@ -7,6 +7,8 @@ from typing import Any
 
 from .pyramid import Plan
 
+CARD_FILE = "README.md"
+
 AUTOLOAD = (
     "In a program that cannot import msplora, PEFT stops with `KeyError: 'MSPLORA'`. Say once, in "
     "that program's environment, `python -m msplora.autoload enable`: PEFT then knows the adapter "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import MSPLoraConfig
+from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
 from .folders import MARK, check_apart, check_output, new_folder
 from .loading import (
@@ -106,6 +107,7 @@ def to_lora(
     with new_folder(out, force) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, config)
+        (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
         copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None

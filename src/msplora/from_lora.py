@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import __version__
 from .config import MSPLoraConfig
-from .conversion_card import card_of_pyramid
+from .conversion_card import CARD_FILE, card_of_pyramid
 from .convert import copy_companions
 from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError
 from .explained import Explained, explain, measure, total
@@ -150,7 +150,7 @@ def to_msplora(
         config.save_pretrained(str(partial))
         copy_companions(folder, partial)
         card = card_of_pyramid(config, found, folder.name, total(expected))
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
