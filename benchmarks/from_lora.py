@@ -70,7 +70,7 @@ def copies(given: argparse.Namespace, targets: str, seed: int) -> list[dict[str,
         settings = Settings.model_validate(
             {
                 "method": "lora",
-                "adapter": {"target_modules": TARGETS[targets], "r": 8, "alpha": 16},
+                "adapter": {"target_modules": TARGETS[targets], "r": 8, "lora_alpha": 16},
                 "task": "sft",
                 "model": given.model,
                 "output": str(folder / "run"),

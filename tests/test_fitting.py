@@ -79,7 +79,7 @@ def test_a_pyramid_is_found_again(layers: int, sizes: tuple[float, ...], decay: 
     updates = pyramid_updates(wanted, layers, sizes, decay)
     found = fit(updates, wanted)
     for error, norm in zip(dense_errors(updates, wanted, found), found.norms, strict=True):
-        assert error <= 1e-10 * norm
+        assert error <= 1e-9 * norm
 
 
 @pytest.mark.parametrize("wanted", [shared_by(6), shared_by(6, (3, 2, 2), (2, 3, 0))])
@@ -89,10 +89,10 @@ def test_the_errors_told_are_the_dense_ones(wanted: list[Shared]) -> None:
     assert found.errors == pytest.approx(dense_errors(updates, wanted, found), rel=1e-9)
     norms = [float((b.double() @ a.double()).square().sum()) for a, b in updates]
     assert found.norms == pytest.approx(norms, rel=1e-12)
-    assert found.history[-1] == pytest.approx(sum(found.errors), rel=1e-9)
+    assert found.history[-1] == pytest.approx(sum(found.errors), rel=1e-4)
 
 
-def test_no_sweep_makes_the_error_larger() -> None:
+def test_no_sweep_makes_the_sum_larger() -> None:
     found = fit(random_updates(6), shared_by(6), tolerance=0.0, max_sweeps=60)
     assert len(found.history) > 10
     assert all(later < earlier for earlier, later in itertools.pairwise(found.history))
@@ -117,6 +117,19 @@ def test_neither_factor_can_be_bettered() -> None:
         best = torch.linalg.lstsq(design, goal, driver="gelsd").solution
         error = float((design @ best - goal).square().sum())
         assert sum(found.errors) * (1 - 1e-5) <= error <= sum(found.errors) * (1 + 1e-9)
+
+
+def test_pairs_do_not_grow_against_each_other() -> None:
+    """With two layers there is no best pyramid without a bound: it comes nearer for ever."""
+    updates = random_updates(2, rank=8)
+    found = fit(updates, shared_by(2, (4, 2, 1)))
+    largest = max(float(a.norm() * b.norm()) for a, b in found.pairs)
+    assert largest <= 1e3 * math.sqrt(sum(found.norms))
+    rounded = [(a.float(), b.float()) for a, b in found.pairs]
+    again = stacked(shared_by(2, (4, 2, 1)), [(a.double(), b.double()) for a, b in rounded], 2)
+    for (a, b), (wanted_a, wanted_b), error in zip(again, updates, found.errors, strict=True):
+        rest = float((b @ a - wanted_b.double() @ wanted_a.double()).square().sum())
+        assert rest == pytest.approx(error, rel=1e-3)
 
 
 def test_one_level_is_the_truncated_decomposition() -> None:

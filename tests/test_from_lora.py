@@ -8,18 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import msplora
 from msplora import loading
+from msplora.cli.app import app
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, UnsupportedError
 from msplora.folders import MARK, OutputError
+from msplora.train.evaluation import evaluate_run
 from msplora.verifying import VerificationError
 from tiny import MODELS, Tiny
+from tiny_saved import save_language_model
 
 
 def save_base(tiny: Tiny, folder: Path) -> Any:
@@ -86,8 +91,8 @@ def _config_of(folder: Path) -> Any:
 
 def test_the_shares_are_those_of_the_dense_updates(tmp_path: Path) -> None:
     tiny = MODELS["llama"]
-    lora = save_lora(tiny, tmp_path, rank_pattern={"v_proj": 2}, use_rslora=True)
-    found = msplora.to_msplora(lora, tmp_path / "out", r=4)
+    lora = save_lora(tiny, tmp_path, rank_pattern={"v_proj": 6}, use_rslora=True)
+    found = msplora.to_msplora(lora, tmp_path / "out", ranks=[3, 1, 1])
     wanted = dense_updates(lora, tiny.model())
     got = dense_updates(tmp_path / "out", tiny.model())
     assert {f"{its.site}.weight" for its in found.sites} == set(wanted)
@@ -288,3 +293,53 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(OutputError):
             msplora.to_msplora(lora, tmp_path / "out", force=force)
     assert os.listdir(tmp_path / "out") == ["mine.txt"]
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    """A LoRA of a language model with a tokenizer, and rows to measure it on."""
+    save_language_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    rows = [{"prompt": "the cat", "completion": " sat on the mat"}] * 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def run(*arguments: Any) -> None:
+    app([str(its) for its in arguments], standalone_mode=False)
+
+
+def test_the_command_prints_the_share_of_every_update_and_the_losses(
+    language_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora, out = language_model / "lora", language_model / "out"
+    data = language_model / "rows.jsonl"
+    run("convert", lora, out, "--to", "msplora", "--ranks", "2,1,1", "--data", data, "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ranks"] == [2, 1, 1]
+    before, after = printed["loss"]
+    assert before == pytest.approx(evaluate_run(lora, str(data))["loss"])
+    assert after == pytest.approx(evaluate_run(out, str(data))["loss"])
+    assert before != pytest.approx(after, rel=1e-4)
+    run("convert", lora, out, "--to", "msplora", "--ranks", "2,1,1", "--data", data, "--force")
+    shown = capsys.readouterr().out
+    for its in printed["sites"]:
+        assert f"{its['share']:.2%}" in shown
+    assert f"Loss on the data: {before:.4f} before, {after:.4f} after" in shown
+    assert f"explains {printed['explained']:.2%}" in shown
+
+
+def test_options_of_a_pyramid_are_refused_elsewhere(language_model: Path) -> None:
+    with pytest.raises(click.UsageError, match="--ranks: for --to msplora only, not --to lora"):
+        run("convert", language_model / "lora", "x", "--to", "lora", "--ranks", "4,2,1")
+    with pytest.raises(click.UsageError, match="not a list of whole numbers"):
+        run("convert", language_model / "lora", "x", "--to", "msplora", "--ranks", "4,two")
+    with pytest.raises(ConfigError, match="r must be at least 4"):
+        run("convert", language_model / "lora", "x", "--to", "msplora", "--r", "2")
+    with pytest.raises(MSPLoraError, match="no-such-file"):
+        run("convert", language_model / "lora", "x", "--to", "msplora", "--data", "no-such-file")
+    assert not Path("x").exists()
