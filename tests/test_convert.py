@@ -210,7 +210,8 @@ def test_force_replaces_an_earlier_conversion_and_nothing_else(
     out = tmp_path / "lora"
     msplora.to_lora(adapter, out)
     written = sorted(os.listdir(out))
-    assert written == ["adapter_config.json", "adapter_model.safetensors", MARK]
+    assert written == ["README.md", "adapter_config.json", "adapter_model.safetensors", MARK]
+    assert "needs no msplora" in (out / "README.md").read_text()
     with pytest.raises(OutputError, match="--force"):
         msplora.to_lora(adapter, out)
     (out / "adapter_model.safetensors").write_bytes(b"stale")

@@ -68,7 +68,7 @@ def test_the_commands_run_in_order(workspace: Path) -> None:
         for line in block.splitlines()
         if line.startswith("msplora")
     ]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         arguments = re.findall(r'"[^"]*"|\S+', command)[1:]
         arguments = [argument.strip('"') for argument in arguments]
@@ -80,6 +80,7 @@ def test_the_commands_run_in_order(workspace: Path) -> None:
             [sys.executable, "-W", "ignore", "-m", "msplora", *arguments], check=True, timeout=300
         )
     assert (workspace / "out/merged/config.json").is_file()
+    assert (workspace / "out/pyramid/adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize(

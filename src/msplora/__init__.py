@@ -26,6 +26,7 @@ _PUBLIC = {
     "singular_values": "spectrum",
     "to_lora": "convert",
     "to_merged": "convert",
+    "to_msplora": "from_lora",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .convert import to_lora as to_lora
     from .convert import to_merged as to_merged
     from .errors import MSPLoraError as MSPLoraError
+    from .from_lora import to_msplora as to_msplora
     from .model import MSPLoraModel as MSPLoraModel
     from .planning import plan as plan
     from .pyramid import Level as Level
@@ -58,6 +60,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-from . import autoload as _autoload  # noqa: E402  (needs nothing above, but must run last)
+from . import registering as _registering  # noqa: E402  (needs nothing above, but runs last)
 
-_autoload.install()
+_registering.install()

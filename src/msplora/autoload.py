@@ -1,94 +1,130 @@
-"""Register the tuner the moment PEFT is there, without importing PEFT ourselves.
+"""Opt in to adapters that load anywhere: ``python -m msplora.autoload enable``.
 
-`import msplora` has to stay quick, and it may run before or after `import peft`, or from the middle
-of either. So a finder watches imports: whenever PEFT, or a module of this package, has finished
-loading, it looks whether the tuner can be registered, and steps aside once it has been.
+PEFT knows the type of an MSPLoRA adapter only after `import msplora`; programs that load adapters
+by path never do that, and stop with ``KeyError: 'MSPLORA'``. This puts two small files into the
+environment's site-packages: one whose one line Python runs at its start, and `autoload_hook.py`,
+which that line imports: it waits for an import of PEFT, and imports msplora then. Processes that
+import no PEFT notice nothing, and without msplora PEFT is imported as ever.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+import sysconfig
+import tempfile
+from pathlib import Path
 
-_PACKAGE = __name__.rpartition(".")[0]
+from .errors import MSPLoraError
 
+HOOK = "_msplora_autoload"
+"""The name of the hook's copy; not in the package, so that it outlives one that is removed."""
 
-def install() -> None:
-    """Register now if PEFT is loaded, else when it is."""
-    finder = _AfterImport()
-    if not finder.try_to_register():
-        sys.meta_path.insert(0, finder)
+USAGE = """usage: python -m msplora.autoload enable | disable | status
 
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs `try_to_register` after each module that could complete the picture is executed."""
-
-    def __init__(self) -> None:
-        self._looking = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if self._looking or not (fullname == "peft" or fullname.startswith(f"{_PACKAGE}.")):
-            return None
-        self._looking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._looking = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader, self)  # pyright: ignore[reportAttributeAccessIssue]
-        return spec
-
-    def try_to_register(self) -> bool:
-        """Register if PEFT is loaded and nothing of ours is half-way through its import."""
-        if not _is_loaded("peft") or any(
-            _is_loading(name) for name in list(sys.modules) if name.startswith(f"{_PACKAGE}.")
-        ):
-            return False
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        from . import _peft
-
-        _peft.register_method()
-        return True
+enable   let every Python process of this environment load MSPLoRA adapters through PEFT
+disable  take that back
+status   say whether it is enabled (exit code 1 if not)"""
 
 
-class _ThenRegister(importlib.abc.Loader):
-    """The module's own loader, then the look whether to register."""
-
-    def __init__(self, loader: Any, finder: _AfterImport) -> None:
-        self._loader = loader
-        self._finder = finder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        # The import system marks the module as loaded only after this returns.
-        spec = module.__spec__
-        if spec is not None:
-            spec._initializing = False  # pyright: ignore[reportAttributeAccessIssue]
-        if self._finder in sys.meta_path:
-            self._finder.try_to_register()
+class AutoloadError(MSPLoraError):
+    """The files that Python reads at its start cannot be changed."""
 
 
-def _is_loading(name: str) -> bool:
-    module = sys.modules.get(name)
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+def site_packages() -> Path:
+    """The folder of this environment in which Python looks for what to run at its start."""
+    return Path(sysconfig.get_path("purelib"))
 
 
-def _is_loaded(name: str) -> bool:
-    return name in sys.modules and not _is_loading(name)
+def enable(folder: Path | None = None) -> Path:
+    """Let every process of the environment register MSPLoRA with PEFT; return the line's file.
+
+    Args:
+        folder: site-packages, where not those of the Python that runs this.
+
+    Raises:
+        AutoloadError: the folder is not there, or cannot be written to.
+    """
+    folder = folder or site_packages()
+    _check_writable(folder)
+    line, hook = _files(folder)
+    # The line last: it must never name a module that is not there yet.
+    _write(hook, _hook_text())
+    _write(line, f"import {HOOK}\n")
+    return line
+
+
+def disable(folder: Path | None = None) -> bool:
+    """Take `enable` back; return whether there was anything to take back.
+
+    Raises:
+        AutoloadError: the folder cannot be written to.
+    """
+    folder = folder or site_packages()
+    found = [file for file in _files(folder) if file.exists()]
+    if found:
+        _check_writable(folder)
+    for file in found:  # the line first
+        file.unlink()
+    return bool(found)
+
+
+def is_enabled(folder: Path | None = None) -> bool:
+    """Whether processes of this environment register MSPLoRA by themselves."""
+    line, hook = _files(folder or site_packages())
+    return line.is_file() and hook.is_file()
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    return folder / f"{HOOK}.pth", folder / f"{HOOK}.py"
+
+
+def _hook_text() -> str:
+    return Path(__file__).with_name("autoload_hook.py").read_text(encoding="utf-8")
+
+
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        found = "cannot be written to by this user" if folder.is_dir() else "is not there"
+        raise AutoloadError(
+            f"autoload has to change the site-packages of {sys.executable}, but {str(folder)!r} "
+            f"{found}. Use a virtual environment of your own, or import msplora where the adapter "
+            f"is loaded."
+        )
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file at once: other processes start meanwhile."""
+    handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            opened.write(text)
+        Path(partial).chmod(0o644)  # mkstemp's files are private
+        Path(partial).replace(file)
+    except OSError as error:
+        Path(partial).unlink(missing_ok=True)
+        raise AutoloadError(f"writing {str(file)!r} failed: {error}.") from error
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line asks for, and return the exit code."""
+    folder = site_packages()
+    if arguments == ["enable"]:
+        print(f"enabled: PEFT knows MSPLoRA adapters in every process of {sys.prefix} ({enable()})")
+        return 0
+    if arguments == ["disable"]:
+        print(f"disabled in {folder}" if disable() else f"it was not enabled in {folder}")
+        return 0
+    if arguments == ["status"]:
+        enabled = is_enabled()
+        print(f"{'enabled' if enabled else 'not enabled'} in {folder}")
+        return 0 if enabled else 1
+    print(USAGE, file=sys.stdout if arguments in (["-h"], ["--help"]) else sys.stderr)
+    return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except MSPLoraError as error:
+        sys.exit(f"Error: {error}")

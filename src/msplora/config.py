@@ -161,6 +161,12 @@ class MSPLoraConfig(LoraConfig):
         )
 
     def _fill_in_levels(self) -> None:
+        if isinstance(self.r, list):
+            raise ConfigError(
+                f"r = {self.r}: this is how the code released with the paper writes its ranks. "
+                f"Convert its checkpoint (msplora convert FOLDER OUT --to msplora, or lora); for a "
+                f"new adapter say ranks={self.r}."
+            )
         given = [name for name in ("groups", "alphas", "levels") if getattr(self, name) is not None]
         if self.ranks is None:
             self.r = DEFAULT_RANK if self.r is None else self.r

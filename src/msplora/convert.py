@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import MSPLoraConfig
+from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
 from .folders import MARK, check_apart, check_output, new_folder
 from .loading import (
@@ -27,6 +28,7 @@ from .loading import (
     WEIGHTS_FILE,
     BaseOptions,
     adapter_folder,
+    base_named_by,
     check_finite,
     dtype_argument,
     load_adapted,
@@ -36,6 +38,7 @@ from .loading import (
     write_json,
 )
 from .plain_lora import lora_of
+from .released import is_released, load_released
 from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
 
@@ -97,14 +100,15 @@ def to_lora(
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
-    model = _load_pyramid(folder, base)
+    model, others = _load_pyramid(folder, base)
     tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
-    tensors |= _other_tensors(read_tensors(folder))
+    tensors |= others
     check_finite(tensors, f"the LoRA in {dtype}")
     with new_folder(out, force) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, config)
-        _copy_companions(folder, partial)
+        (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
+        copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
@@ -116,7 +120,7 @@ def to_lora(
     return Converted(
         out,
         config["r"],
-        _size(folder / WEIGHTS_FILE),
+        _size_of_adapter(folder),
         _size(out / WEIGHTS_FILE),
         comparison,
         base=config["base_model_name_or_path"],
@@ -149,7 +153,7 @@ def to_merged(
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
-    model = load_adapted(folder, base)
+    model = load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
     if getattr(base_model, "is_quantized", False) and not allow_quantized:
@@ -164,7 +168,7 @@ def to_merged(
     with new_folder(out, force) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
-        _copy_companions(folder, partial)
+        copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
@@ -174,7 +178,7 @@ def to_merged(
                 reloaded = model_class.from_pretrained(partial, **options).eval()
             comparison = probe.compare_with(reloaded, {dtype})
     size = sum(_size(file) for file in out.glob("*.safetensors"))
-    return Converted(out, rank, _size(folder / WEIGHTS_FILE), size, comparison)
+    return Converted(out, rank, _size_of_adapter(folder), size, comparison)
 
 
 class _Probe:
@@ -193,18 +197,21 @@ class _Probe:
 
 def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
     """The folders a conversion reads, which its output must not replace."""
-    source = (base.source if base else None) or read_config(folder).base_model_name_or_path
+    source = (base.source if base else None) or base_named_by(folder)
     return [folder, *([Path(source)] if source and Path(source).is_dir() else [])]
 
 
-def _load_pyramid(folder: Path, base: BaseOptions | None) -> PeftModel:
+def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The adapted model, and what the adapter's file holds besides pairs."""
+    if is_released(folder):
+        return load_released(folder, base)
     config = read_config(folder)
     if not isinstance(config, MSPLoraConfig):
         raise ConfigError(
             f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; there is nothing to "
             f"convert."
         )
-    return load_adapted(folder, base)
+    return load_adapted(folder, base), _other_tensors(read_tensors(folder))
 
 
 def _other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,11 +224,16 @@ def _ranks(model: Any) -> list[int]:
     return list(getattr(config, "ranks", None) or [config.r])
 
 
-def _copy_companions(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy what belongs to an adapter besides its tensors and its config."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if not (out / file.name).exists():
                 shutil.copy2(file, out / file.name)
+
+
+def _size_of_adapter(folder: Path) -> int:
+    return sum(_size(file) for file in folder.glob("adapter_model.*"))
 
 
 def _size(file: Path) -> int:

@@ -130,6 +130,21 @@ def read_config(folder: Path) -> PeftConfig:
         ) from error
 
 
+def base_named_by(folder: Path) -> str | None:
+    """The base that an adapter's config names, whatever wrote it.
+
+    Raises:
+        AdapterFileError: the config is no JSON object.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except KeyError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterFileError(f"{str(file)!r} cannot be read: {error}") from error
+
+
 def class_names(folder: Path) -> list[str]:
     """The classes that an adapter was trained to tell apart, where they are known."""
     try:

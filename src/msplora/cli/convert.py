@@ -1,4 +1,4 @@
-"""`msplora convert`: an adapter to a plain LoRA, or into its base's weights."""
+"""`msplora convert`: to a plain LoRA or into the base, and back from LoRA to a pyramid."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
+from .convert_back import BaseArguments, Shape, refuse_for, to_pyramid
+
 
 class Target(str, Enum):
     """What to convert to."""
 
     lora = "lora"
     merged = "merged"
+    msplora = "msplora"
 
 
 class DType(str, Enum):
@@ -38,7 +41,8 @@ def convert(
     to: Annotated[
         Target,
         typer.Option(
-            help="`lora`: a plain LoRA for any server; `merged`: a model without adapter."
+            help="`lora`: a plain LoRA for any server; `merged`: a model without adapter; "
+            "`msplora`: the nearest pyramid, of a LoRA or a checkpoint of the released code."
         ),
     ],
     base: Annotated[
@@ -67,8 +71,41 @@ def convert(
     force: Annotated[
         bool, typer.Option(help="Replace an earlier conversion, and nothing else.")
     ] = False,
+    r: Annotated[
+        int | None, typer.Option("--r", help="Of a pyramid: rank of the first level.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Of a pyramid: rank of each level: 8,4,2")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Of a pyramid: groups of each level, 0 = per layer: 1,3,0")
+    ] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Of a pyramid: the levels' names: global,mid,local")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Of a pyramid: a file to measure its loss and the source's on."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Of a pyramid: print JSON instead of a table.")
+    ] = False,
 ) -> None:
     """Convert an adapter, prove it on the real model, then put it in place."""
+    if to is Target.msplora:
+        to_pyramid(
+            source,
+            out,
+            Shape(r, ranks, groups, levels),
+            base=BaseArguments(base, revision, trust_remote_code),
+            dtype=(dtype or DType.float32).value,
+            data=data,
+            verify=verify,
+            force=force,
+            as_json=as_json,
+        )
+        return
+    refuse_for(to.value, Shape(r, ranks, groups, levels), data, as_json)
     from rich.console import Console
 
     from msplora.convert import to_lora, to_merged

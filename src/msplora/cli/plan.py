@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def numbers(text: str | None) -> list[int] | None:
+    """The whole numbers of a list separated by commas."""
     if text is None:
         return None
     try:
@@ -58,9 +59,9 @@ def plan(
             r=r,
             lora_alpha=lora_alpha,
             split_alpha=split_alpha,
-            ranks=_numbers(ranks),
-            groups=_numbers(groups),
-            layers_to_transform=_numbers(layers),
+            ranks=numbers(ranks),
+            groups=numbers(groups),
+            layers_to_transform=numbers(layers),
             use_dora=dora,
             target_modules="all-linear" if names == ["all-linear"] else names,
         )

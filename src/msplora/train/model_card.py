@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from msplora.conversion_card import AUTOLOAD
+
 from .data_sources import named_sources
 from .methods import Adapted
 from .next_steps import next_steps
@@ -151,4 +153,5 @@ def _loading(settings: Settings, adapted: Adapted) -> list[str]:
         f'model = {auto}.from_pretrained("adapter"{outputs})',
         "```",
         "",
+        *([AUTOLOAD, ""] if settings.method == "msplora" else []),
     ]

@@ -1,0 +1,86 @@
+"""The model card of a conversion: what it is, and what loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .pyramid import Plan
+
+CARD_FILE = "README.md"
+
+AUTOLOAD = (
+    "In a program that cannot import msplora, PEFT stops with `KeyError: 'MSPLORA'`. Say once, in "
+    "that program's environment, `python -m msplora.autoload enable`: PEFT then knows the adapter "
+    "in every process (`disable` takes it back)."
+)
+"""What the card of every pyramid says of programs that load adapters by path."""
+
+_LOADERS = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+
+
+def card_of_pyramid(config: Any, plan: Plan, source: str, explained: float) -> str:
+    """README.md of a pyramid that was fitted to another adapter."""
+    ranks, groups = ", ".join(map(str, config.ranks)), ", ".join(map(str, config.groups))
+    return _card(
+        config,
+        "msplora",
+        [
+            f"The MSPLoRA pyramid nearest to the adapter `{source}`: ranks {ranks} for groups "
+            f"{groups} (0: one pair per layer), {plan.parameters:,} numbers. It explains "
+            f"{explained:.2%} of the squared norm of that adapter's updates.",
+        ],
+        ["import msplora  # makes the adapter's type known to PEFT"],
+        AUTOLOAD,
+    )
+
+
+def card_of_lora(config: Any, source: str) -> str:
+    """README.md of the plain LoRA that a pyramid was converted to."""
+    return _card(
+        config,
+        "lora",
+        [
+            f"The plain LoRA that the MSPLoRA adapter `{source}` is: rank {config['r']} in every "
+            f"layer, and the same answers.",
+        ],
+        [],
+        "It needs no msplora: PEFT and every LoRA server load it as it is.",
+    )
+
+
+def _card(config: Any, tag: str, said: list[str], first: list[str], after: str) -> str:
+    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
+    base = get("base_model_name_or_path")
+    task = get("task_type")
+    auto = _LOADERS.get(str(getattr(task, "value", task)), "AutoPeftModel")
+    return "\n".join(
+        [
+            "---",
+            *([f"base_model: {base}"] if base else []),
+            "library_name: peft",
+            f"tags: [{tag}]",
+            "---",
+            "",
+            f"# {Path(str(base)).name}, adapted",
+            "",
+            *said,
+            "",
+            "```python",
+            *first,
+            f"from peft import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("THIS FOLDER")',
+            "```",
+            "",
+            after,
+            "",
+        ]
+    )
