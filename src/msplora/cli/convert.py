@@ -1,20 +1,30 @@
-"""`msplora convert`: an adapter to a plain LoRA, or into its base's weights."""
+"""`msplora convert`: an adapter to a plain LoRA in any server's form, or into its base's weights."""
 
 from __future__ import annotations
 
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from msplora.serving import SERVERS, WRITTEN_FOR
+
+if TYPE_CHECKING:
+    from msplora.plain_lora import Padding
 
 
 class Target(str, Enum):
     """What to convert to."""
 
     lora = "lora"
+    gguf = "gguf"
+    mlx = "mlx"
     merged = "merged"
+
+
+ServerName = Enum("ServerName", {name: name for name in SERVERS}, type=str)
 
 
 class DType(str, Enum):
@@ -25,11 +35,13 @@ class DType(str, Enum):
     float16 = "float16"
 
 
-class Padding(str, Enum):
-    """Of the plain LoRA's rank."""
-
-    none = "none"
-    pow2 = "pow2"
+def padding(text: str) -> Padding:
+    """What `--pad-to` says."""
+    if text == "none" or text == "pow2":
+        return text
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise typer.BadParameter(f"--pad-to takes none, pow2 or a rank, not {text!r}.")
 
 
 def convert(
@@ -38,22 +50,29 @@ def convert(
     to: Annotated[
         Target,
         typer.Option(
-            help="`lora`: a plain LoRA for any server; `merged`: a model without adapter."
+            help="`lora`: a plain LoRA for any server; `gguf`: for llama.cpp; `mlx`: for mlx-lm; "
+            "`merged`: a model without adapter."
         ),
     ],
+    server: Annotated[
+        ServerName | None,
+        typer.Option("--for", help="Refuse what this server cannot serve, before it is written."),
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="The largest rank that the server is started with.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, if not the one the adapter names.")
     ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(
-            help="Of the tensors written: float32 by default for `lora`, as the base is stored for "
-            "`merged`."
+            help="Of the tensors written: float32 by default, as the base is stored for `merged`."
         ),
     ] = None,
     pad_to: Annotated[
-        Padding, typer.Option(help="Pad the LoRA's rank with zeros, to a power of two.")
-    ] = Padding.none,
+        str, typer.Option(help="Pad the LoRA's rank with zeros: to a power of two, or a number.")
+    ] = "none",
     verify: Annotated[
         bool, typer.Option(help="Compare the result's logits with the adapter's before it is kept.")
     ] = True,
@@ -75,16 +94,21 @@ def convert(
     from msplora.loading import BaseOptions
     from msplora.serving import serve_command
 
+    if to is Target.merged and (server or max_lora_rank):
+        raise typer.BadParameter("--for and --max-lora-rank are for LoRAs, not for --to merged.")
     with warnings.catch_warnings():
         # Deprecations within the libraries are not for users to read.
         warnings.simplefilter("ignore", FutureWarning)
-        if to is Target.lora:
+        if to is not Target.merged:
             result = to_lora(
                 source,
                 out,
                 base=BaseOptions(base, "auto", revision, trust_remote_code),
                 dtype=(dtype or DType.float32).value,
-                pad_to=pad_to.value,
+                pad_to=padding(pad_to),
+                form=to.value,
+                server=server.value if server else None,
+                max_lora_rank=max_lora_rank,
                 verify=verify,
                 force=force,
             )
@@ -107,5 +131,8 @@ def convert(
         f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
     if result.generates:
-        command = serve_command(base or result.base or "BASE", str(out), result.rank, out.name)
+        reader = server.value if server else WRITTEN_FOR.get(to.value)
+        command = serve_command(
+            base or result.base or "BASE", str(out), result.rank, out.name, reader
+        )
         console.print(f"Serve it, for instance: {command}", markup=False)
