@@ -9,7 +9,7 @@ v is not, servers that keep one tensor for all layers, or one for q, k and v, wa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ _SERVED_TOGETHER = {
     "up_proj": ("gate_proj",),
 }
 
-Padding = Union[Literal["none", "pow2"], int]
+Padding = Literal["none", "pow2"] | int
 """Zeros up to a power of two, or up to a rank."""
 
 

@@ -1,4 +1,4 @@
-"""`msplora convert`: an adapter to a plain LoRA in any server's form, or into its base's weights."""
+"""`msplora convert`: an adapter to a plain LoRA for any server, or into its base."""
 
 from __future__ import annotations
 
