@@ -48,6 +48,7 @@ _LAYOUTS = {
     "smollm3": _Layout("SMOLLM3", rotated=True),
     "starcoder2": _Layout("STARCODER2"),
 }
+MODEL_TYPES = tuple(_LAYOUTS)
 
 
 class AsGguf:
@@ -135,7 +136,7 @@ def _layout(config: Any) -> _Layout:
     except KeyError:
         raise UnsupportedError(
             f"how llama.cpp stores the layers of {config.model_type!r} is not known here, only of "
-            f"{', '.join(_LAYOUTS)}. Convert with --to lora, and that with llama.cpp's own "
+            f"{', '.join(MODEL_TYPES)}. Convert with --to lora, and that with llama.cpp's own "
             f"convert_lora_to_gguf.py."
         ) from None
 
