@@ -72,6 +72,7 @@ STORIES = [
         {"layers_to_transform": [1, 3]},
     ),
 ]
+HEAD = Case("tiny Llama", "q and the head", ["q_proj", "lm_head"])
 _SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128,
@@ -94,15 +95,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(family: str) -> Any:
+    """The config of a tiny model of a family."""
+    import transformers
+
+    config_name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    return getattr(transformers, config_name)(**(_SHAPE | FAMILIES[family]))
+
+
 def save_family(name: str, folder: Path) -> None:
     """Save a tiny model of a family with random weights."""
     import torch
     import transformers
 
-    config_name = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
-    config = getattr(transformers, config_name)(**(_SHAPE | FAMILIES[name]))
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name))
     with torch.no_grad():  # logits of some size, and norms that are not all the same
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -244,6 +251,7 @@ def main() -> None:
         engine = ENGINES[name]
         families = asked.family if engine.families else []
         cases = [*STORIES, *(Case(f"tiny {family}", "all linear layers") for family in families)]
+        cases += [HEAD] if engine.families else []
         for case in cases:
             with tempfile.TemporaryDirectory() as scratch:
                 base = asked.model

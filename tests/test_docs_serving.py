@@ -79,6 +79,9 @@ def test_every_engine_agrees_with_the_pyramid() -> None:
 def test_the_model_types_and_the_limits_are_the_code_s() -> None:
     prose = " ".join(TEXT.split())
     assert f"{', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]};" in prose
+    ran = engines()
+    types = {ran.config_of(family).model_type for family in ran.FAMILIES}
+    assert types == set(MODEL_TYPES)
     ranks = SERVERS["vllm"].ranks or ()
     assert f"takes {', '.join(map(str, ranks[:-1]))} or {ranks[-1]};" in prose
     assert f"is {SERVERS['vllm'].default_rank} unless set" in prose

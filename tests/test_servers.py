@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import msplora
+from msplora.cli.convert import ServerName
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
 from msplora.plain_lora import lora_of
 from msplora.server_limits import check_server
@@ -303,6 +304,10 @@ def test_a_rank_above_a_server_s_limit_names_the_limit_and_the_flag() -> None:
         check_server(model, "ollama", "lora", 28)
 
 
+def test_the_command_line_offers_every_server() -> None:
+    assert {its.value for its in ServerName} == set(SERVERS)
+
+
 def test_the_command_has_the_least_limit_that_lets_it_in() -> None:
     for rank, limit in ((7, 8), (14, 16), (28, 32), (257, 320), (448, 512)):
         assert f"--max-lora-rank {limit} " in serve_command("base", "a dir", rank, "name", "vllm")
@@ -354,6 +359,10 @@ def test_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "onnx" in refused("--to", "onnx")
     assert "ollama" in refused("--to", "lora", "--for", "ollama")
     assert "convert with --to gguf" in refused("--to", "lora", "--for", "llama.cpp")
+    assert (
+        "give a folder's name"
+        in command("convert", adapter, tmp_path / "adapter.gguf", "--to", "gguf").error
+    )
     assert "none, pow2 or a rank" in refused("--to", "lora", "--pad-to", "many")
     assert "rank 7, which cannot be padded to 5" in refused("--to", "lora", "--pad-to", 5)
     assert "not for --to merged" in refused("--to", "merged", "--for", "vllm")

@@ -39,7 +39,7 @@ from .loading import (
 )
 from .plain_lora import Padding, lora_of
 from .server_limits import check_server
-from .serving import Form
+from .serving import GGUF_FILE, Form
 from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
 
@@ -107,6 +107,11 @@ def to_lora(
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
+    if out.suffix == ".gguf":
+        raise ConfigError(
+            f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
+            f"folder's name."
+        )
     model = _load_pyramid(folder, base)
     tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
     check_server(model, server, form, config["r"], max_lora_rank)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora.serving import SERVERS, WRITTEN_FOR
+from msplora.serving import WRITTEN_FOR
 
 if TYPE_CHECKING:
     from msplora.plain_lora import Padding
@@ -24,7 +24,13 @@ class Target(str, Enum):
     merged = "merged"
 
 
-ServerName = Enum("ServerName", {name: name for name in SERVERS}, type=str)
+class ServerName(str, Enum):
+    """Of `serving.SERVERS`."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
+    mlx = "mlx"
 
 
 class DType(str, Enum):
