@@ -114,6 +114,10 @@ def save_family(name: str, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.float().save_pretrained(folder)
+    # llama.cpp's converter of Gemma 3 counts the words of a tokenizer.
+    words = {str(number): number for number in range(_SHAPE["vocab_size"])}
+    tokenizer = {"model": {"vocab": words}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def save_adapter(case: Case, base: Path, folder: Path) -> None:

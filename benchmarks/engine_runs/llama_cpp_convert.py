@@ -35,16 +35,11 @@ def main() -> None:
 
         def set_vocab(self) -> None:
             self.gguf_writer.add_tokenizer_model("none")
-            if not issubclass(known, _ADDS_ITS_SIZE):
-                self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+            self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
 
     with torch.inference_mode():
         WithoutVocabulary(Path(BASE), gguf.LlamaFileType.ALL_F32, Path(OUT)).write()
 
-
-from conversion.llama import LlamaModel  # noqa: E402
-
-_ADDS_ITS_SIZE = (LlamaModel,)
 
 if __name__ == "__main__":
     main()
