@@ -91,7 +91,7 @@ ROW = {
     "DoRA": "DoRA", "biases": "DoRA", "trained tokens": "DoRA", "saved modules": "DoRA",
     "convolution": "convolutions", "attention module": "convolutions",
     "classifier's head": "a classifier's head", "experts": "experts", "embedding": "embeddings",
-    "tied head": "embeddings", "Conv1D": "Conv1D",
+    "Conv1D": "Conv1D",
 }  # fmt: skip
 
 

@@ -153,14 +153,14 @@ def by_llama_cpp(folder: Path) -> dict[str, Tensor]:
     [("lora", by_vllm), ("lora", by_sglang), ("mlx", by_mlx), ("gguf", by_llama_cpp)],
     ids=["vllm", "sglang", "mlx", "llama.cpp"],
 )
-@pytest.mark.parametrize("pad_to", ["none", "pow2", 11])
+@pytest.mark.parametrize("pad_to", ["none", 11])
 def test_each_engine_s_formula_gives_the_pyramid_s_update(
     folder: Path, deltas: dict[str, Tensor], tmp_path: Path, form: Any, formula: Any, pad_to: Any
 ) -> None:
     result = msplora.to_lora(
         folder / "adapter", tmp_path / "out", form=form, pad_to=pad_to, verify=False
     )
-    assert result.rank == {"none": 7, "pow2": 8, 11: 11}[pad_to]
+    assert result.rank == {"none": 7, 11: 11}[pad_to]
     found = formula(tmp_path / "out")
     assert found.keys() == deltas.keys()
     for path, delta in deltas.items():
@@ -195,8 +195,9 @@ def test_llama_cpp_s_rotation_of_reordered_rows_is_transformers_rotation() -> No
     assert torch.equal(rotary_order(rotary_order(q, heads), heads, back=True), q)
 
 
-@pytest.mark.parametrize("form", ["mlx", "gguf"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("mlx", "float16"), ("gguf", "float16"), ("gguf", "bfloat16")]
+)
 def test_what_is_written_is_read_back_and_proved(
     folder: Path, tmp_path: Path, form: Any, dtype: Any
 ) -> None:
@@ -247,19 +248,13 @@ LACKING: dict[str, tuple[str, Callable[[], Any]]] = {
     "classifier's head": ("'classifier'", lambda: adapted(MODELS["bert"], task_type="SEQ_CLS")),
     "trained tokens": ("trainable_token", lambda: adapted(DENSE, trainable_token_indices=[1])),
     "embedding": ("embed_tokens", lambda: adapted(Tiny(llama, ["q_proj", "embed_tokens"]))),
-    "tied head": (
-        "lm_head",
-        lambda: adapted(
-            Tiny(lambda layers: llama(layers, tie_word_embeddings=True), ["q_proj", "lm_head"])
-        ),
-    ),
     "experts": (
         "experts",
         lambda: adapted(MODELS["mixtral"], target_parameters=[*MODELS["mixtral"].parameters]),
     ),
     "convolution": (
         "patch_embeddings",
-        lambda: adapted(MODELS["vit"], target_modules=["query", "projection"]),
+        lambda: adapted(MODELS["vit"], target_modules=["projection"]),
     ),
     "Conv1D": ("c_", lambda: adapted(MODELS["gpt2"])),
 }

@@ -35,13 +35,9 @@ def features(model: Any, adapter_name: str = "default") -> dict[str, str]:
             found[kind] = f"modules_to_save names {name!r}"
     if getattr(config, "trainable_token_indices", None):
         found["trained tokens"] = "trainable_token_indices"
-    tied = bool(getattr(root.config.get_text_config(), "tie_word_embeddings", False))
-    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
     for path, layer in root.named_modules():
         if isinstance(layer, PyramidLayer) and adapter_name in layer.borrowed:
             kind = _kind(layer)
-            if kind is None and tied and layer is head:
-                kind = "tied head"
             if kind is not None:
                 found.setdefault(kind, path)
     return found

@@ -33,7 +33,6 @@ _ONLY_LINEAR = {
     "experts": "it stores experts in another form",
     "Conv1D": "it stores the layer transposed, which would swap A and B",
 }
-_TIED = "the embedding and the head are one tensor, and the update belongs to only one of them"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ SERVERS = {
         {
             **_ONLY_LINEAR,
             "embedding": "an embedding's update is not written as GGUF here",
-            "tied head": _TIED,
         },
     ),
     "mlx": Server(
@@ -89,7 +87,6 @@ SERVERS = {
             **_ONLY_LINEAR,
             "Conv1D": "its names for such a model's layers are others",
             "embedding": "an embedding's update is not written in mlx-lm's form here",
-            "tied head": _TIED,
         },
     ),
 }
