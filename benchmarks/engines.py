@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ def save_adapter(case: Case, base: Path, folder: Path) -> None:
         task_type="CAUSAL_LM", **case.options,
     )  # fmt: skip
     torch.manual_seed(1)
-    get_peft_model(model, config).save_pretrained(folder)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for _, b, _ in msplora.factors(adapted).values():
+            b.mul_(0.3)
+    adapted.save_pretrained(folder)
 
 
 def token_ids(base: Path) -> list[int]:
@@ -160,68 +165,100 @@ def native(base: Path, adapter: Path, ids: list[int]) -> dict[str, Any]:
     return {"base": plain, "adapted": adapted}
 
 
-def run_case(
-    engine: Engine, python: str, case: Case, base: Path, folder: Path, llama_cpp: Path | None
-) -> dict[str, Any]:
-    """Convert an adapter, let the engine compute, and compare."""
-    import numpy as np
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its files."""
 
+    case: Case
+    folder: Path
+    base: Path
+    ids: list[int]
+    rank: int
+    expected: dict[str, Any]
+
+    def asked(self, engine: Engine) -> dict[str, Any]:
+        """What the engine is given."""
+        gguf = engine.form == "gguf"
+        return {
+            "base": str(self.folder / "base.gguf" if gguf else self.base),
+            "adapter": str(self.folder / "converted" / ("adapter.gguf" if gguf else "")),
+            "ids": self.ids,
+            "out": str(self.folder / "logits.npz"),
+        }
+
+
+def prepare(engine: Engine, case: Case, base: Path, folder: Path) -> Prepared:
+    """Save an adapter, compute its logits, and convert it."""
     import msplora
 
-    adapter, out = folder / "adapter", folder / "converted"
+    adapter = folder / "adapter"
     save_adapter(case, base, adapter)
     ids = token_ids(base)
     expected = native(base, adapter, ids)
     converted = msplora.to_lora(
-        adapter, out, form=engine.form, server=engine.server, **case.convert
+        adapter, folder / "converted", form=engine.form, server=engine.server, **case.convert
     )
-    row: dict[str, Any] = {
-        "engine": engine.title,
-        "model": case.base,
-        "adapted": case.adapted,
-        "rank": converted.rank,
-    }
-    base_for_engine, adapter_for_engine = str(base), str(out)
     if engine.form == "gguf":
-        assert llama_cpp is not None, "--llama-cpp SOURCE is needed for the bases"
-        base_for_engine = str(folder / "base.gguf")
-        adapter_for_engine = str(out / "adapter.gguf")
-        _call([sys.executable, str(RUNS / "llama_cpp_convert.py"), str(llama_cpp), str(base),
-               base_for_engine])  # fmt: skip
-        row["as_its_converter"] = _as_its_converter(adapter, out, base, folder, llama_cpp, case)
-    printed = _call(
-        [python, str(RUNS / engine.script), "--base", base_for_engine,
-         "--adapter", adapter_for_engine, "--ids", json.dumps(ids),
-         "--out", str(folder / "logits.npz")]
-    )  # fmt: skip
-    found = np.load(folder / "logits.npz")
-    row |= json.loads(printed.splitlines()[-1])
-    row["tokens"] = len(ids)
-    row["effect"] = float(abs(expected["adapted"] - expected["base"]).max())
-    row["base_difference"] = float(abs(found["base"] - expected["base"]).max())
-    row["difference"] = float(abs(found["adapted"] - expected["adapted"]).max())
-    row["largest_logit"] = float(abs(expected["adapted"]).max())
-    return row
+        msplora.to_lora(adapter, folder / "lora", verify=False, **case.convert)
+    return Prepared(case, folder, base, ids, converted.rank, expected)
 
 
-def _as_its_converter(
-    adapter: Path, ours: Path, base: Path, folder: Path, llama_cpp: Path, case: Case
-) -> bool:
-    """Whether llama.cpp's own converter makes the same tensors of the plain LoRA."""
+def run(
+    engine: Engine, python: str, prepared: list[Prepared], scratch: Path, llama_cpp: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Let an engine compute all its cases, and compare."""
+    import numpy as np
+
+    if engine.form == "gguf":
+        if llama_cpp is None:
+            raise SystemExit("--llama-cpp SOURCE is needed: its converter makes the bases' files")
+        cases = [
+            {
+                "base": str(its.base),
+                "base_out": str(its.folder / "base.gguf"),
+                "lora": str(its.folder / "lora"),
+                "lora_out": str(its.folder / "its.gguf"),
+            }
+            for its in prepared
+        ]
+        (scratch / "bases.json").write_text(json.dumps(cases))
+        script = str(RUNS / "llama_cpp_convert.py")
+        _call([sys.executable, script, str(llama_cpp), str(scratch / "bases.json")])
+    (scratch / "cases.json").write_text(json.dumps([its.asked(engine) for its in prepared]))
+    printed = _call([python, str(RUNS / engine.script), str(scratch / "cases.json")])
+    about = json.loads(printed.splitlines()[-1])
+    for its in prepared:
+        found = np.load(its.folder / "logits.npz")
+        adapted, plain = its.expected["adapted"], its.expected["base"]
+        row = {
+            "engine": engine.title,
+            "model": its.case.base,
+            "adapted": its.case.adapted,
+            "rank": its.rank,
+            "tokens": len(its.ids),
+            "largest_logit": float(abs(adapted).max()),
+            "effect": float(abs(adapted - plain).max()),
+            "base_difference": float(abs(found["base"] - plain).max()),
+            "difference": float(abs(found["adapted"] - adapted).max()),
+        }
+        if engine.form == "gguf":
+            row["as_its_converter"] = _same_tensors(
+                its.folder / "its.gguf", its.folder / "converted" / "adapter.gguf"
+            )
+        yield row | about
+
+
+def _same_tensors(first: Path, second: Path) -> bool:
+    """Whether two GGUF files hold the same tensors, bit for bit."""
     import gguf
     import numpy as np
 
-    import msplora
-
-    msplora.to_lora(adapter, folder / "lora", **case.convert)
-    _call([sys.executable, str(llama_cpp / "convert_lora_to_gguf.py"), "--base", str(base),
-           "--outfile", str(folder / "its.gguf"), str(folder / "lora")])  # fmt: skip
-    its, made = (
+    one, other = (
         {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
-        for file in (folder / "its.gguf", ours / "adapter.gguf")
+        for file in (first, second)
     )
-    return its.keys() == made.keys() and all(
-        np.array_equal(data, made[name]) for name, data in its.items()
+    return one.keys() == other.keys() and all(
+        np.array_equal(data, other[name]) for name, data in one.items()
     )
 
 
@@ -256,17 +293,20 @@ def main() -> None:
         families = asked.family if engine.families else []
         cases = [*STORIES, *(Case(f"tiny {family}", "all linear layers") for family in families)]
         cases += [HEAD] if engine.families else []
-        for case in cases:
-            with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
+            prepared = []
+            for number, case in enumerate(cases):
+                folder = Path(scratch) / str(number)
                 base = asked.model
                 if case not in STORIES:
-                    base = Path(scratch) / "base"
+                    base = folder / "base"
                     save_family(case.base.removeprefix("tiny "), base)
-                row = run_case(engine, python, case, base, Path(scratch), asked.llama_cpp)
-            print(json.dumps(row), flush=True)
-            if asked.output:
-                with asked.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row | provenance("cpu"), ensure_ascii=False) + "\n")
+                prepared.append(prepare(engine, case, base, folder))
+            for row in run(engine, python, prepared, Path(scratch), asked.llama_cpp):
+                print(json.dumps(row), flush=True)
+                if asked.output:
+                    with asked.output.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row | provenance("cpu"), ensure_ascii=False) + "\n")
 
 
 START, END = "<!-- engines: made by benchmarks/engines.py --render -->", "<!-- /engines -->"

@@ -1,19 +1,22 @@
-"""llama.cpp's own conversion of a base to GGUF, without its vocabulary.
+"""llama.cpp's own conversions: bases to GGUF, without their vocabulary, and plain LoRAs.
 
 Tiny random models have no tokenizer, and none is needed where token ids go in and logits come out:
-only `set_vocab` is another. Everything about weights and parameters is llama.cpp's code.
+of a base's conversion only `set_vocab` is another. Everything about weights and parameters is
+llama.cpp's code, and `convert_lora_to_gguf.py` is run as it is.
 
-    python llama_cpp_convert.py SOURCE BASE OUT.gguf
+    python llama_cpp_convert.py SOURCE CASES.json
 
 SOURCE is a checkout of llama.cpp; the package llama-cpp-python brings one as vendor/llama.cpp.
 """
 
 from __future__ import annotations
 
+import json
+import runpy
 import sys
 from pathlib import Path
 
-SOURCE, BASE, OUT = sys.argv[1:]
+SOURCE, CASES = sys.argv[1:]
 sys.path[:0] = [SOURCE, str(Path(SOURCE) / "gguf-py")]
 
 import gguf  # noqa: E402
@@ -26,8 +29,9 @@ from conversion import (  # noqa: E402
 )
 
 
-def main() -> None:
-    hparams = ModelBase.load_hparams(Path(BASE), False)
+def convert_base(base: Path, out: Path) -> None:
+    """Write the base's weights and parameters in float32."""
+    hparams = ModelBase.load_hparams(base, False)
     known = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
 
     class WithoutVocabulary(known):
@@ -38,8 +42,18 @@ def main() -> None:
             self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
 
     with torch.inference_mode():
-        WithoutVocabulary(Path(BASE), gguf.LlamaFileType.ALL_F32, Path(OUT)).write()
+        WithoutVocabulary(base, gguf.LlamaFileType.ALL_F32, out).write()
+
+
+def convert_lora(lora: Path, base: Path, out: Path) -> None:
+    """Let llama.cpp's script convert PEFT's folder."""
+    script = str(Path(SOURCE) / "convert_lora_to_gguf.py")
+    sys.argv = [script, "--base", str(base), "--outfile", str(out), str(lora)]
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
-    main()
+    for case in json.loads(Path(CASES).read_text()):
+        base = Path(case["base"])
+        convert_base(base, Path(case["base_out"]))
+        convert_lora(Path(case["lora"]), base, Path(case["lora_out"]))
