@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow bench interruptions lint format clean
+.PHONY: help demo test test-slow bench engines interruptions lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test       lint, types and the default tests (under 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
+	@echo "make engines    converted adapters in llama.cpp, mlx-lm, vLLM, SGLang (see benchmarks/README.md)"
 	@echo "make interruptions  kill runs at a dozen random moments each, and keep the log"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what it can"
@@ -38,6 +39,16 @@ test-slow: $(VENV)/.installed
 bench: $(VENV)/.installed
 	BIN=$(BIN) bash benchmarks/cpu.sh
 	$(BIN)/msplora bench render benchmarks/results --output docs/benchmarks.md
+
+# MODEL is the folder of stories260K, ENGINES the Python of each engine's environment, LLAMA_CPP its
+# source: benchmarks/README.md says how they are made.
+ENGINES ?= peft=$(BIN)/python
+engines: $(VENV)/.installed
+	@test -n "$(MODEL)" || { echo "say where stories260K is: make engines MODEL=stories260K/hf"; false; }
+	rm -f benchmarks/results/engines.jsonl
+	$(BIN)/python benchmarks/engines.py --model $(MODEL) $(ENGINES:%=--engine %) $(LLAMA_CPP:%=--llama-cpp %) \
+		--output benchmarks/results/engines.jsonl
+	$(BIN)/python benchmarks/engines.py --render docs/serving.md
 
 # A dozen random moments for each task, and the chosen ones; CI tries three.
 interruptions: $(VENV)/.installed

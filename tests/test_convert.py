@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_the_old_result(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("msplora.convert.save_file", full)
+    monkeypatch.setattr("msplora.forms.save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         msplora.to_lora(adapter, out, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before

@@ -7,6 +7,7 @@ place only then.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
 from .folders import MARK, check_apart, check_output, new_folder
+from .forms import PlainLora, Written, in_form
 from .loading import (
     CONFIG_FILE,
     TASK_FILE,
@@ -37,8 +39,10 @@ from .loading import (
     read_tensors,
     write_json,
 )
-from .plain_lora import lora_of
+from .plain_lora import Padding, lora_of
 from .released import is_released, load_released
+from .server_limits import check_server
+from .serving import GGUF_FILE, Form
 from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
 
@@ -79,7 +83,10 @@ def to_lora(
     *,
     base: BaseOptions | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    pad_to: Literal["none", "pow2"] = "none",
+    pad_to: Padding = "none",
+    server: str | None = None,
+    max_lora_rank: int | None = None,
+    form: Form = "lora",
     verify: bool = True,
     force: bool = False,
 ) -> Converted:
@@ -90,7 +97,10 @@ def to_lora(
         out: the folder to write.
         base: how to load the base model; the adapter names it.
         dtype: of the tensors written.
-        pad_to: "pow2" pads the rank with zeros to a power of two.
+        pad_to: "pow2" pads the rank with zeros to a power of two, a number to that rank.
+        server: refuse what this one of `serving.SERVERS` cannot serve.
+        max_lora_rank: the largest rank that the server is started for, if it has such a flag.
+        form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
         verify: load base and result with PEFT and compare the logits before anything is written.
         force: replace `out` if it is not empty.
 
@@ -100,28 +110,36 @@ def to_lora(
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
+    if out.suffix == ".gguf":
+        raise ConfigError(
+            f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
+            f"folder's name."
+        )
     model, others = _load_pyramid(folder, base)
     tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
+    check_server(model, server, form, config["r"], max_lora_rank)
     tensors |= others
     check_finite(tensors, f"the LoRA in {dtype}")
+    root: Any = model.get_base_model()
+    written = in_form(form, PlainLora(tensors, config, root.config))
     with new_folder(out, force) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(partial / CONFIG_FILE, config)
-        (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
-        copy_companions(folder, partial)
+        written.write(partial)
+        if form == "lora":
+            (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
+            copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             probe = _Probe(model)
             base_model: Any = model.unload()
-            converted = PeftModel.from_pretrained(base_model, str(partial)).eval()
+            converted = _with_lora(base_model, written, partial, config)
             dtypes = {base_model.dtype, getattr(torch, dtype)}
             comparison = probe.compare_with(converted, dtypes)
     return Converted(
         out,
         config["r"],
         _size_of_adapter(folder),
-        _size(out / WEIGHTS_FILE),
+        _size(out / written.weights_file),
         comparison,
         base=config["base_model_name_or_path"],
         generates=config["task_type"] == "CAUSAL_LM",
@@ -179,6 +197,16 @@ def to_merged(
             comparison = probe.compare_with(reloaded, {dtype})
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
+
+
+def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The base with the LoRA that the written files hold, loaded by PEFT."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if (folder / WEIGHTS_FILE).is_file():
+            return PeftModel.from_pretrained(base, str(folder)).eval()
+        save_file(written.read(folder), Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(Path(scratch) / CONFIG_FILE, config)
+        return PeftModel.from_pretrained(base, scratch).eval()
 
 
 class _Probe:

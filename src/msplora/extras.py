@@ -23,6 +23,7 @@ _MODULES = {
     "report": {"jinja2", "matplotlib"},
     "quantised": {"bitsandbytes"},
     "sweep": {"optuna"},
+    "gguf": {"gguf", "requests", "tqdm", "yaml"},
 }
 
 
@@ -57,3 +58,8 @@ def report_extra() -> AbstractContextManager[None]:
 def sweep_extra() -> AbstractContextManager[None]:
     """The same for the library that searches."""
     return _extra("sweep")
+
+
+def gguf_extra() -> AbstractContextManager[None]:
+    """The same for the library that writes llama.cpp's files."""
+    return _extra("gguf")

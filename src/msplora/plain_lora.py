@@ -15,13 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from . import _peft
+from .errors import ConfigError
 from .layer import PyramidLayer
 from .matching import inside_attention, own_modules, place
 from .store import STORE_NAME
 
 _WRAPPED = "base_model.model."
 _ATTENTION_OUT = ".base_layer.out_proj"  # of an adapted nn.MultiheadAttention
-_SERVED_TOGETHER = {"q_proj": "v_proj", "v_proj": "q_proj"}
+# SGLang keeps q, k and v in one tensor, gate and up in another, and begins with q and with gate.
+_SERVED_TOGETHER = {
+    "q_proj": ("v_proj",),
+    "k_proj": ("q_proj", "v_proj"),
+    "v_proj": ("q_proj",),
+    "up_proj": ("gate_proj",),
+}
+
+Padding = Literal["none", "pow2"] | int
+"""Zeros up to a power of two, or up to a rank."""
 
 
 def lora_of(
@@ -29,7 +39,7 @@ def lora_of(
     adapter_name: str = "default",
     *,
     dtype: torch.dtype = torch.float32,
-    pad_to: Literal["none", "pow2"] = "none",
+    pad_to: Padding = "none",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the config of the plain LoRA that an adapter of a loaded model is.
 
@@ -45,9 +55,9 @@ def lora_of(
         for path, module in root.named_modules()
         if isinstance(module, PyramidLayer) and adapter_name in module.borrowed
     }
-    rank = max(layer.borrowed[adapter_name].rank for layer in layers.values())
-    if pad_to == "pow2":
-        rank = 1 << (rank - 1).bit_length()
+    rank = _rank_with_zeros(
+        max(layer.borrowed[adapter_name].rank for layer in layers.values()), pad_to
+    )
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         tensors |= _layer_tensors(layer, adapter_name, f"{_WRAPPED}{path}", rank, dtype)
@@ -56,6 +66,16 @@ def lora_of(
         tensors[f"{_WRAPPED}{path}.lora_A.weight"] = torch.zeros(rank, in_features, dtype=dtype)
         tensors[f"{_WRAPPED}{path}.lora_B.weight"] = torch.zeros(out_features, rank, dtype=dtype)
     return tensors, _lora_config(root, peft_config, layers, set(holes), rank)
+
+
+def _rank_with_zeros(rank: int, pad_to: Padding) -> int:
+    if pad_to == "none":
+        return rank
+    if pad_to == "pow2":
+        return 1 << (rank - 1).bit_length()
+    if pad_to < rank:
+        raise ConfigError(f"the LoRA has rank {rank}, which cannot be padded to {pad_to}.")
+    return pad_to
 
 
 def _holes(
@@ -73,8 +93,8 @@ def _holes(
         if block is None or "base_layer" in path or type(layer).__name__ == "ParamWrapper":
             continue
         parent, _, name = kind.rpartition(".")
-        other = _SERVED_TOGETHER.get(name)
-        wanted |= {(stack, kind)} | ({(stack, f"{parent}.{other}")} if other else set())
+        others = _SERVED_TOGETHER.get(name, ())
+        wanted |= {(stack, kind)} | {(stack, f"{parent}.{other}") for other in others}
     for path, module in own_modules(root):
         if path in layers or isinstance(module, _peft.AuxiliaryTrainingWrapper):
             continue

@@ -1,23 +1,39 @@
-"""`msplora convert`: to a plain LoRA or into the base, and back from LoRA to a pyramid."""
+"""`msplora convert`: to a plain LoRA for any server or into the base, and back to a pyramid."""
 
 from __future__ import annotations
 
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from msplora.serving import WRITTEN_FOR
+
 from .convert_back import BaseArguments, Shape, refuse_for, to_pyramid
+
+if TYPE_CHECKING:
+    from msplora.plain_lora import Padding
 
 
 class Target(str, Enum):
     """What to convert to."""
 
     lora = "lora"
+    gguf = "gguf"
+    mlx = "mlx"
     merged = "merged"
     msplora = "msplora"
+
+
+class ServerName(str, Enum):
+    """Of `serving.SERVERS`."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
+    mlx = "mlx"
 
 
 class DType(str, Enum):
@@ -28,11 +44,13 @@ class DType(str, Enum):
     float16 = "float16"
 
 
-class Padding(str, Enum):
-    """Of the plain LoRA's rank."""
-
-    none = "none"
-    pow2 = "pow2"
+def padding(text: str) -> Padding:
+    """What `--pad-to` says."""
+    if text == "none" or text == "pow2":
+        return text
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise typer.BadParameter(f"--pad-to takes none, pow2 or a rank, not {text!r}.")
 
 
 def convert(
@@ -41,23 +59,30 @@ def convert(
     to: Annotated[
         Target,
         typer.Option(
-            help="`lora`: a plain LoRA for any server; `merged`: a model without adapter; "
-            "`msplora`: the nearest pyramid, of a LoRA or a checkpoint of the released code."
+            help="`lora`: a plain LoRA for any server; `gguf`: for llama.cpp; `mlx`: for mlx-lm; "
+            "`merged`: a model without adapter; `msplora`: the nearest pyramid, of a LoRA or a "
+            "checkpoint of the released code."
         ),
     ],
+    server: Annotated[
+        ServerName | None,
+        typer.Option("--for", help="Refuse what this server cannot serve, before it is written."),
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="The largest rank that the server is started with.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, if not the one the adapter names.")
     ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(
-            help="Of the tensors written: float32 by default for `lora`, as the base is stored for "
-            "`merged`."
+            help="Of the tensors written: float32 by default, as the base is stored for `merged`."
         ),
     ] = None,
     pad_to: Annotated[
-        Padding, typer.Option(help="Pad the LoRA's rank with zeros, to a power of two.")
-    ] = Padding.none,
+        str, typer.Option(help="Pad the LoRA's rank with zeros: to a power of two, or a number.")
+    ] = "none",
     verify: Annotated[
         bool, typer.Option(help="Compare the result's logits with the adapter's before it is kept.")
     ] = True,
@@ -92,6 +117,10 @@ def convert(
     ] = False,
 ) -> None:
     """Convert an adapter, prove it on the real model, then put it in place."""
+    if to in (Target.merged, Target.msplora) and (server or max_lora_rank or pad_to != "none"):
+        raise typer.BadParameter(
+            f"--for, --max-lora-rank and --pad-to are for LoRAs, not for --to {to.value}."
+        )
     if to is Target.msplora:
         to_pyramid(
             source,
@@ -115,13 +144,16 @@ def convert(
     with warnings.catch_warnings():
         # Deprecations within the libraries are not for users to read.
         warnings.simplefilter("ignore", FutureWarning)
-        if to is Target.lora:
+        if to is not Target.merged:
             result = to_lora(
                 source,
                 out,
                 base=BaseOptions(base, "auto", revision, trust_remote_code),
                 dtype=(dtype or DType.float32).value,
-                pad_to=pad_to.value,
+                pad_to=padding(pad_to),
+                form=to.value,
+                server=server.value if server else None,
+                max_lora_rank=max_lora_rank,
                 verify=verify,
                 force=force,
             )
@@ -144,5 +176,8 @@ def convert(
         f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
     if result.generates:
-        command = serve_command(base or result.base or "BASE", str(out), result.rank, out.name)
+        reader = server.value if server else WRITTEN_FOR.get(to.value)
+        command = serve_command(
+            base or result.base or "BASE", str(out), result.rank, out.name, reader
+        )
         console.print(f"Serve it, for instance: {command}", markup=False)
