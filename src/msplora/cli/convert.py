@@ -119,7 +119,7 @@ def convert(
     """Convert an adapter, prove it on the real model, then put it in place."""
     if to in (Target.merged, Target.msplora) and (server or max_lora_rank or pad_to != "none"):
         raise typer.BadParameter(
-            f"--for, --max-lora-rank and --pad-to are for LoRAs, not for --to {to.value}."
+            f"--for, --max-lora-rank, --pad-to: for LoRAs only, not --to {to.value}."
         )
     if to is Target.msplora:
         to_pyramid(
