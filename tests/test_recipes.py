@@ -149,7 +149,7 @@ def furnish(content: dict[str, Any]) -> None:
                 write_jsonl(Path(data["hub"], f"{split}.jsonl"), rows * 8)
 
 
-# The paper's six differ in the rows and in how long they train: one of each kind of score is enough.
+# The six of the paper differ in rows and in length of training: one of each kind of score will do.
 ALIKE = {f"roberta-base-{task}-1gpu" for task in TASKS if task not in ("cola", "mrpc", "stsb")}
 
 
