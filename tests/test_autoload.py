@@ -62,14 +62,14 @@ def test_without_msplora_peft_is_imported_as_ever(environment: Environment) -> N
 
 
 def test_enabling_and_disabling_leaves_nothing_behind(environment: Environment) -> None:
-    before = sorted(os.listdir(environment.site))
+    before = sorted(its.name for its in environment.site.rglob("*"))
     assert "not enabled" in environment.autoload("status", fails=True)
     for _ in range(2):  # twice is as good as once
         environment.autoload("enable")
     assert environment.autoload("status").startswith("enabled")
     assert environment.autoload("disable").startswith("disabled")
-    there = [name for name in sorted(os.listdir(environment.site)) if name != "__pycache__"]
-    assert there == before
+    there = [its for its in environment.site.rglob("*") if its.is_file() or its.is_symlink()]
+    assert sorted(its.name for its in there) == before
     assert "was not enabled" in environment.autoload("disable")
 
 
@@ -97,7 +97,7 @@ def test_an_msplora_that_is_broken_does_not_break_peft(
     environment.package.write_text(f"{broken.parent}\n")
     found = environment.run("-c", KNOWN)
     assert "half an update" in found
-    assert found.splitlines()[0] == "False False" or "False False" in found
+    assert "False False" in found
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

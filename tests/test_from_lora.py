@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
+import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def test_the_shares_are_those_of_the_dense_updates(tmp_path: Path) -> None:
         share = 1 - float((update - nearest).square().sum() / update.square().sum())
         assert its.share == pytest.approx(share, abs=1e-5)
         assert its.norm == pytest.approx(float(update.norm()), rel=1e-5)
-        assert 0.3 < its.share < 0.999  # else this would say little
+        assert 0.2 < its.share < 0.999  # else this would say little
     total = sum(its.share * its.norm**2 for its in found.sites)
     assert found.explained == pytest.approx(total / sum(its.norm**2 for its in found.sites))
     assert found.comparison is not None
@@ -334,9 +334,9 @@ def test_the_command_prints_the_share_of_every_update_and_the_losses(
 
 
 def test_options_of_a_pyramid_are_refused_elsewhere(language_model: Path) -> None:
-    with pytest.raises(click.UsageError, match="--ranks: for --to msplora only, not --to lora"):
+    with pytest.raises(typer.BadParameter, match="--ranks: for --to msplora only, not --to lora"):
         run("convert", language_model / "lora", "x", "--to", "lora", "--ranks", "4,2,1")
-    with pytest.raises(click.UsageError, match="not a list of whole numbers"):
+    with pytest.raises(typer.BadParameter, match="not a list of whole numbers"):
         run("convert", language_model / "lora", "x", "--to", "msplora", "--ranks", "4,two")
     with pytest.raises(ConfigError, match="r must be at least 4"):
         run("convert", language_model / "lora", "x", "--to", "msplora", "--r", "2")

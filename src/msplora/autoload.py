@@ -9,6 +9,7 @@ import no PEFT notice nothing, and without msplora PEFT is imported as ever.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -61,7 +62,9 @@ def disable(folder: Path | None = None) -> bool:
         AutoloadError: the folder cannot be written to.
     """
     folder = folder or site_packages()
-    found = [file for file in _files(folder) if file.exists()]
+    line, hook = _files(folder)
+    compiled = Path(importlib.util.cache_from_source(str(hook)))
+    found = [file for file in (line, hook, compiled) if file.exists()]
     if found:
         _check_writable(folder)
     for file in found:  # the line first

@@ -8,6 +8,7 @@ explains is measured on that, before it is put in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,10 @@ class Fitted:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can write it."""
-        return asdict(self) | {"out": str(self.out)}
+        content = asdict(self) | {"out": str(self.out)}
+        if self.comparison is not None and math.isinf(self.comparison.tolerance):
+            content["comparison"]["tolerance"] = None  # JSON has no infinity
+        return content
 
 
 def to_msplora(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,11 @@ def load_released(
             f"{type(model).__name__} does not have as it is loaded here. Pass the base it was "
             f"trained on with --base."
         )
-    adapted: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    named_base = config.base_model_name_or_path
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed")
+        adapted: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    config.base_model_name_or_path = named_base  # PEFT puts the path it was loaded from
     store = find_store(adapted)
     assert store is not None
     for pair in plan_of(adapted).pairs:
