@@ -115,6 +115,11 @@ def save_family(name: str, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.float().save_pretrained(folder)
+    # mlx-lm reads rope_theta where most checkpoints have it, and transformers 5 puts it elsewhere.
+    content = json.loads((folder / "config.json").read_text())
+    if "rope_theta" in content.get("rope_parameters", {}):
+        content["rope_theta"] = content["rope_parameters"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(content))
     # llama.cpp's converter of Gemma 3 counts the words of a tokenizer.
     words = {str(number): number for number in range(_SHAPE["vocab_size"])}
     tokenizer = {"model": {"vocab": words}, "added_tokens": []}
