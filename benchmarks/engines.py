@@ -83,7 +83,7 @@ _SHAPE = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
-    "Gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "Gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 6},
     "Granite": {"logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "Llama": {},
     "Mistral": {"sliding_window": None},
@@ -115,6 +115,11 @@ def save_family(name: str, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.float().save_pretrained(folder)
+    # mlx-lm reads rope_theta where most checkpoints have it, and transformers 5 puts it elsewhere.
+    content = json.loads((folder / "config.json").read_text())
+    if "rope_theta" in content.get("rope_parameters", {}):
+        content["rope_theta"] = content["rope_parameters"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(content))
     # llama.cpp's converter of Gemma 3 counts the words of a tokenizer.
     words = {str(number): number for number in range(_SHAPE["vocab_size"])}
     tokenizer = {"model": {"vocab": words}, "added_tokens": []}
@@ -323,8 +328,9 @@ def table(results: Path = RESULTS) -> str:
     """One line per engine: its version, what was run, on how many adapters, and the worst."""
     rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
     lines = [
-        "| engine | version | what was run | adapters | largest difference | they move logits by |",
-        "|---|---|---|---:|---:|---:|",
+        "| engine | version | what was run | adapters | largest difference | of the base alone | "
+        "they move logits by |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for engine in ENGINES.values():
         mine = [row for row in rows if row["engine"] == engine.title]
@@ -335,11 +341,11 @@ def table(results: Path = RESULTS) -> str:
             ", ".join(f"{name} {version}" for name, version in row["engine_versions"].items())
             for row in mine
         }
-        worst = max(row["difference"] for row in mine)
+        worst, base = (max(row[key] for row in mine) for key in ("difference", "base_difference"))
         least = min(row["effect"] for row in mine)
         lines.append(
             f"| {engine.title} | {versions} | {ran} | {len(mine)} | {worst:.1e} | "
-            f"{least:.1f} or more |"
+            f"{base:.1e} | {least:.1f} or more |"
         )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def engines() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["engines"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
@@ -67,13 +66,23 @@ def test_every_engine_agrees_with_the_pyramid() -> None:
     families = {f"tiny {name}" for name in ran.FAMILIES}
     for engine in ran.ENGINES.values():
         mine = [row for row in ROWS if row["engine"] == engine.title]
+        if not mine:
+            assert f"\n| {engine.title} |" not in TEXT
+            continue
         models = {row["model"] for row in mine}
         assert models == {"stories260K"} | (families if engine.families else set())
         for row in mine:
             assert row["effect"] > 0.1
-            assert row["difference"] < 1e-4 * max(1, row["largest_logit"])
+            # llama.cpp's GELU is a table in 16 bits: there the bases differ by as much.
+            assert row["difference"] < max(1e-4, 3 * row["base_difference"])
             assert row["difference"] < 1e-3 * row["effect"]
             assert row.get("as_its_converter", True)
+
+
+def test_what_is_said_of_gelu() -> None:
+    gelu = ("Gemma", "Gemma2", "Gemma3", "Starcoder2")
+    rest = [row for row in ROWS if row["model"].removeprefix("tiny ") not in gelu]
+    assert f"no difference is above {max(row['difference'] for row in rest):.1e}" in TEXT
 
 
 def test_the_model_types_and_the_limits_are_the_code_s() -> None:

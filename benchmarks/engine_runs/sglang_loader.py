@@ -1,25 +1,64 @@
 """SGLang's own reading of an adapter, and its own torch operations, on transformers' base.
 
 SGLang's engine needs a GPU. Its wheel brings its Python code: LoRAConfig reads the config,
-LoRAAdapter the tensors, joins q, k and v, and gate and up, and takes alpha over r for the scale;
+LoRAAdapter takes the tensors, joins q, k and v, and gate and up, and alpha over r for the scale;
 sgemm_lora_a_fwd and sgemm_lora_b_fwd multiply. That every factor has exactly the config's rank,
 which SGLang asserts when it fills its buffers on the GPU, is asserted here.
+
+Importing the package itself asks for CUDA's libraries. So its folders are made known without what
+their __init__.py import, and five names that its lora.py only annotates with, or reads files by,
+are empty: the tensors are read by safetensors.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import torch
 import transformers
 from run import Asked, answer
-from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.lora.lora import LoRAAdapter
-from sglang.srt.lora.lora_config import LoRAConfig
-from sglang.srt.lora.torch_ops.lora_ops import sgemm_lora_a_fwd, sgemm_lora_b_fwd
-from sglang.srt.lora.utils import get_normalized_target_modules, get_target_module_name
+from safetensors.torch import load_file
+
+FOLDERS = (
+    "sglang", "sglang.srt", "sglang.srt.configs", "sglang.srt.layers", "sglang.srt.lora",
+    "sglang.srt.lora.backend", "sglang.srt.lora.torch_ops", "sglang.srt.model_executor",
+    "sglang.srt.model_loader", "sglang.srt.utils",
+)  # fmt: skip
+EMPTY = {
+    "sglang.srt.configs.load_config": "LoadConfig",
+    "sglang.srt.lora.backend.base_backend": "BaseLoRABackend",
+    "sglang.srt.model_executor.forward_batch_info": "ForwardBatch",
+    "sglang.srt.model_loader.loader": "DefaultModelLoader",
+    "sglang.srt.utils.hf_transformers_utils": "AutoConfig",
+}
+found = importlib.util.find_spec("sglang")
+assert found is not None
+assert found.submodule_search_locations is not None
+root = Path(next(iter(found.submodule_search_locations))).parent
+for name in FOLDERS:
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = [str(root.joinpath(*name.split(".")))]
+for name, member in EMPTY.items():
+    sys.modules[name] = ModuleType(name)
+    setattr(sys.modules[name], member, object)
+
+from sglang.srt.lora.lora import LoRAAdapter  # noqa: E402
+from sglang.srt.lora.lora_config import LoRAConfig  # noqa: E402
+from sglang.srt.lora.torch_ops.lora_ops import (  # noqa: E402
+    sgemm_lora_a_fwd,
+    sgemm_lora_b_fwd,
+)
+from sglang.srt.lora.utils import (  # noqa: E402
+    get_normalized_target_modules,
+    get_target_module_name,
+)
 
 RAN = (
-    "LoRAConfig, LoRAAdapter.initialize_weights, sgemm_lora_a_fwd and sgemm_lora_b_fwd of the "
-    "wheel, on transformers' base"
+    "LoRAConfig, LoRAAdapter.initialize_weights_from_tensors, sgemm_lora_a_fwd and "
+    "sgemm_lora_b_fwd of the wheel, on transformers' base"
 )
 STACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -41,8 +80,8 @@ def logits(asked: Asked, adapter: bool) -> torch.Tensor:
 def add_lora(model: torch.nn.Module, folder: str) -> None:
     config = LoRAConfig(folder)
     assert not config.use_dora
-    adapter = LoRAAdapter("adapter", config, model.config, LoadConfig(), None)
-    adapter.initialize_weights()
+    adapter = LoRAAdapter("adapter", config, model.config, None, None)
+    adapter.initialize_weights_from_tensors(load_file(Path(folder) / "adapter_model.safetensors"))
     targets = get_normalized_target_modules(config.target_modules)
     for number, layer in enumerate(adapter.layers):
         block = model.model.layers[number]

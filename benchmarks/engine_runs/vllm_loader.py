@@ -5,21 +5,60 @@ its Python code: PEFTHelper reads and judges the config, LoRAModel the tensors, 
 PackedLoRALayerWeights (q, k and v; gate and up) fold the scale in; each factor is copied into a
 zeroed slot of the largest rank, as BaseLinearLayerWithLoRA.set_lora does, and bgmv_shrink and
 bgmv_expand multiply.
+
+Importing all of that asks for CUDA's libraries. So its folders are made known without what their
+__init__.py import, and the modules of layers and models that lora/utils.py names, none of which the
+reading of an adapter calls, are empty.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers
 from run import Asked, answer
-from vllm.config.lora import LoRAConfig
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import PackedLoRALayerWeights
-from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
-from vllm.lora.peft_helper import PEFTHelper
+
+FOLDERS = (
+    "vllm", "vllm.config", "vllm.model_executor", "vllm.model_executor.layers",
+    "vllm.model_executor.models", "vllm.transformers_utils",
+)  # fmt: skip
+EMPTY = (
+    "vllm.lora.layers", "vllm.model_executor.custom_op", "vllm.model_executor.layers.fused_moe",
+    "vllm.model_executor.layers.linear", "vllm.model_executor.layers.vocab_parallel_embedding",
+    "vllm.model_executor.models.utils", "vllm.model_executor.utils",
+    "vllm.transformers_utils.repo_utils",
+)  # fmt: skip
+
+
+class Empty(ModuleType):
+    """A module in which every name is `object`."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
+
+
+found = importlib.util.find_spec("vllm")
+assert found is not None
+assert found.submodule_search_locations is not None
+root = Path(next(iter(found.submodule_search_locations))).parent
+for name in FOLDERS:
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = [str(root.joinpath(*name.split(".")))]
+for name in EMPTY:
+    sys.modules[name] = Empty(name)
+
+from vllm.config.lora import LoRAConfig  # noqa: E402
+from vllm.lora.lora_model import LoRAModel  # noqa: E402
+from vllm.lora.lora_weights import PackedLoRALayerWeights  # noqa: E402
+from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink  # noqa: E402
+from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 
 RAN = (
     "PEFTHelper, LoRAModel.from_local_checkpoint, PackedLoRALayerWeights, bgmv_shrink and "
