@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import msplora
 from adapted_llama import (
@@ -89,6 +91,8 @@ def test_the_magnitudes_of_dora_are_switched_and_deleted_on_every_kind_of_layer(
     for layer in layers:
         assert set(layer.lora_magnitude_vector) == set(layer.lora_variant) == {"default"}
     assert not [name for name, _ in model.named_parameters() if ".second" in name]
+def test_each_adapter_saves_its_own_numbers_only(tmp_path: Path) -> None:
+    model = two_adapters(r=4)
 
 
     model.save_pretrained(tmp_path)

@@ -42,7 +42,7 @@ _CAST = {torch.float32, *_HALF}
 class PyramidLayer:
     """Mixed in before a PEFT LoRA layer class by `make_pyramid_layer`."""
 
-    adapter_layer_names = ("borrowed",)
+    adapter_layer_names = ("borrowed", "lora_magnitude_vector")
     borrowed: nn.ModuleDict
     store: Store
     conv_templates: tuple[nn.Module | None, nn.Module | None]
@@ -99,6 +99,7 @@ class PyramidLayer:
         layer: Any = self
         variant = _peft.dora_variant(layer, config)
         layer.lora_variant[adapter_name] = variant
+        layer.__dict__.pop("adapter_layer_names", None)  # where it adds the magnitudes once more
         variant.init(layer, adapter_name=adapter_name, config=config)
         self.store.add_magnitude(site_key, adapter_name, layer.lora_magnitude_vector[adapter_name])
 
