@@ -102,6 +102,13 @@ class PyramidLayer:
         layer.__dict__.pop("adapter_layer_names", None)  # where it adds the magnitudes once more
         variant.init(layer, adapter_name=adapter_name, config=config)
         self.store.add_magnitude(site_key, adapter_name, layer.lora_magnitude_vector[adapter_name])
+    def cast_magnitude(self, adapter_name: str) -> None:
+        """Give DoRA's magnitude the dtype that PEFT gives it without `autocast_adapter_dtype`."""
+        layer: Any = self
+        if adapter_name in layer.lora_magnitude_vector:
+            dtype = _peft.new_adapter_dtype(layer.get_base_layer())
+            layer.lora_magnitude_vector[adapter_name].to(dtype)
+
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(

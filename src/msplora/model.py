@@ -228,6 +228,9 @@ class MSPLoraModel(LoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        for layer in self.model.modules():
+            if isinstance(layer, PyramidLayer):
+                layer.cast_magnitude(adapter_name)
         store = find_store(self.model)
         if store is not None:
             store.delete(adapter_name)
