@@ -34,6 +34,8 @@ from oracle import (
     plan_of,
     randomise,
     root_of,
+    same_tensors,
+    tensors_of,
     trainable,
 )
 from tiny import llama
@@ -85,6 +87,22 @@ def test_layer_and_model_status() -> None:
 
 
 @pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="new in PEFT 0.19")
+@pytest.mark.skipif(not hasattr(peft, "get_base_model_state_dict"), reason="new in PEFT 0.21")
+def test_the_state_of_the_base_is_the_bases_own_again() -> None:
+    original = llama().state_dict()
+    model: Any = get_peft_model(llama(), config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter += 0.1
+    changed = tensors_of(model)
+    assert peft.get_base_model_state_dict(model).keys() == original.keys()
+    result = peft.set_base_model_state_dict(model, original)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert same_tensors(peft.get_base_model_state_dict(model), original)
+    assert same_tensors(tensors_of(model), changed)
+
+
 def test_peft_converts_it_to_a_lora() -> None:
     model = adapted()
     rank = sum(level.rank for level in plan_of(model).levels)
