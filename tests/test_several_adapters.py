@@ -210,6 +210,14 @@ def test_a_weighted_adapter_saves_and_reloads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path / "sum").eval()
     assert torch.equal(logits(loaded), logits(model))
+def test_modules_that_two_adapters_train_whole_are_not_combined() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    model.add_adapter("second", config(modules_to_save=["lm_head"]))
+    with pytest.raises(msplora.MSPLoraError, match="modules_to_save, but found 1 such"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert sorted(model.peft_config) == ["default", "second"]
+
+
 
 
 @pytest.mark.parametrize("combination", ["svd", "ties", "dare_linear", "magnitude_prune"])
