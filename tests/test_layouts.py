@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import msplora
 from msplora.errors import MSPLoraError, TargetError
@@ -22,7 +23,7 @@ from oracle import (
     trainable,
     watched,
 )
-from plain_models import Bag, check_roads, clone, close, run, wrapped
+from plain_models import Bag, check_roads, clone, close, factors, run, wrapped
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -281,6 +282,32 @@ def test_experts_share_per_parameter_and_keep_their_own_row_per_expert() -> None
     model = get_peft_model(
         tiny.model(),
         msplora.MSPLoraConfig(target_modules=[], target_parameters=list(tiny.parameters)),
+def test_a_parameter_that_a_parametrisation_computes_is_adapted_on_top_of_it() -> None:
+    class PlusOne(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + 1
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 4, bias=False))
+    register_parametrization(base[0], "weight", PlusOne())
+    weight = base[0].weight.detach().clone()
+    model = wrapped(base, target_modules=[], target_parameters=["0.weight"])
+    randomise(model)
+    delta = sum(scale * b @ a for a, b, scale in factors(model))
+    x = torch.randn(3, 6)
+    assert close(run(model, x), x @ (weight + delta).t())
+
+
+def test_a_parameter_of_the_model_itself_is_refused() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(6, 6))
+
+    with pytest.raises(TargetError, match=r"top-level module is not supported"):
+        wrapped(Bare(), target_modules=[], target_parameters=["weight"])
+
+
     ).eval()
     plan = plan_of(model)
     assert len(plan.kinds) == 2
