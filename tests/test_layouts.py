@@ -237,8 +237,14 @@ def test_the_fused_kernel_of_an_encoder_layer_does_not_pass_an_adapter_by(target
 
 
 def test_an_attention_with_dora_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"self_attn.*no DoRA.*use_dora=False"):
+    with pytest.raises(TargetError, match=r"self_attn.*not support DoRA.*use_dora to False"):
         wrapped(Attentive(), target_modules=["self_attn"], use_dora=True)
+
+
+def test_an_attention_over_keys_of_another_width_is_refused_when_planned() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
+    with pytest.raises(TargetError, match=r"'0' has kdim=6 and vdim=4 .* embed_dim=8"):
+        msplora.plan(model, msplora.MSPLoraConfig(target_modules=["0"]))
 
 
 def test_inside_a_multihead_attention_nothing_can_be_adapted() -> None:

@@ -107,8 +107,14 @@ def _module_targets(model: nn.Module, path: str, module: nn.Module, use_dora: bo
     if isinstance(module, nn.MultiheadAttention):
         if use_dora:
             raise TargetError(
-                f"{path!r} is an nn.MultiheadAttention, for which PEFT has no DoRA. Leave it out "
-                f"with exclude_modules, or set use_dora=False."
+                f"{path!r}: MultiheadAttention does not support DoRA (yet), please set use_dora to "
+                f"False, or leave it out with exclude_modules."
+            )
+        if not module._qkv_same_embed_dim:
+            raise TargetError(
+                f"{path!r} has kdim={module.kdim} and vdim={module.vdim} beside "
+                f"embed_dim={module.embed_dim}. Only same embed for query/key/value is supported "
+                f"as of now for MultiheadAttention. Leave it out with exclude_modules."
             )
         size = module.embed_dim
         return [
