@@ -211,6 +211,41 @@ def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path) -> None:
 
 def test_a_tied_head_with_dora_is_refused() -> None:
     with pytest.raises(msplora.MSPLoraError, match="use_dora"):
+def test_embeddings_that_share_a_weight_with_the_heads_adapt_alike() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.embed_tokens = nn.Embedding(9, 6), nn.Embedding(9, 6)
+            self.lm_head = nn.Linear(6, 9, bias=False)
+            self.config = {"tie_word_embeddings": True}
+            self._tied_weights_keys = {
+                "embed_tokens.weight": "shared.weight", "lm_head.weight": "shared.weight"
+            }  # fmt: skip
+            self.embed_tokens.weight = self.lm_head.weight = self.shared.weight
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lm_head(torch.tanh(self.embed_tokens(x) * self.shared(x.flip(0))))
+
+    base = Tied()
+    weight = base.shared.weight.detach().clone()
+    model: Any = get_peft_model(
+        base, msplora.MSPLoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    )
+    randomise(model)
+    weight += sum(scale * b @ a for a, b, scale in msplora.factors(model).values()).t().detach()
+    x = torch.arange(9)
+    expected = torch.tanh(weight * weight.flip(0)) @ weight.t()
+    with torch.no_grad():
+        assert close(model(x), expected, 1e-4)
+        model.merge_adapter()
+        assert close(model(x), expected, 1e-4)
+        model.unmerge_adapter()
+        assert close(model.merge_and_unload()(x), expected, 1e-4)
+
+
         get_peft_model(
             tied(),
             config(

@@ -71,7 +71,6 @@ class PyramidLayer:
         """
         layer: Any = self
         self.__dict__["store"] = store
-        self.merged_by_another = self.merged_by_another or transposed
         site_pairs = SitePairs(
             [(pair, *store.pair(pair.address, adapter_name)) for pair in pairs],
             templates=self.conv_templates,
@@ -99,16 +98,16 @@ class PyramidLayer:
         layer: Any = self
         variant = _peft.dora_variant(layer, config)
         layer.lora_variant[adapter_name] = variant
-        layer.__dict__.pop("adapter_layer_names", None)  # where it adds the magnitudes once more
         variant.init(layer, adapter_name=adapter_name, config=config)
+        layer.__dict__.pop("adapter_layer_names", None)  # where it adds the magnitudes once more
         self.store.add_magnitude(site_key, adapter_name, layer.lora_magnitude_vector[adapter_name])
+
     def cast_magnitude(self, adapter_name: str) -> None:
         """Give DoRA's magnitude the dtype that PEFT gives it without `autocast_adapter_dtype`."""
         layer: Any = self
         if adapter_name in layer.lora_magnitude_vector:
             dtype = _peft.new_adapter_dtype(layer.get_base_layer())
             layer.lora_magnitude_vector[adapter_name].to(dtype)
-
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
