@@ -173,13 +173,15 @@ def tied() -> Any:
     return llama(4, tie_word_embeddings=True).eval()
 
 
-def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "targets",
+    [["embed_tokens", "lm_head", "q_proj"], ["lm_head", "q_proj"], r".*(lm_head|q_proj)"],
+    ids=["both", "the head", "a pattern"],
+)
+def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path, targets: Any) -> None:
     base = tied()
     before = logits(base)
-    model = get_peft_model(
-        base,
-        config(target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True),
-    ).eval()
+    model = get_peft_model(base, config(target_modules=targets, ensure_weight_tying=True)).eval()
     assert close(logits(model), before)
     randomise(model)
     plan = plan_of(model)
