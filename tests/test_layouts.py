@@ -282,12 +282,6 @@ def test_a_linear_layers_parameter_as_a_target() -> None:
         assert not close(expected, base(**batch).logits)
 
 
-@on_expert_parameters
-def test_experts_share_per_parameter_and_keep_their_own_row_per_expert() -> None:
-    tiny = MODELS["mixtral"]
-    model = get_peft_model(
-        tiny.model(),
-        msplora.MSPLoraConfig(target_modules=[], target_parameters=list(tiny.parameters)),
 def test_a_parameter_that_a_parametrisation_computes_is_adapted_on_top_of_it() -> None:
     class PlusOne(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -314,6 +308,12 @@ def test_a_parameter_of_the_model_itself_is_refused() -> None:
         wrapped(Bare(), target_modules=[], target_parameters=["weight"])
 
 
+@on_expert_parameters
+def test_experts_share_per_parameter_and_keep_their_own_row_per_expert() -> None:
+    tiny = MODELS["mixtral"]
+    model = get_peft_model(
+        tiny.model(),
+        msplora.MSPLoraConfig(target_modules=[], target_parameters=list(tiny.parameters)),
     ).eval()
     plan = plan_of(model)
     assert len(plan.kinds) == 2

@@ -211,8 +211,6 @@ def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path, targets:
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
-def test_a_tied_head_with_dora_is_refused() -> None:
-    with pytest.raises(msplora.MSPLoraError, match="use_dora"):
 def test_embeddings_that_share_a_weight_with_the_heads_adapt_alike() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -248,6 +246,8 @@ def test_embeddings_that_share_a_weight_with_the_heads_adapt_alike() -> None:
         assert close(model.merge_and_unload()(x), expected, 1e-4)
 
 
+def test_a_tied_head_with_dora_is_refused() -> None:
+    with pytest.raises(msplora.MSPLoraError, match="use_dora"):
         get_peft_model(
             tied(),
             config(

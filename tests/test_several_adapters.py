@@ -56,8 +56,6 @@ def test_only_the_active_adapter_trains() -> None:
         assert same_tensors(tensors_of(model, other), untouched)
 
 
-def test_each_adapter_saves_its_own_numbers_only(tmp_path: Path) -> None:
-    model = two_adapters(r=4)
 def test_each_adapter_trains_the_tokens_it_names(tmp_path: Path) -> None:
     model = adapted(trainable_token_indices=[3, 7])
     model.add_adapter("second", config(r=6, trainable_token_indices=[1]))
@@ -91,10 +89,10 @@ def test_the_magnitudes_of_dora_are_switched_and_deleted_on_every_kind_of_layer(
     for layer in layers:
         assert set(layer.lora_magnitude_vector) == set(layer.lora_variant) == {"default"}
     assert not [name for name, _ in model.named_parameters() if ".second" in name]
+
+
 def test_each_adapter_saves_its_own_numbers_only(tmp_path: Path) -> None:
     model = two_adapters(r=4)
-
-
     model.save_pretrained(tmp_path)
     for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -210,14 +208,14 @@ def test_a_weighted_adapter_saves_and_reloads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path / "sum").eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
 def test_modules_that_two_adapters_train_whole_are_not_combined() -> None:
     model = adapted(modules_to_save=["lm_head"])
     model.add_adapter("second", config(modules_to_save=["lm_head"]))
     with pytest.raises(msplora.MSPLoraError, match="modules_to_save, but found 1 such"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
     assert sorted(model.peft_config) == ["default", "second"]
-
-
 
 
 @pytest.mark.parametrize("combination", ["svd", "ties", "dare_linear", "magnitude_prune"])

@@ -332,7 +332,10 @@ def model_type_of(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get("model_type")
-    return getattr(config, "model_type", None)
+    found = getattr(config, "model_type", None)
+    if not isinstance(found, str) and hasattr(config, "to_dict"):  # where PEFT looks
+        found = config.to_dict().get("model_type")
+    return found
 
 
 def input_embedding(model: Any) -> tuple[str, Tensor] | None:

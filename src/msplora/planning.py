@@ -82,7 +82,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
         default = _peft.DEFAULT_TARGETS.get(model_type or "")
         if default is None:
             raise TargetError(
-                f"target_modules is not set, and PEFT has no default for "
+                f"Please specify `target_modules`: PEFT has no default for "
                 f"{model_type or type(model).__name__!r}. Name some of this model's modules: "
                 f"{some(linear_names(dict(own_modules(model))))}; or use 'all-linear'."
             )
