@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow bench interruptions lint format clean
+.PHONY: help demo test test-slow bench interruptions contract lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests marked slow"
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
 	@echo "make interruptions  kill runs at a dozen random moments each, and keep the log"
+	@echo "make contract   PEFT's own LoRA tests, with LoRA and with a pyramid (half an hour; fetches them)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove the environment and the caches"
@@ -43,6 +44,10 @@ bench: $(VENV)/.installed
 interruptions: $(VENV)/.installed
 	rm -f benchmarks/results/interruptions.jsonl
 	MSPLORA_KILLS_LOG=$(CURDIR)/benchmarks/results/interruptions.jsonl $(BIN)/python -m pytest -m slow tests/test_killed.py
+
+# Continues where it was stopped; a commit that is not clean is refused.
+contract: $(VENV)/.installed
+	$(BIN)/python tests/contract/run.py --output benchmarks/results/contract.json --page docs/contract.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,9 @@ def fetch(folder: Path, source: Path | None = None) -> str:
     else:
         _copy(source / "tests", folder)
         said = f"a checkout, {source.name}"
+    if importlib.util.find_spec("attr") is None:  # which PEFT imports and does not declare
+        install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        subprocess.run([sys.executable, *install, str(folder / "packages"), "attrs"], check=True)
     (folder / "tests" / "__init__.py").touch()  # they import from each other relatively
     origin.write_text(said, encoding="utf-8")
     return said

@@ -52,9 +52,11 @@ def _say_what_lora_means(config_class: Any) -> None:
     @wraps(original)  # PEFT reads the names of the fields from the signature
     def init(self: Any, *args: Any, **keywords: Any) -> None:
         rank = keywords.get("r", 8)
-        if "ranks" not in keywords and isinstance(rank, int) and 0 < rank < 4:
-            # The short form needs a rank that can be halved twice.
-            keywords["ranks"] = [rank, max(1, rank // 2), max(1, rank // 4)]
+        if "ranks" not in keywords and isinstance(rank, int) and rank > 0:
+            if _found.get("grouped"):
+                keywords["ranks"] = [rank, rank, rank]
+            elif rank < 4:  # the short form needs a rank that can be halved twice
+                keywords["ranks"] = [rank, max(1, rank // 2), max(1, rank // 4)]
         if keywords.get("alphas") is None:
             keywords.setdefault("lora_alpha", LORA_ALPHA)
         original(self, *args, **keywords)
@@ -117,11 +119,14 @@ def _may_be_for_lora(item: pytest.Item) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     before, started = _made, time.perf_counter()
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
     _found.clear()
+    # The groups of a convolution must divide the rank of every level.
+    _found["grouped"] = any(isinstance(its, str) and "Groups" in its for its in values)
     _write({"test": item.nodeid, "started": True})
     result = yield
     # A test that is parametrised by the config, or makes one while it runs, is one of LoRA's.
-    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    del _found["grouped"]
     given = any(its is peft.LoraConfig or type(its) is peft.LoraConfig for its in values)
     _write(
         {

@@ -90,6 +90,7 @@ def main() -> None:
     report.show(found)
     if arguments.output:
         result = {**provenance.provenance("cpu"), "tests": origin, **found}
+        result["command"] = f"python tests/contract/{result['command']}"
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if arguments.page:
             arguments.page.write_text(report.page(result), encoding="utf-8")
@@ -149,7 +150,8 @@ def _run_once(
                 path = Path(temporary) / name
                 path.write_text("\n".join(sorted(values)), encoding="utf-8")
                 lists[name] = str(path)
-        paths = [str(HERE), str(folder), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HERE), str(folder), str(folder / "packages")]
+        paths.append(os.environ.get("PYTHONPATH", ""))
         environment = {
             **_offline(folder / f"hub-{method}"),
             **lists,
