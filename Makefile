@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow bench engines interruptions lint format clean
+.PHONY: help demo test test-slow bench engines interruptions contract lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
 	@echo "make engines    converted adapters in llama.cpp, mlx-lm, vLLM, SGLang (see benchmarks/README.md)"
 	@echo "make interruptions  kill runs at a dozen random moments each, and keep the log"
+	@echo "make contract   PEFT's own LoRA tests, with LoRA and with a pyramid (half an hour; fetches them)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove the environment and the caches"
@@ -54,6 +55,10 @@ engines: $(VENV)/.installed
 interruptions: $(VENV)/.installed
 	rm -f benchmarks/results/interruptions.jsonl
 	MSPLORA_KILLS_LOG=$(CURDIR)/benchmarks/results/interruptions.jsonl $(BIN)/python -m pytest -m slow tests/test_killed.py
+
+# Continues where it was stopped; a commit that is not clean is refused.
+contract: $(VENV)/.installed
+	$(BIN)/python tests/contract/run.py --output benchmarks/results/contract.json --page docs/contract.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

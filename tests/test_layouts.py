@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import msplora
 from msplora.errors import MSPLoraError, TargetError
@@ -22,7 +23,7 @@ from oracle import (
     trainable,
     watched,
 )
-from plain_models import Bag, check_roads, clone, close, run, wrapped
+from plain_models import Bag, check_roads, clone, close, factors, run, wrapped
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -236,8 +237,14 @@ def test_the_fused_kernel_of_an_encoder_layer_does_not_pass_an_adapter_by(target
 
 
 def test_an_attention_with_dora_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"self_attn.*no DoRA.*use_dora=False"):
+    with pytest.raises(TargetError, match=r"self_attn.*not support DoRA.*use_dora to False"):
         wrapped(Attentive(), target_modules=["self_attn"], use_dora=True)
+
+
+def test_an_attention_over_keys_of_another_width_is_refused_when_planned() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
+    with pytest.raises(TargetError, match=r"'0' has kdim=6 and vdim=4 .* embed_dim=8"):
+        msplora.plan(model, msplora.MSPLoraConfig(target_modules=["0"]))
 
 
 def test_inside_a_multihead_attention_nothing_can_be_adapted() -> None:
@@ -273,6 +280,32 @@ def test_a_linear_layers_parameter_as_a_target() -> None:
         expected = Untied(base, model, plan)(**batch).logits
         assert close(model(**batch).logits, expected)
         assert not close(expected, base(**batch).logits)
+
+
+def test_a_parameter_that_a_parametrisation_computes_is_adapted_on_top_of_it() -> None:
+    class PlusOne(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + 1
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 4, bias=False))
+    register_parametrization(base[0], "weight", PlusOne())
+    weight = base[0].weight.detach().clone()
+    model = wrapped(base, target_modules=[], target_parameters=["0.weight"])
+    randomise(model)
+    delta = sum(scale * b @ a for a, b, scale in factors(model))
+    x = torch.randn(3, 6)
+    assert close(run(model, x), x @ (weight + delta).t())
+
+
+def test_a_parameter_of_the_model_itself_is_refused() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(6, 6))
+
+    with pytest.raises(TargetError, match=r"top-level module is not supported"):
+        wrapped(Bare(), target_modules=[], target_parameters=["weight"])
 
 
 @on_expert_parameters

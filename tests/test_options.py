@@ -144,6 +144,19 @@ def test_trainable_token_indices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_autocast_adapter_dtype_takes_the_magnitudes_along(autocast_adapter_dtype: bool) -> None:
+    model: Any = get_peft_model(
+        LLAMA.model(dtype=torch.bfloat16),
+        config(use_dora=True),
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+    expected = torch.float32 if autocast_adapter_dtype else torch.bfloat16
+    assert {its.dtype for its in model.parameters() if its.requires_grad} == {expected}
+    step(model)
+    assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_adapter_dtype(autocast_adapter_dtype: bool, dtype: torch.dtype) -> None:
     model: Any = get_peft_model(

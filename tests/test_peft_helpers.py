@@ -34,6 +34,8 @@ from oracle import (
     plan_of,
     randomise,
     root_of,
+    same_tensors,
+    tensors_of,
     trainable,
 )
 from tiny import llama
@@ -85,6 +87,22 @@ def test_layer_and_model_status() -> None:
 
 
 @pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="new in PEFT 0.19")
+@pytest.mark.skipif(not hasattr(peft, "get_base_model_state_dict"), reason="new in PEFT 0.21")
+def test_the_state_of_the_base_is_the_bases_own_again() -> None:
+    original = llama().state_dict()
+    model: Any = get_peft_model(llama(), config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter += 0.1
+    changed = tensors_of(model)
+    assert peft.get_base_model_state_dict(model).keys() == original.keys()
+    result = peft.set_base_model_state_dict(model, original)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert same_tensors(peft.get_base_model_state_dict(model), original)
+    assert same_tensors(tensors_of(model), changed)
+
+
 def test_peft_converts_it_to_a_lora() -> None:
     model = adapted()
     rank = sum(level.rank for level in plan_of(model).levels)
@@ -155,13 +173,15 @@ def tied() -> Any:
     return llama(4, tie_word_embeddings=True).eval()
 
 
-def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "targets",
+    [["embed_tokens", "lm_head", "q_proj"], ["lm_head", "q_proj"], r".*(lm_head|q_proj)"],
+    ids=["both", "the head", "a pattern"],
+)
+def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path, targets: Any) -> None:
     base = tied()
     before = logits(base)
-    model = get_peft_model(
-        base,
-        config(target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True),
-    ).eval()
+    model = get_peft_model(base, config(target_modules=targets, ensure_weight_tying=True)).eval()
     assert close(logits(model), before)
     randomise(model)
     plan = plan_of(model)
@@ -189,6 +209,41 @@ def test_a_tied_head_borrows_the_pairs_of_the_embedding(tmp_path: Path) -> None:
     merged = model.merge_and_unload(safe_merge=True)
     assert close(logits(merged), expected, 1e-4)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_embeddings_that_share_a_weight_with_the_heads_adapt_alike() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.embed_tokens = nn.Embedding(9, 6), nn.Embedding(9, 6)
+            self.lm_head = nn.Linear(6, 9, bias=False)
+            self.config = {"tie_word_embeddings": True}
+            self._tied_weights_keys = {
+                "embed_tokens.weight": "shared.weight", "lm_head.weight": "shared.weight"
+            }  # fmt: skip
+            self.embed_tokens.weight = self.lm_head.weight = self.shared.weight
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lm_head(torch.tanh(self.embed_tokens(x) * self.shared(x.flip(0))))
+
+    base = Tied()
+    weight = base.shared.weight.detach().clone()
+    model: Any = get_peft_model(
+        base, msplora.MSPLoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    )
+    randomise(model)
+    weight += sum(scale * b @ a for a, b, scale in msplora.factors(model).values()).t().detach()
+    x = torch.arange(9)
+    expected = torch.tanh(weight * weight.flip(0)) @ weight.t()
+    with torch.no_grad():
+        assert close(model(x), expected, 1e-4)
+        model.merge_adapter()
+        assert close(model(x), expected, 1e-4)
+        model.unmerge_adapter()
+        assert close(model.merge_and_unload()(x), expected, 1e-4)
 
 
 def test_a_tied_head_with_dora_is_refused() -> None:

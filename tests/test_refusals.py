@@ -202,7 +202,7 @@ def test_no_targets_for_an_unknown_model() -> None:
             super().__init__()
             self.project = nn.Linear(4, 4)
 
-    with pytest.raises(TargetError, match=r"target_modules is not set.*'project'"):
+    with pytest.raises(TargetError, match=r"Please specify `target_modules`.*'project'"):
         get_peft_model(Own(), msplora.MSPLoraConfig())
 
 

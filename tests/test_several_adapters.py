@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import msplora
 from adapted_llama import (
@@ -52,6 +54,41 @@ def test_only_the_active_adapter_trains() -> None:
         step(model)
         assert not same_tensors(tensors_of(model, name), before)
         assert same_tensors(tensors_of(model, other), untouched)
+
+
+def test_each_adapter_trains_the_tokens_it_names(tmp_path: Path) -> None:
+    model = adapted(trainable_token_indices=[3, 7])
+    model.add_adapter("second", config(r=6, trainable_token_indices=[1]))
+    batch = {"input_ids": torch.tensor([[1, 3, 7, 9]])}
+    expected = {}
+    for name, tokens in (("default", 2), ("second", 1)):
+        model.set_adapter(name)
+        assert trainable(model) == plan_of(model, name).parameters + tokens * 32
+        step(model, batch)
+        expected[name] = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        loaded = PeftModel.from_pretrained(LLAMA.model(), folder).eval()
+        assert torch.equal(logits(loaded, batch), expected[name])
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, batch), expected["default"])
+
+
+def test_the_magnitudes_of_dora_are_switched_and_deleted_on_every_kind_of_layer() -> None:
+    base = nn.Sequential(nn.Embedding(9, 8), nn.Conv1d(8, 8, 1), nn.Linear(5, 4))
+    kinds = {"target_modules": ["0", "1", "2"], "use_dora": True}
+    model: Any = get_peft_model(base, msplora.MSPLoraConfig(**kinds))
+    model.add_adapter("second", msplora.MSPLoraConfig(r=4, **kinds))
+    for active in ("second", "default"):
+        model.set_adapter(active)
+        training = [name for name, its in model.named_parameters() if its.requires_grad]
+        assert {name.split(".")[-2] for name in training} == {active}
+        assert sum("magnitude" in name for name in training) == 3
+    model.delete_adapter("second")
+    layers: list[Any] = list(model.base_model.model[:3])
+    for layer in layers:
+        assert set(layer.lora_magnitude_vector) == set(layer.lora_variant) == {"default"}
+    assert not [name for name, _ in model.named_parameters() if ".second" in name]
 
 
 def test_each_adapter_saves_its_own_numbers_only(tmp_path: Path) -> None:
@@ -171,6 +208,14 @@ def test_a_weighted_adapter_saves_and_reloads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path / "sum").eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_modules_that_two_adapters_train_whole_are_not_combined() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    model.add_adapter("second", config(modules_to_save=["lm_head"]))
+    with pytest.raises(msplora.MSPLoraError, match="modules_to_save, but found 1 such"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert sorted(model.peft_config) == ["default", "second"]
 
 
 @pytest.mark.parametrize("combination", ["svd", "ties", "dare_linear", "magnitude_prune"])

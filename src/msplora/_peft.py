@@ -74,10 +74,34 @@ def register_method() -> None:
     if register_type() in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name=NAME, config_cls=MSPLoraConfig, model_cls=MSPLoraModel, prefix=PREFIX)
+    _leave_the_store_out_of_the_base()
     if GOES_BY_NAMES:
         from . import _peft_older
 
         _peft_older.install()
+
+
+def _leave_the_store_out_of_the_base() -> None:
+    """Let `get_base_model_state_dict` and `set_base_model_state_dict` pass the store by.
+
+    They tell the base's tensors from an adapter's by the layers and wrappers that hold them, and
+    have no hook for an adapter's tensors that lie beside.
+    """
+    from peft.utils import save_and_load
+
+    from .matching import STORE_NAME
+    from .store import find_store
+
+    name = "_get_adapter_state_dict_key_prefixes"
+    original = getattr(save_and_load, name, None)
+    if original is None:  # before PEFT 0.21
+        return
+
+    def prefixes(model: torch.nn.Module) -> set[str]:
+        found = original(model)
+        return found if find_store(model) is None else {*found, STORE_NAME}
+
+    setattr(save_and_load, name, prefixes)
 
 
 def dora_variant(layer: Any, config: Any) -> Any:

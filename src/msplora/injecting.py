@@ -13,7 +13,7 @@ from . import _peft
 from .config import MSPLoraConfig
 from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError
 from .layer import PyramidLayer
-from .matching import STORE_NAME, model_type_of
+from .matching import STORE_NAME, model_type_of, own_modules
 from .pyramid import Plan
 from .store import Store
 
@@ -44,7 +44,8 @@ def check_request(
             "MSPLoRA does not run on a tensor-parallel base (tp_plan): a shared pair would "
             "need two layouts at once. Use FSDP or DDP."
         )
-    for key, module in model.named_modules():
+    # Not inside PEFT's wrappers: trainable tokens are a layer there, and no method of their own.
+    for key, module in own_modules(model):
         if isinstance(module, _peft.BaseTunerLayer) and not isinstance(module, PyramidLayer):
             raise UnsupportedError(
                 f"{key!r} already carries a {type(module).__name__} adapter of another method; "

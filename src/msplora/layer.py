@@ -42,7 +42,7 @@ _CAST = {torch.float32, *_HALF}
 class PyramidLayer:
     """Mixed in before a PEFT LoRA layer class by `make_pyramid_layer`."""
 
-    adapter_layer_names = ("borrowed",)
+    adapter_layer_names = ("borrowed", "lora_magnitude_vector")
     borrowed: nn.ModuleDict
     store: Store
     conv_templates: tuple[nn.Module | None, nn.Module | None]
@@ -71,7 +71,6 @@ class PyramidLayer:
         """
         layer: Any = self
         self.__dict__["store"] = store
-        self.merged_by_another = self.merged_by_another or transposed
         site_pairs = SitePairs(
             [(pair, *store.pair(pair.address, adapter_name)) for pair in pairs],
             templates=self.conv_templates,
@@ -100,7 +99,15 @@ class PyramidLayer:
         variant = _peft.dora_variant(layer, config)
         layer.lora_variant[adapter_name] = variant
         variant.init(layer, adapter_name=adapter_name, config=config)
+        layer.__dict__.pop("adapter_layer_names", None)  # where it adds the magnitudes once more
         self.store.add_magnitude(site_key, adapter_name, layer.lora_magnitude_vector[adapter_name])
+
+    def cast_magnitude(self, adapter_name: str) -> None:
+        """Give DoRA's magnitude the dtype that PEFT gives it without `autocast_adapter_dtype`."""
+        layer: Any = self
+        if adapter_name in layer.lora_magnitude_vector:
+            dtype = _peft.new_adapter_dtype(layer.get_base_layer())
+            layer.lora_magnitude_vector[adapter_name].to(dtype)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(

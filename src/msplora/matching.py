@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import _peft
 from .config import MSPLoraConfig
 from .errors import TargetError, nearest
+from .parameters import own_parameters, targeted_parameters
 from .pyramid import Shape
 
 STORE_NAME = "pyramid_store"
@@ -55,10 +56,8 @@ def find_targets(modules: Mapping[str, nn.Module], config: MSPLoraConfig) -> lis
             found += _module_targets(modules[""], path, _peft.unwrapped(module), config.use_dora)
     for path, module in modules.items() if config.target_parameters else ():
         base = _peft.unwrapped(module)
-        for name, _ in base.named_parameters(recurse=False):
-            key = f"{path}.{name}"
-            if _parameter_matches(config, key):
-                found.append(Target(key, path, base, _parameter_shape(base, path, name)))
+        for key, shape in targeted_parameters(path, base, config.target_parameters or ()):
+            found.append(Target(key, path, base, shape))
     return found
 
 
@@ -97,12 +96,6 @@ def _is_target(config: MSPLoraConfig, path: str) -> bool:
     return _peft.is_target(config, path)
 
 
-def _parameter_matches(config: MSPLoraConfig, key: str) -> bool:
-    return any(
-        key == target or key.endswith(f".{target}") for target in config.target_parameters or ()
-    )
-
-
 def _module_targets(model: nn.Module, path: str, module: nn.Module, use_dora: bool) -> list[Target]:
     if inside_attention(model, path):
         parent = path.rpartition(".")[0]
@@ -114,8 +107,14 @@ def _module_targets(model: nn.Module, path: str, module: nn.Module, use_dora: bo
     if isinstance(module, nn.MultiheadAttention):
         if use_dora:
             raise TargetError(
-                f"{path!r} is an nn.MultiheadAttention, for which PEFT has no DoRA. Leave it out "
-                f"with exclude_modules, or set use_dora=False."
+                f"{path!r}: MultiheadAttention does not support DoRA (yet), please set use_dora to "
+                f"False, or leave it out with exclude_modules."
+            )
+        if not module._qkv_same_embed_dim:
+            raise TargetError(
+                f"{path!r} has kdim={module.kdim} and vdim={module.vdim} beside "
+                f"embed_dim={module.embed_dim}. Only same embed for query/key/value is supported "
+                f"as of now for MultiheadAttention. Leave it out with exclude_modules."
             )
         size = module.embed_dim
         return [
@@ -152,17 +151,6 @@ def _module_shape(path: str, module: nn.Module) -> Shape:
         )
     layout = "embedding" if isinstance(module, nn.Embedding) else "linear"
     return Shape(layout, out_features, in_features)
-
-
-def _parameter_shape(module: nn.Module, path: str, name: str) -> Shape:
-    parameter = getattr(module, name)
-    if parameter.ndim not in (2, 3):
-        raise TargetError(
-            f"target_parameters matches '{path}.{name}', which has {parameter.ndim} dimensions; "
-            f"parameters of 2 (a weight) or 3 (experts) can be adapted."
-        )
-    experts, out_features, in_features = _peft.parameter_shape(module, name)
-    return Shape("experts", out_features, in_features, blocks=experts)
 
 
 def place(
@@ -243,7 +231,7 @@ def _names(modules: Mapping[str, nn.Module], of_parameters: bool) -> list[str]:
     return [
         f"{path}.{name}" if path else name
         for path, module in modules.items()
-        for name, _ in _peft.unwrapped(module).named_parameters(recurse=False)
+        for name in own_parameters(_peft.unwrapped(module))
     ]
 
 
@@ -344,7 +332,10 @@ def model_type_of(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get("model_type")
-    return getattr(config, "model_type", None)
+    found = getattr(config, "model_type", None)
+    if not isinstance(found, str) and hasattr(config, "to_dict"):  # where PEFT looks
+        found = config.to_dict().get("model_type")
+    return found
 
 
 def input_embedding(model: Any) -> tuple[str, Tensor] | None:

@@ -175,8 +175,11 @@ class MSPLoraModel(LoraModel):
         store, plan = self._lending
         embedding = dict(plan.tied).get(key)
         pairs = plan.pairs_of[embedding or key]
-        layer.borrow(store, adapter_name, pairs, config, key, transposed=embedding is not None)
         base = layer.base_layer
+        if embedding is not None:  # which merges into the weight that both have
+            layer.merged_by_another = True
+        transposed = embedding is not None and not isinstance(base, nn.Embedding)
+        layer.borrow(store, adapter_name, pairs, config, key, transposed)
         if isinstance(base, nn.MultiheadAttention):
             inner: Any = base.out_proj
             inner_key = f"{key}.out_proj"
@@ -227,6 +230,9 @@ class MSPLoraModel(LoraModel):
             dtype = _peft.new_adapter_dtype(base_of(self.model, pair.sites[0], plan))
             for factor in store.pair(pair.address, adapter_name):
                 factor.to(dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, PyramidLayer):
+                layer.cast_magnitude(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
         default = _peft.DEFAULT_TARGETS.get(model_type or "")
         if default is None:
             raise TargetError(
-                f"target_modules is not set, and PEFT has no default for "
+                f"Please specify `target_modules`: PEFT has no default for "
                 f"{model_type or type(model).__name__!r}. Name some of this model's modules: "
                 f"{some(linear_names(dict(own_modules(model))))}; or use 'all-linear'."
             )
@@ -95,6 +96,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
             for key in config.target_modules
             if not inside_attention(model, key) and trained_whole(config, key) is None
         }
+    _name_the_embedding(model, config)
     return config
 
 
@@ -146,13 +148,7 @@ def _tied_sites(
     if embedding is None:
         return {}
     name, weight = embedding
-    heads = [
-        path
-        for path, module in modules.items()
-        if path != name
-        and isinstance(base := _peft.unwrapped(module), (nn.Linear, nn.Embedding))
-        and base.weight is weight
-    ]
+    heads = _tied_heads(modules, name, weight)
     targeted = {target.key for target in targets}
     if not heads or not targeted & {name, *heads}:
         return {}
@@ -165,8 +161,9 @@ def _tied_sites(
         )
     if name not in targeted:
         raise TargetError(
-            f"target_modules matches {sorted(targeted & set(heads))}, tied to {name!r}. With "
-            f"ensure_weight_tying=True name the embedding {name!r} too: it owns the pairs."
+            f"target_modules matches {sorted(targeted & set(heads))}, tied to {name!r}, which is "
+            f"left out by exclude_modules, layers_to_transform or modules_to_save. The embedding "
+            f"owns the pairs: adapt it, or leave out the others too."
         )
     if config.use_dora:
         raise TargetError(
@@ -174,6 +171,32 @@ def _tied_sites(
             f"normalise it along another axis. Leave them out, or set use_dora=False."
         )
     return dict.fromkeys(heads, name)
+
+
+def _tied_heads(modules: Mapping[str, nn.Module], name: str, weight: torch.Tensor) -> list[str]:
+    """What uses the weight of the embedding `name` too."""
+    return [
+        path
+        for path, module in modules.items()
+        if path != name
+        and isinstance(base := _peft.unwrapped(module), (nn.Linear, nn.Embedding))
+        and base.weight is weight
+    ]
+
+
+def _name_the_embedding(model: nn.Module, config: MSPLoraConfig) -> None:
+    """Let who names a tied head mean its embedding too, as PEFT does, in place."""
+    embedding = input_embedding(model)
+    if not config.ensure_weight_tying or not config.target_modules or embedding is None:
+        return
+    name, weight = embedding
+    heads = _tied_heads(dict(own_modules(model)), name, weight)
+    if _peft.is_target(config, name) or not any(_peft.is_target(config, head) for head in heads):
+        return
+    if isinstance(config.target_modules, str):
+        config.target_modules = f"({config.target_modules})|{re.escape(name)}"
+    else:
+        config.target_modules = {*config.target_modules, name}
 
 
 def _notes(sites: list[Site], tied: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import MSPLoraConfig
@@ -42,6 +43,7 @@ def combined_adapter(
         if name not in plans:
             raise ConfigError(f"Adapter {name!r} does not exist; there are {sorted(plans)}.")
     assert store is not None
+    _check_nothing_trained_whole_twice(model, adapters)
     first = plans[adapters[0]]
     concatenate = combination_type == "cat" and len(adapters) > 1
     for name in adapters[1:]:
@@ -92,6 +94,17 @@ def _config(
     config.alphas = [float(rank) for rank in ranks]  # scale 1: the weights are in B
     config.lora_alpha = config.alphas[0]
     return config
+
+
+def _check_nothing_trained_whole_twice(model: nn.Module, adapters: list[str]) -> None:
+    wrappers: list[Any] = [its for its in model.modules() if isinstance(its, ModulesToSaveWrapper)]
+    twice = [its for its in wrappers if sum(name in its.modules_to_save for name in adapters) > 1]
+    if twice:
+        raise ConfigError(
+            f"Cannot add weighted adapters if they target the same module with modules_to_save, "
+            f"but found {len(twice)} such instance(s). Combine adapters of which at most one "
+            f"trains a module whole."
+        )
 
 
 def _check_alike(

@@ -1,0 +1,56 @@
+"""Parameters that are adapted by themselves, without a layer around them (`target_parameters`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from . import _peft
+from .errors import TargetError
+from .pyramid import Shape
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, also of those that a parametrisation computes."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return [*names, *module.parametrizations] if is_parametrized(module) else names
+
+
+def targeted_parameters(
+    path: str, module: nn.Module, wanted: Collection[str]
+) -> Iterator[tuple[str, Shape]]:
+    """The key and shape of each parameter of `module` that `wanted` names, whole or by its end."""
+    for name in own_parameters(module):
+        key = f"{path}.{name}" if path else name
+        if any(key == its or key.endswith(f".{its}") for its in wanted):
+            _check_that_peft_wraps_it(path, module, name, wanted)
+            yield key, _shape(module, key, name)
+
+
+def _check_that_peft_wraps_it(
+    path: str, module: nn.Module, name: str, wanted: Collection[str]
+) -> None:
+    if not path:
+        raise TargetError(
+            f"Targeting an nn.Parameter on the top-level module is not supported (parameter "
+            f"{name!r}): PEFT would have to wrap the model in itself. Move it into a module."
+        )
+    key = f"{path}.{name}"
+    if is_parametrized(module) and key not in wanted:
+        raise TargetError(
+            f"target_parameters matches {key!r}, whose module is parametrised; there PEFT finds "
+            f"only what is named in full. Name {key!r}."
+        )
+
+
+def _shape(module: nn.Module, key: str, name: str) -> Shape:
+    parameter = getattr(module, name)
+    if parameter.ndim not in (2, 3):
+        raise TargetError(
+            f"target_parameters matches {key!r}, which has {parameter.ndim} dimensions; "
+            f"parameters of 2 (a weight) or 3 (experts) can be adapted."
+        )
+    experts, out_features, in_features = _peft.parameter_shape(module, name)
+    return Shape("experts", out_features, in_features, blocks=experts)

@@ -1,0 +1,102 @@
+"""Why tests of PEFT's LoRA that do not pass with a pyramid mean nothing for one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One reason, and the tests that it is the reason for."""
+
+    why: str
+    test: str = ""
+    """A regular expression that is looked for in the test's name."""
+    error: str = ""
+    """And one that is looked for in what it failed with."""
+
+    def fits(self, test: str, error: str) -> bool:
+        return bool(re.search(self.test, test) and re.search(self.error, error))
+
+
+_REWRITES = "starts from each layer's own base weight, which shared pairs cannot all do"
+EXPLAINED = [
+    Explanation(f"{name} {_REWRITES}", error=f"UnsupportedError: .* {pattern}")
+    for name, pattern in (
+        ("KaSA", "kasa_config"),
+        ("EVA", "eva_config|init_lora_weights='eva'"),
+        ("CorDA", "corda_config|init_lora_weights='corda'"),
+        ("LoRA-GA", "lora_ga_config|init_lora_weights='lora_ga'"),
+        ("LoftQ", "loftq_config|init_lora_weights='loftq'"),
+        ("MiCA", "init_lora_weights='mica'"),
+        ("PiSSA", "init_lora_weights='pissa"),
+        ("OLoRA", "init_lora_weights='olora'"),
+    )
+]
+EXPLAINED += [
+    Explanation("a pair has no bias of its own (`lora_bias`)", error="support lora_bias=True"),
+    Explanation("BD-LoRA's block-diagonal factors cannot be stacked", error="support use_bdlora"),
+    Explanation("VeLoRA compresses the activations of one pair", error="support velora_config"),
+    Explanation("MonteCLoRA samples around one pair", error="support monteclora_config"),
+    Explanation("Arrow routes between plain LoRAs", error="support arrow_config"),
+    Explanation("activated LoRA has a forward pass of its own", error="support alora_invocation"),
+    Explanation("QALoRA pools each layer's input", error="support use_qalora"),
+    Explanation(
+        "replicated layers change the depth that groups are cut by", error="support layer_replic"
+    ),
+]
+_OWN = "a layer that borrows its factors owns none"
+EXPLAINED += [
+    Explanation(
+        "looks tensors up by the names that a LoRA layer gives its own; a shared one is named "
+        "after its pair",
+        "test_requires_grad_|test_training_works|test_dora_save_and_load_remapping",
+        r"lora_[AB]|assert False \+ where False = any",
+    ),
+    Explanation(
+        f"prints, or sets in place, a layer's own factors; {_OWN} (`msplora.factors` gives them)",
+        "test_repr_lora|test_loading_adapter_preserves_custom_requires_grad|works_with_existing_par"
+        "|targeting_param_equivalent",
+    ),
+    Explanation(
+        "PEFT's mixed models take a closed list of methods",
+        error="not compatible with the `PeftMixedModel`",
+    ),
+    Explanation(
+        "asks a layer for the rank in `rank_pattern`; it has that of all levels together",
+        "test_multirank$",
+    ),
+    Explanation(
+        "gives layers that share a pair different ranks", error="rank_pattern/alpha_pattern give"
+    ),
+    Explanation(
+        "a rank of 1 to 3 in `rank_pattern` cannot be halved twice", error="rank_pattern asks for"
+    ),
+    Explanation(
+        "what it prunes or decomposes belongs to one layer; `linear` and `cat` are there",
+        error="combination_type='.*' is not supported",
+    ),
+    Explanation(
+        "`density` is for pruning; `linear` and `cat` prune nothing", error="does not use .'density"
+    ),
+    Explanation(
+        "adapters on different sites cannot be combined pair by pair", error="do not share alike"
+    ),
+    Explanation(
+        "an adapter on a site of another shape does not fit, and is not loaded in part",
+        "ignore_mismatched_sizes",
+        "made for another base",
+    ),
+    Explanation(
+        "a layer of the user's own for what LoRA does not know has no factors that could be shared",
+        "test_target_layer_without_in_features",
+    ),
+]
+
+NOT_RUN: list[str] = []
+
+
+def explain(test: str, error: str) -> str | None:
+    """The reason for a test that did not pass, `None` if there is none."""
+    return next((its.why for its in EXPLAINED if its.fits(test, error)), None)

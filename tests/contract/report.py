@@ -1,0 +1,154 @@
+"""Counts what came of PEFT's tests, with the reason for each that did not pass, and says it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from explained import NOT_RUN, explain
+
+OUTCOMES = ("passed", "failed", "refused", "skipped")
+_SHOWN = 200
+
+
+def record(folder: Path, file: str, method: str, commit: str) -> Path:
+    """Where the outcomes of a file are kept: of ours by commit, of LoRA's once."""
+    return folder / "records" / (method if method == "lora" else commit) / f"{file}.jsonl"
+
+
+def outcomes(path: Path) -> dict[str, dict[str, Any]]:
+    """Test -> what it came to the last time it was run."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = (json.loads(line) for line in lines)
+    return {line["test"]: line for line in found if "outcome" in line}
+
+
+def collect(folder: Path, files: Iterable[str], commit: str) -> dict[str, Any]:
+    """Counts per file and method, and every test that passes with LoRA and does not with ours."""
+    rows: list[dict[str, Any]] = []
+    differing: list[dict[str, Any]] = []
+    for file in files:
+        lora = {
+            name: its
+            for name, its in outcomes(record(folder, file, "lora", commit)).items()
+            if its["uses"]
+        }
+        ours = outcomes(record(folder, file, "msplora", commit))
+        missing = {"outcome": "failed", "why": "it was not run", "seconds": 0}
+        ours = {name: ours.get(name, missing) for name in lora}
+        rows.append({"file": file, "lora": _counts(lora), "msplora": _counts(ours)})
+        for name in sorted(lora):
+            its = ours[name]
+            if lora[name]["outcome"] == "passed" and its["outcome"] != "passed":
+                differing.append(
+                    {
+                        "test": name.removeprefix("tests/"),
+                        "outcome": its["outcome"],
+                        "error": _without_folders(its["why"])[:_SHOWN],
+                        "reason": explain(name, its["why"]),
+                    }
+                )
+    return {"rows": rows, "differing": differing}
+
+
+def _without_folders(text: str) -> str:
+    """Without what is only true of this machine: paths, and where objects lie in memory."""
+    return re.sub(r"(?<![\w.])/[\w./-]+/", "…/", re.sub(r" at 0x[0-9a-f]+", "", text))
+
+
+def _counts(outcomes_of: dict[str, dict[str, Any]]) -> dict[str, int]:
+    counted = Counter(its["outcome"] for its in outcomes_of.values())
+    return {outcome: counted[outcome] for outcome in OUTCOMES}
+
+
+def unexplained(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [its for its in found["differing"] if its["reason"] is None]
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the counts, and what has no explanation."""
+    for row in [*found["rows"], _total(found["rows"])]:
+        counts = ["/".join(f"{row[method][its]}" for its in OUTCOMES) for method in _METHODS]
+        print(f"{row['file']:34} LoRA {counts[0]:>18}  MSPLoRA {counts[1]:>18}")
+    print(f"({'/'.join(OUTCOMES)})")
+    for its in unexplained(found):
+        print(f"unexplained, {its['outcome']}: {its['test']}\n    {its['error']}")
+
+
+_METHODS = ("lora", "msplora")
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = {
+        method: {its: sum(row[method][its] for row in rows) for its in OUTCOMES}
+        for method in _METHODS
+    }
+    return {"file": "all", **sums}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page for people, of a result file's content."""
+    versions = result["versions"]
+    rows = result["rows"]
+    total = _total(rows)
+    lines = [
+        "# PEFT's own tests",
+        "",
+        "PEFT's test-suite is run twice: with its `LoraConfig`, and with `MSPLoraConfig` where a "
+        "test says `LoraConfig`. Of its tests those count that use a `LoraConfig`. `make contract` "
+        "repeats it, by hand, and writes this page; nothing of PEFT's is kept here.",
+        "",
+        f"- The tests are those of {result['tests']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, Python {versions['python']}; commit {result['commit']}; "
+        f"{result['hardware']}.",
+        "- Nothing is downloaded but the tests: in place of a model from the hub stands one of the "
+        "same architecture, tiny, with random weights. What LoRA fails here needs files of the hub "
+        "that nobody can build, or fails for a reason of its own; the other column has the same "
+        "tests.",
+        "- LoRA's keywords keep their meaning: `r` is the first level's rank, below 4 the levels "
+        "are written out (r, r/2, r/4, at least 1), and `lora_alpha` is 8 where a test leaves it "
+        "out, as in LoRA.",
+        "- *Refused*: the library raised its own error, with the reason.",
+        "",
+        f"Of the {total['lora']['passed']:,} tests that pass with LoRA, "
+        f"{total['lora']['passed'] - len(result['differing']):,} pass with a pyramid.",
+        "",
+        "| | LoRA passed | failed | skipped | pyramid passed | failed | refused | skipped |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in [*rows, total]:
+        name = row["file"] if row is total else f"`{row['file']}.py`"
+        counts = [row["lora"][its] for its in ("passed", "failed", "skipped")]
+        counts += [row["msplora"][its] for its in OUTCOMES]
+        lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts)} |")
+    lines += ["", "## What does not pass, and why", ""]
+    for outcome, heading in (
+        ("refused", "Refused, with the reason:"),
+        ("failed", "Failed, since the test asks for what a layer that shares cannot have:"),
+        ("skipped", "Skipped by the test itself:"),
+    ):
+        lines += _reasons(
+            [its for its in result["differing"] if its["outcome"] == outcome], heading
+        )
+    lines += ["## Not run", "", *(f"- {line}" for line in NOT_RUN)]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(differing: list[dict[str, Any]], heading: str) -> list[str]:
+    if not differing:
+        return []
+    counted = Counter(its["reason"] or "**not explained**" for its in differing)
+    names: dict[str, list[str]] = {}
+    for its in differing:
+        name = its["test"].rpartition("::")[2].partition("[")[0]
+        known = names.setdefault(its["reason"] or "**not explained**", [])
+        if name not in known:
+            known.append(name)
+    lines = [heading, "", "| tests | why | such as |", "|---:|---|---|"]
+    for reason, count in counted.most_common():
+        lines.append(f"| {count} | {reason} | `{names[reason][0]}` |")
+    return [*lines, ""]
