@@ -9,8 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers.integrations.peft as host
-from packaging.version import Version
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from adapted_llama import (
     config,
     delta_model,
     logits,
+    take_the_installed_peft,
     two_adapters,
 )
 from msplora.plain_lora import lora_of
@@ -120,9 +119,7 @@ def test_inject_adapter_in_model(tmp_path: Path) -> None:
 
 
 def test_transformers_adapter_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if Version(host.MIN_PEFT_VERSION) > Version(peft.__version__):
-        # transformers 5.24 asks here, for any adapter, for a PEFT that is not released.
-        monkeypatch.setattr(host, "check_peft_version", lambda **_: None)
+    take_the_installed_peft(monkeypatch)
     model: Any = LLAMA.model()
     model.add_adapter(config(), "one")
     model.add_adapter(config(r=6), "two")
