@@ -23,6 +23,7 @@ _MODULES = {
     "report": {"jinja2", "matplotlib"},
     "quantised": {"bitsandbytes"},
     "sweep": {"optuna"},
+    "harness": {"lm_eval"},
 }
 
 
@@ -57,3 +58,8 @@ def report_extra() -> AbstractContextManager[None]:
 def sweep_extra() -> AbstractContextManager[None]:
     """The same for the library that searches."""
     return _extra("sweep")
+
+
+def harness_extra() -> AbstractContextManager[None]:
+    """The same for the tasks that language models are judged by."""
+    return _extra("harness")

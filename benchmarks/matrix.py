@@ -1,0 +1,127 @@
+"""The core's tests under several versions of PEFT and transformers, and adapters read across them.
+
+    python benchmarks/matrix.py --cache .environments --output benchmarks/results/matrix.json
+
+Makes an environment per pair of versions (about 1.5 GB each), runs in it the tests that need no
+more than the core, then lets each environment write adapters and every other read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from environments import ROOT, TESTING, environment, run_in, versions_in
+
+from msplora.bench.provenance import provenance
+
+# Every file whose tests need only torch, transformers, PEFT, safetensors, typer and rich.
+CORE = (
+    "adapter_files", "architectures", "cli_plan", "config", "convert", "copies_and_training",
+    "fused", "generating", "golden", "layouts", "linear_cost", "offload", "options",
+    "peft_helpers", "plain_modules", "pyramid", "refusals", "several_adapters", "spectrum",
+    "stacking", "swapping", "traps",
+)  # fmt: skip
+TRAINERS = ("trainers", "trl")
+TRAINING = (
+    "trl", "accelerate", "datasets", "pydantic", "pyyaml", "scikit-learn", "scipy", "matplotlib",
+    "pillow", "psutil",
+)  # fmt: skip
+PINNED = ("--constraint", "constraints.txt")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is installed beside torch and pytest, which tests are run, and whose versions count."""
+
+    requirements: tuple[str, ...]
+    tests: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    writes_adapters: bool = False
+
+
+SUITES = {
+    "oldest": Suite(("peft==0.18.1", "transformers==4.57.6"), CORE, (), True),
+    "middle": Suite(("peft==0.19.1", "transformers==5.14.1"), CORE, (), True),
+    "newest": Suite(("peft", "transformers"), CORE, (), True),
+    "trainers": Suite((*PINNED, "peft", "transformers", *TRAINING), TRAINERS, ("trl",)),
+    "harness": Suite(
+        (*PINNED, "peft", "transformers", *TRAINING, "lm_eval==0.4.13"), ("harness",), ("lm_eval",)
+    ),
+}
+
+
+def main() -> None:
+    """Run every environment, write the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True, help="Where environments are kept.")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=list(SUITES), help="Run these alone.")
+    given = parser.parse_args()
+    before = json.loads(given.output.read_text()) if given.output.is_file() else {"tests": []}
+    tested = {its["environment"]: its for its in before["tests"]}
+    pythons = {
+        name: environment(given.cache, name, *SUITES[name].requirements, *TESTING)
+        for name in SUITES
+        if name in given.only or SUITES[name].writes_adapters
+    }
+    for name in given.only:
+        tested[name] = {"environment": name, **test(SUITES[name], pythons[name])}
+        print(json.dumps(tested[name], indent=1), flush=True)
+    writers = {name: its for name, its in pythons.items() if SUITES[name].writes_adapters}
+    content = {
+        **provenance("cpu"),
+        "tests": [tested[name] for name in SUITES if name in tested],
+        "adapters": across(writers),
+    }
+    given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def test(suite: Suite, python: Path) -> dict[str, Any]:
+    """Run a suite's tests; return their counts, failures and reasons for skipping."""
+    files = [f"tests/test_{name}.py" for name in suite.tests]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        start = time.perf_counter()
+        run_in(
+            python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
+            *(["-m", "slow or not slow"] if suite.tests != CORE else []), *files,
+            check=False, more={"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case for case in cases if {"failure", "error"} & {part.tag for part in case}]
+    skipped = [part.get("message", "") for case in cases for part in case if part.tag == "skipped"]
+    return {
+        "versions": versions_in(python, "torch", "transformers", "peft", *suite.packages),
+        "files": files,
+        "passed": len(cases) - len(failed) - len(skipped),
+        "failed": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
+        "skipped": dict(Counter(skipped)),
+        "seconds": round(seconds),
+    }
+
+
+def across(pythons: dict[str, Path]) -> list[dict[str, Any]]:
+    """Let each environment write adapters and every one read them."""
+    script = str(ROOT / "benchmarks" / "across_versions.py")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, python in pythons.items():
+            run_in(python, script, "write", f"{folder}/{name}")
+        for writer in pythons:
+            for reader, python in pythons.items():
+                found = json.loads(run_in(python, script, "read", f"{folder}/{writer}").stdout)
+                rows.append({"written_by": writer, "read_by": reader, "differences": found})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
