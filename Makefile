@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow bench interruptions lint format clean
+.PHONY: help demo test test-slow bench matrix interruptions lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test       lint, types and the default tests (under 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
+	@echo "make matrix     the core's tests under several versions of PEFT and transformers (half an hour, 8 GB)"
 	@echo "make interruptions  kill runs at a dozen random moments each, and keep the log"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what it can"
@@ -38,6 +39,12 @@ test-slow: $(VENV)/.installed
 bench: $(VENV)/.installed
 	BIN=$(BIN) bash benchmarks/cpu.sh
 	$(BIN)/msplora bench render benchmarks/results --output docs/benchmarks.md
+
+# By hand: an environment per pair of versions, kept under $(ENVIRONMENTS).
+ENVIRONMENTS ?= .environments
+matrix: $(VENV)/.installed
+	$(BIN)/python benchmarks/matrix.py --cache $(ENVIRONMENTS) --output benchmarks/results/matrix.json
+	$(BIN)/python benchmarks/compatibility.py
 
 # A dozen random moments for each task, and the chosen ones; CI tries three.
 interruptions: $(VENV)/.installed

@@ -27,6 +27,21 @@ import msplora.integrations
 from msplora.bench.provenance import provenance
 
 STEPS, HALFWAY, RATE = 20, 10, 1e-2
+# As docs/compatibility.md shows them.
+AXOLOTL_BLOCK = {
+    "plugins": ["msplora.integrations.axolotl.MSPLoRAPlugin"],
+    "adapter": "msplora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "msplora": {"split_alpha": True},
+}
+SWIFT_OPTIONS = {
+    "--tuner_type": "msplora",
+    "--lora_rank": "8",
+    "--lora_alpha": "16",
+    "--target_modules": "q_proj v_proj",
+}
 AXOLOTL, SWIFT = "axolotl==0.19.0", "ms-swift==4.6.0"
 # What Axolotl names but for kernels of GPUs and clients of clouds, in the versions that it names.
 AXOLOTL_NEEDS = (
@@ -44,18 +59,20 @@ AXOLOTL_NEEDS = (
     "gradio==6.10.0",
 )  # fmt: skip
 
+# How the messages of the plug-in begin.
+SAID = {
+    "load_in_4bit": "load_in_4bit: Axolotl quantises the base for adapter: lora and qlora only.",
+    "lora_qkv_kernel": "lora_qkv_kernel: Axolotl's kernels compute a LoRA's own two factors",
+    "merge-lora": "axolotl merge-lora reads a LoRA's tensors from the file by default.",
+}
+
 
 def axolotl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Axolotl's own commands, with `adapter: msplora` in its YAML file."""
     python = environment(given.cache, "axolotl", *AXOLOTL_NEEDS, without_theirs=(AXOLOTL,))
     common = {
         "base_model": str(given.model),
-        "plugins": ["msplora.integrations.axolotl.MSPLoRAPlugin"],
-        "adapter": "msplora",
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_target_modules": ["q_proj", "v_proj"],
-        "msplora": {"split_alpha": True},
+        **AXOLOTL_BLOCK,
         "special_tokens": {"pad_token": "</s>"},
         "datasets": [{"path": str(given.rows), "ds_type": "json", "type": "alpaca"}],
         "dataset_prepared_path": str(folder / "prepared"),
@@ -97,7 +114,7 @@ def axolotl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "trainer": "axolotl",
         "versions": versions_in(python, "axolotl", "torch", "transformers", "peft", "trl"),
         **judged(given.model, folder / "straight", folder / "resumed", folder / "straight/merged"),
-        "refused": {name: _last_words(done) for name, done in refused.items()},
+        "refused": {name: _reason(done, SAID[name]) for name, done in refused.items()},
     }
 
 
@@ -105,11 +122,12 @@ def swift(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """ms-swift's own commands, with `--external_plugins` and `--tuner_type msplora`."""
     python = environment(given.cache, "ms-swift", SWIFT)
     plugin = Path(*msplora.integrations.__path__) / "ms_swift.py"
-    chosen = ["--external_plugins", str(plugin), "--tuner_type", "msplora"]
+    chosen = ["--external_plugins", str(plugin), "--tuner_type", SWIFT_OPTIONS["--tuner_type"]]
+    asked = [word for option in SWIFT_OPTIONS.items() for part in option for word in part.split()]
     common = [
         "--model", str(given.model), "--model_type", "llama", "--template", "default",
-        "--dataset", str(given.rows), *chosen, "--lora_rank", "8", "--lora_alpha", "16",
-        "--target_modules", "q_proj", "v_proj", "--torch_dtype", "float32", "--use_cpu", "true",
+        "--dataset", str(given.rows), *chosen[:2], *asked,
+        "--torch_dtype", "float32", "--use_cpu", "true",
         "--bf16", "false", "--fp16", "false", "--max_length", "256", "--max_steps", str(STEPS),
         "--save_steps", str(HALFWAY), "--logging_steps", "1", "--learning_rate", str(RATE),
         "--lr_scheduler_type", "constant", "--per_device_train_batch_size", "8",
@@ -176,15 +194,12 @@ def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _last_words(done: Any) -> str:
-    """The last line of what a command that was refused said."""
-    if not done.returncode:
-        return "not refused"
-    return next(
-        line.partition(": ")[2]
-        for line in reversed(done.stderr.splitlines())
-        if line.startswith("msplora.")
-    )
+def _reason(done: Any, said: str) -> str:
+    """What the plug-in said where it refused; otherwise how the command ended."""
+    words = " ".join((done.stdout + done.stderr).split())
+    if done.returncode and said in words:
+        return said
+    return f"not refused: exit code {done.returncode}, {words[-200:]}"
 
 
 def main() -> None:

@@ -14,15 +14,16 @@ Axolotl's own keys for LoRA (`lora_…`, `peft_…`) mean what they mean there.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import load_lora
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict
 
 import msplora
+
+from .from_lora import pyramid_of
 
 NAME = "msplora"
 # What Axolotl does for `adapter: lora` and `qlora` alone, and would leave undone without a word,
@@ -92,7 +93,8 @@ class MSPLoRAPlugin(BasePlugin):
         """Return the adapted model and its config; `None` where the config asks for another."""
         if cfg.adapter != NAME:
             return None
-        config = pyramid_of(load_lora(model, cfg, config_only=True)[1], cfg.msplora)
+        asked = load_lora(model, cfg, config_only=True)[1]
+        config = pyramid_of(asked, **dict(cfg.msplora or {}))
         if config_only:
             return None, config
         options: dict[str, Any] = {}
@@ -104,20 +106,3 @@ class MSPLoRAPlugin(BasePlugin):
             )
             return adapted, adapted.peft_config["default"]
         return get_peft_model(model, config, **options), config
-
-
-def pyramid_of(lora: Any, block: Any = None) -> msplora.MSPLoraConfig:
-    """Return the pyramid that has what is asked of a LoRA, and `block`'s fields besides."""
-    usual = LoraConfig()
-    asked = {
-        field.name: getattr(lora, field.name)
-        for field in fields(lora)
-        if field.init and getattr(lora, field.name) != getattr(usual, field.name, None)
-    }
-    asked["r"], asked["lora_alpha"] = lora.r, lora.lora_alpha
-    more = dict(block or {})
-    if more.get("ranks") is not None:
-        asked.pop("r")  # the first level's rank is in the list
-    if more.get("alphas") is not None:
-        asked.pop("lora_alpha")
-    return msplora.MSPLoraConfig(**asked, **{k: its for k, its in more.items() if its is not None})
