@@ -28,7 +28,7 @@ def environment(
         return python
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     install = [str(python), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, TORCH, *requirements], check=True)
+    subprocess.run([*install, TORCH, *requirements], check=True, cwd=ROOT)
     if without_theirs:
         subprocess.run([*install, "--no-deps", *without_theirs], check=True)
     stamp.write_text(json.dumps(wanted))

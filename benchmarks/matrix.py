@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,12 +30,11 @@ CORE = (
     "peft_helpers", "plain_modules", "pyramid", "refusals", "several_adapters", "spectrum",
     "stacking", "swapping", "traps",
 )  # fmt: skip
-TRAINERS = ("trainers", "trl")
 TRAINING = (
-    "trl", "accelerate", "datasets", "pydantic", "pyyaml", "scikit-learn", "scipy", "matplotlib",
-    "pillow", "psutil",
+    "--constraint", "constraints.txt", "peft", "transformers", "trl", "accelerate", "datasets",
+    "pydantic", "pyyaml", "scikit-learn", "scipy", "matplotlib", "pillow", "psutil",
+    "lm_eval==0.4.13",
 )  # fmt: skip
-PINNED = ("--constraint", "constraints.txt")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ SUITES = {
     "oldest": Suite(("peft==0.18.1", "transformers==4.57.6"), CORE, (), True),
     "middle": Suite(("peft==0.19.1", "transformers==5.14.1"), CORE, (), True),
     "newest": Suite(("peft", "transformers"), CORE, (), True),
-    "trainers": Suite((*PINNED, "peft", "transformers", *TRAINING), TRAINERS, ("trl",)),
-    "harness": Suite(
-        (*PINNED, "peft", "transformers", *TRAINING, "lm_eval==0.4.13"), ("harness",), ("lm_eval",)
-    ),
+    "trainers": Suite(TRAINING, ("trainers", "trl"), ("trl",)),
+    "harness": Suite(TRAINING, ("harness",), ("lm_eval",)),
 }
 
 
@@ -68,9 +66,14 @@ def main() -> None:
     before = json.loads(given.output.read_text()) if given.output.is_file() else {"tests": []}
     tested = {its["environment"]: its for its in before["tests"]}
     pythons = {
-        name: environment(given.cache, name, *SUITES[name].requirements, *TESTING)
-        for name in SUITES
-        if name in given.only or SUITES[name].writes_adapters
+        name: environment(
+            given.cache,
+            "training" if suite.requirements == TRAINING else name,
+            *suite.requirements,
+            *TESTING,
+        )
+        for name, suite in SUITES.items()
+        if name in given.only or suite.writes_adapters
     }
     for name in given.only:
         tested[name] = {"environment": name, **test(SUITES[name], pythons[name])}
@@ -90,13 +93,15 @@ def test(suite: Suite, python: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         start = time.perf_counter()
-        run_in(
+        done = run_in(
             python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
             *(["-m", "slow or not slow"] if suite.tests != CORE else []), *files,
             check=False, more={"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         seconds = time.perf_counter() - start
         cases = list(ElementTree.parse(report).iter("testcase"))
+    if done.returncode:
+        print(done.stdout[-20000:], file=sys.stderr)
     failed = [case for case in cases if {"failure", "error"} & {part.tag for part in case}]
     skipped = [part.get("message", "") for case in cases for part in case if part.tag == "skipped"]
     return {

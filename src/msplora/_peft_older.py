@@ -45,7 +45,9 @@ def install() -> None:
             from peft.utils import transformers_weight_conversion as conversion
         except ImportError:  # it needs transformers 5
             return
-        conversion.build_peft_weight_mapping = _renaming(conversion.build_peft_weight_mapping)
+        conversion.build_peft_weight_mapping = _renaming(
+            conversion.build_peft_weight_mapping, conversion.WeightRenaming
+        )
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,16 +117,16 @@ def _deleting(original: Callable[..., Any]) -> Callable[..., Any]:
     return delete_adapter
 
 
-def _renaming(original: Callable[..., Any]) -> Callable[..., Any]:
+def _renaming(original: Callable[..., Any], rename: Any) -> Callable[..., Any]:
     @wraps(original)
     def build_peft_weight_mapping(
         weight_conversions: Any, adapter_name: str, peft_config: Any = None
     ) -> list[Any]:
-        found = original(weight_conversions, adapter_name, peft_config)
-        if found and isinstance(peft_config, MSPLoraConfig):
-            rename = type(found[0])  # the first takes "base_model.model." off the decoder's names
-            found.insert(1, rename("base_model.model.", ""))
-        return found
+        if isinstance(peft_config, MSPLoraConfig):
+            # What else there is converts the experts of a LoRA.
+            renamed = [its for its in weight_conversions or [] if isinstance(its, rename)]
+            weight_conversions = [rename("base_model.model.", ""), *renamed]
+        return original(weight_conversions, adapter_name, peft_config)
 
     return build_peft_weight_mapping
 
