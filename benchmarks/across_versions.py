@@ -4,7 +4,7 @@ One process of `benchmarks/matrix.py`, which runs it in an environment per pair 
 one builds the same tiny models, on the same weights.
 
     python benchmarks/across_versions.py write FOLDER
-    python benchmarks/across_versions.py read FOLDER
+    python benchmarks/across_versions.py read FOLDER...
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _logits(model: Any, model_name: str) -> Tensor:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    verb, where = sys.argv[1:]
+    verb, *folders = sys.argv[1:]
     if verb == "write":
-        write(Path(where))
+        write(Path(folders[0]))
     else:
-        print(json.dumps(read(Path(where))))
+        print(json.dumps([read(Path(folder)) for folder in folders]))

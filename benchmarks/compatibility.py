@@ -24,9 +24,9 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
     for its in matrix["tests"]:
         yield _tested(its)
     yield from _across(matrix)
-    for its in _read("plugins.json")["trainers"]:
+    for its in _read("plugins.json").get("trainers", []):
         yield from _trained(its)
-    for its in _read("quantised.json")["bases"]:
+    for its in _read("quantised.json").get("bases", []):
         yield _quantised(its)
 
 
@@ -122,7 +122,8 @@ def rendered(page: str) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    file = RESULTS / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ from environments import ROOT, TESTING, environment, run_in, versions_in
 
 from msplora.bench.provenance import provenance
 
-# Every file whose tests need only torch, transformers, PEFT, safetensors, typer and rich.
+# The files whose tests ask something of PEFT or transformers, and need no more than the core.
 CORE = (
     "adapter_files", "architectures", "cli_plan", "config", "convert", "copies_and_training",
-    "fused", "generating", "golden", "layouts", "linear_cost", "offload", "options",
-    "peft_helpers", "plain_modules", "pyramid", "refusals", "several_adapters", "spectrum",
-    "stacking", "swapping", "traps",
+    "generating", "golden", "layouts", "offload", "options", "peft_helpers", "plain_modules",
+    "refusals", "several_adapters", "swapping", "traps",
 )  # fmt: skip
 TRAINING = (
     "--constraint", "constraints.txt", "peft", "transformers", "trl", "accelerate", "datasets",
@@ -75,16 +74,19 @@ def main() -> None:
         for name, suite in SUITES.items()
         if name in given.only or suite.writes_adapters
     }
+    adapters = before.get("adapters", [])
+
+    def write() -> None:
+        ran = [tested[name] for name in SUITES if name in tested]
+        content = {**provenance("cpu"), "tests": ran, "adapters": adapters}
+        given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
     for name in given.only:
         tested[name] = {"environment": name, **test(SUITES[name], pythons[name])}
         print(json.dumps(tested[name], indent=1), flush=True)
-    writers = {name: its for name, its in pythons.items() if SUITES[name].writes_adapters}
-    content = {
-        **provenance("cpu"),
-        "tests": [tested[name] for name in SUITES if name in tested],
-        "adapters": across(writers),
-    }
-    given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write()
+    adapters = across({name: its for name, its in pythons.items() if SUITES[name].writes_adapters})
+    write()
 
 
 def test(suite: Suite, python: Path) -> dict[str, Any]:
@@ -121,10 +123,11 @@ def across(pythons: dict[str, Path]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for name, python in pythons.items():
             run_in(python, script, "write", f"{folder}/{name}")
-        for writer in pythons:
-            for reader, python in pythons.items():
-                found = json.loads(run_in(python, script, "read", f"{folder}/{writer}").stdout)
-                rows.append({"written_by": writer, "read_by": reader, "differences": found})
+        for reader, python in pythons.items():
+            folders = [f"{folder}/{writer}" for writer in pythons]
+            found = json.loads(run_in(python, script, "read", *folders).stdout.splitlines()[-1])
+            for writer, differences in zip(pythons, found, strict=True):
+                rows.append({"written_by": writer, "read_by": reader, "differences": differences})
     return rows
 
 

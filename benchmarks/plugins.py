@@ -59,13 +59,6 @@ AXOLOTL_NEEDS = (
     "gradio==6.10.0",
 )  # fmt: skip
 
-# How the messages of the plug-in begin.
-SAID = {
-    "load_in_4bit": "load_in_4bit: Axolotl quantises the base for adapter: lora and qlora only.",
-    "lora_qkv_kernel": "lora_qkv_kernel: Axolotl's kernels compute a LoRA's own two factors",
-    "merge-lora": "axolotl merge-lora reads a LoRA's tensors from the file by default.",
-}
-
 
 def axolotl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Axolotl's own commands, with `adapter: msplora` in its YAML file."""
@@ -93,29 +86,48 @@ def axolotl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seed": 0,
     }
 
-    def call(verb: str, name: str, check: bool = True, **changes: Any) -> Any:
+    def call(verb: str, name: str, **changes: Any) -> None:
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({**common, "output_dir": str(folder / name), **changes}))
-        return run_in(
-            python, "-m", f"axolotl.cli.{verb}", str(file), check=check,
-            more={"AXOLOTL_DO_NOT_TRACK": "1"},
-        )  # fmt: skip
+        run_in(python, "-m", f"axolotl.cli.{verb}", str(file), more={"AXOLOTL_DO_NOT_TRACK": "1"})
 
     call("train", "straight")
     halfway = folder / "straight" / f"checkpoint-{HALFWAY}"
     call("train", "resumed", resume_from_checkpoint=str(halfway))
     call("merge_lora", "straight", merge_method="legacy", lora_model_dir=str(folder / "straight"))
-    refused = {
-        "load_in_4bit": call("train", "refused", check=False, load_in_4bit=True),
-        "lora_qkv_kernel": call("train", "refused", check=False, lora_qkv_kernel=True),
-        "merge-lora": call("merge_lora", "straight", check=False),
-    }
     return {
         "trainer": "axolotl",
         "versions": versions_in(python, "axolotl", "torch", "transformers", "peft", "trl"),
         **judged(given.model, folder / "straight", folder / "resumed", folder / "straight/merged"),
-        "refused": {name: _reason(done, SAID[name]) for name, done in refused.items()},
+        "refused": refusals(python, folder / "straight.yaml"),
     }
+
+
+REFUSED = {
+    "load_in_4bit": {"load_in_4bit": True},
+    "lora_qkv_kernel": {"lora_qkv_kernel": True},
+    "merge-lora": {"merge_lora": True, "merge_method": "memory_efficient"},
+}
+# Axolotl's reading of a config, as each of its commands begins.
+_READING = """
+import json, sys
+from axolotl.cli.config import load_cfg
+from msplora import ConfigError
+said = {}
+for name, changes in json.loads(sys.argv[2]).items():
+    try:
+        load_cfg(sys.argv[1], **changes)
+        said[name] = "not refused"
+    except ConfigError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+def refusals(python: Path, config: Path) -> dict[str, str]:
+    """What the plug-in says to options that Axolotl would ignore or misapply."""
+    done = run_in(python, "-c", _READING, str(config), json.dumps(REFUSED))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def swift(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -192,14 +204,6 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _reason(done: Any, said: str) -> str:
-    """What the plug-in said where it refused; otherwise how the command ended."""
-    words = " ".join((done.stdout + done.stderr).split())
-    if done.returncode and said in words:
-        return said
-    return f"not refused: exit code {done.returncode}, {words[-200:]}"
 
 
 def main() -> None:
