@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders.adapter import load_lora
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
+from axolotl.loaders.adapter import load_lora  # pyright: ignore[reportMissingImports]
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict
 

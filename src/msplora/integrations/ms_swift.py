@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from peft import get_peft_model
-from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
-from swift.tuner_plugin import PeftTuner, tuners_map
+from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules  # pyright: ignore[reportMissingImports]
+from swift.tuner_plugin import PeftTuner, tuners_map  # pyright: ignore[reportMissingImports]
 
 import msplora
 
