@@ -216,16 +216,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["axolotl", "ms-swift"])
     given = parser.parse_args()
     hosts: dict[str, Callable[..., dict[str, Any]]] = {"axolotl": axolotl, "ms-swift": swift}
-    rows = []
+    before = json.loads(given.output.read_text()) if given.output.is_file() else {"trainers": []}
+    rows = {its["trainer"]: its for its in before["trainers"]}
     for name in given.only:
         with tempfile.TemporaryDirectory() as folder:
             given.rows = Path(folder) / "rows.jsonl"
             with given.rows.open("w") as file:
                 for row in json.loads(given.data.read_text())[: STEPS * 8]:
                     file.write(json.dumps(row) + "\n")
-            rows.append(hosts[name](given, Path(folder)))
-        print(json.dumps(rows[-1], indent=1), flush=True)
-    content = {**provenance("cpu"), "trainers": rows}
+            rows[name] = hosts[name](given, Path(folder))
+        print(json.dumps(rows[name], indent=1), flush=True)
+    content = {**provenance("cpu"), "trainers": [rows[name] for name in hosts if name in rows]}
     given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
