@@ -86,14 +86,11 @@ def test_the_accuracy_is_that_of_the_live_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("run", "task", "tasks", "said"),
     [
-        (["sft", "--harness", "word", "--include-path", "tasks"], "Did you mean 'words'"),
-        (["sft", "--harness", "words", "--include-path", "nowhere"], "there is no folder nowhere"),
-        (
-            ["classification", "--harness", "words", "--include-path", "tasks"],
-            "Leave --harness out",
-        ),
+        ("sft", "word", "tasks", "Did you mean 'words'"),
+        ("sft", "words", "nowhere", "there is no folder nowhere"),
+        ("classification", "words", "tasks", "Leave --harness out"),
     ],
 )
 def test_it_says_what_it_cannot_judge(

@@ -221,7 +221,7 @@ def test_the_saved_folder_is_what_the_hub_takes(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     base = LLAMA.model()
-    base.config._name_or_path = "some/base"
+    base.name_or_path = base.config._name_or_path = "some/base"
     model = adapted(base, task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
