@@ -43,7 +43,6 @@ def test_the_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_ran_did_not_fail() -> None:
     matrix = results("matrix.json")
-    assert {its["environment"] for its in matrix["tests"]} >= {"oldest", "middle", "newest"}
     for suite in matrix["tests"]:
         assert suite["failed"] == []
         assert suite["passed"] > 0
