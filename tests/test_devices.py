@@ -137,6 +137,23 @@ def test_a_sharded_model_trains_saves_and_resumes(bases: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_trains_saves_and_resumes(bases: Path, strategy: str) -> None:
+    pytest.importorskip("deepspeed", reason="a large extra with compiled parts: by hand")
+    options = {"save_steps": 3}
+    assert command("train", config(bases, "sft", "one", 1, **options)).code == 0
+    two = config(bases, "sft", "two", 2, **options)
+    on_cpu = {"DS_ACCELERATOR": "cpu"}
+    stopped = in_processes(strategy, "train", two, environment={**on_cpu, STOP_AT: "4"})
+    assert stopped.returncode != 0
+    assert "of step 4" in " ".join(stopped.stderr.split())
+    resumed = in_processes(strategy, "train", two, "--resume", environment=on_cpu)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "goes on after step 4" in resumed.stdout
+    assert_alike("one", "two")
+
+
+@pytest.mark.slow
 def test_stages_under_ddp(bases: Path) -> None:
     options = {"stages": ["global", ["mid", "local"]]}
     assert command("train", config(bases, "sft", "one", 1, **options)).code == 0

@@ -22,6 +22,8 @@ class Factor(nn.Module):
         self.factor = nn.Parameter(tensor)
 
     def forward(self) -> Tensor:
+        if hasattr(self.factor, "ds_id"):
+            return self.factor.clone()  # ZeRO-3 empties the parameter when this call is over
         return self.factor
 
     def value(self) -> Tensor:

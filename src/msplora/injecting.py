@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -141,11 +141,9 @@ def check_not_trained_whole(store: Store, config: MSPLoraConfig) -> None:
                 )
 
 
-def check_every_site_borrows(model: nn.Module, plan: Plan, adapter_name: str) -> None:
+def check_every_site_borrows(layers: Iterable[PyramidLayer], plan: Plan, adapter_name: str) -> None:
     borrowing = {
-        module.borrowed[adapter_name].site_key
-        for module in model.modules()
-        if isinstance(module, PyramidLayer) and adapter_name in module.borrowed
+        layer.borrowed[adapter_name].site_key for layer in layers if adapter_name in layer.borrowed
     }
     missing = sorted({*plan.pairs_of, *dict(plan.tied)} - borrowing)
     if missing:

@@ -101,9 +101,11 @@ class MSPLoraModel(LoraModel):
                 model.add_module(STORE_NAME, store)
             else:
                 store.stacks.unwatch(model)
-            layers = [path for path, its in model.named_modules() if isinstance(its, PyramidLayer)]
+            layers = {
+                path: its for path, its in model.named_modules() if isinstance(its, PyramidLayer)
+            }
+            check_every_site_borrows(layers.values(), plan, adapter_name)
             store.stacks.watch(model, layers)
-            check_every_site_borrows(model, plan, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
         except BaseException:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
 from typing import Any, NamedTuple, cast
 
@@ -58,7 +58,7 @@ class Stacks:
     def forget(self, adapter_name: str) -> None:
         self.stackings = {key: its for key, its in self.stackings.items() if key[0] != adapter_name}
 
-    def watch(self, model: nn.Module, layers: Sequence[str]) -> None:
+    def watch(self, model: nn.Module, layers: Iterable[str]) -> None:
         """Learn of the calls of `model`, and of every part of it that holds all of `layers`."""
         for module in _around(model, layers):
             module.register_forward_pre_hook(self._begin)
@@ -106,7 +106,7 @@ class Stacks:
         return {**self.__dict__, "_call": None}
 
 
-def _around(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
+def _around(model: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
     """The model and the modules in it, from the outside in, that each hold all of `layers`."""
     parents = [path.split(".")[:-1] for path in layers]
     found = [model]
