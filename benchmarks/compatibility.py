@@ -21,7 +21,7 @@ NAMES |= {"harness": "lm-evaluation-harness"}
 def rows() -> Iterator[tuple[str, str, str, str]]:
     """Tool, version, what was run, result."""
     matrix = _read("matrix.json")
-    for its in matrix["tests"]:
+    for its in matrix.get("tests", []):
         yield _tested(its)
     yield from _across(matrix)
     for its in _read("plugins.json").get("trainers", []):
@@ -49,8 +49,8 @@ def _tested(suite: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _across(matrix: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    peft = {its["environment"]: its["versions"]["peft"] for its in matrix["tests"]}
-    for writer in dict.fromkeys(its["written_by"] for its in matrix["adapters"]):
+    peft = {its["environment"]: its["versions"]["peft"] for its in matrix.get("tests", [])}
+    for writer in dict.fromkeys(its["written_by"] for its in matrix.get("adapters", [])):
         found = [its for its in matrix["adapters"] if its["written_by"] == writer]
         numbers = [
             value

@@ -112,7 +112,7 @@ REFUSED = {
 _READING = """
 import json, sys
 from axolotl.cli.config import load_cfg
-from msplora import ConfigError
+from msplora.errors import ConfigError
 said = {}
 for name, changes in json.loads(sys.argv[2]).items():
     try:

@@ -21,7 +21,7 @@ from axolotl.loaders.adapter import load_lora  # pyright: ignore[reportMissingIm
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict
 
-import msplora
+from msplora.errors import ConfigError
 
 from .from_lora import pyramid_of
 
@@ -65,24 +65,24 @@ class MSPLoRAPlugin(BasePlugin):
         """Refuse what would be ignored or go wrong, before a model is loaded.
 
         Raises:
-            msplora.ConfigError: the reason.
+            ConfigError: the reason.
         """
         if cfg.get("adapter") != NAME:
             return
         for key in _QUANTISES:
             if cfg.get(key):
-                raise msplora.ConfigError(
+                raise ConfigError(
                     f"{key}: Axolotl quantises the base for adapter: lora and qlora only. Leave it "
                     f"out, or train on a quantised base with `msplora train`."
                 )
         for key in _REWRITES:
             if cfg.get(key):
-                raise msplora.ConfigError(
+                raise ConfigError(
                     f"{key}: Axolotl's kernels compute a LoRA's own two factors, which a pyramid's "
                     f"layers do not have. Leave it out."
                 )
         if cfg.get("merge_lora") and cfg.get("merge_method") != "legacy":
-            raise msplora.ConfigError(
+            raise ConfigError(
                 "axolotl merge-lora reads a LoRA's tensors from the file by default. Add "
                 "merge_method: legacy, or merge with `msplora convert ADAPTER OUT --to merged`."
             )
