@@ -262,8 +262,8 @@ def quiet_loading() -> Iterator[None]:
 @contextmanager
 def loading_errors_explained(source: str, what: str = MODEL) -> Iterator[None]:
     """Turn a loader's error into one line that says what was asked and what to do."""
+    folder = Path(source)
     try:
-        folder = Path(source)
         if what == MODEL and folder.is_dir() and not (folder / "config.json").is_file():
             # transformers 4 takes the folder's name for an architecture's ("empty" is an MPT).
             raise OSError("no config.json")
