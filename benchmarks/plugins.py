@@ -127,7 +127,9 @@ print(json.dumps(said))
 def refusals(python: Path, config: Path) -> dict[str, str]:
     """What the plug-in says to options that Axolotl would ignore or misapply."""
     done = run_in(python, "-c", _READING, str(config), json.dumps(REFUSED))
-    return json.loads(done.stdout.splitlines()[-1])
+    # Libraries print there, too.
+    (said,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    return json.loads(said)
 
 
 def swift(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
