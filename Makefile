@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow bench engines interruptions contract lint format clean
+.PHONY: help demo test test-slow test-thorough bench engines matrix interruptions contract lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests marked slow"
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
 	@echo "make engines    converted adapters in llama.cpp, mlx-lm, vLLM, SGLang (see benchmarks/README.md)"
+	@echo "make matrix     the core's tests under several versions of PEFT and transformers (half an hour, 8 GB)"
 	@echo "make interruptions  kill runs at a dozen random moments each, and keep the log"
 	@echo "make contract   PEFT's own LoRA tests, with LoRA and with a pyramid (half an hour; fetches them)"
 	@echo "make lint       ruff and pyright"
@@ -50,6 +51,11 @@ engines: $(VENV)/.installed
 	$(BIN)/python benchmarks/engines.py --model $(MODEL) $(ENGINES:%=--engine %) $(LLAMA_CPP:%=--llama-cpp %) \
 		--output benchmarks/results/engines.jsonl
 	$(BIN)/python benchmarks/engines.py --render docs/serving.md
+# By hand: an environment per pair of versions, kept under $(ENVIRONMENTS).
+ENVIRONMENTS ?= .environments
+matrix: $(VENV)/.installed
+	$(BIN)/python benchmarks/matrix.py --cache $(ENVIRONMENTS) --output benchmarks/results/matrix.json
+	$(BIN)/python benchmarks/compatibility.py
 
 # A dozen random moments for each task, and the chosen ones; CI tries three.
 interruptions: $(VENV)/.installed

@@ -406,6 +406,8 @@ def as_lora(model: Any, folder: Path, **options: Any) -> Path:
 @every_model
 @pytest.mark.parametrize("pad_to", ["none", "pow2"])
 def test_the_exported_lora_gives_the_same_logits(name: str, pad_to: str, tmp_path: Path) -> None:
+    if name == "mixtral" and MODELS[name].parameters and peft.__version__.startswith("0.19."):
+        pytest.skip("PEFT 0.19 converts a LoRA of Mixtral's experts for an older transformers")
     tiny = MODELS[name]
     model = adapted(tiny)
     folder = as_lora(model, tmp_path / "lora", pad_to=pad_to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers.integrations.peft as host
-from packaging.version import Version
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from adapted_llama import (
     config,
     delta_model,
     logits,
+    take_the_installed_peft,
     two_adapters,
 )
 from msplora.plain_lora import lora_of
@@ -138,9 +138,7 @@ def test_inject_adapter_in_model(tmp_path: Path) -> None:
 
 
 def test_transformers_adapter_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if Version(host.MIN_PEFT_VERSION) > Version(peft.__version__):
-        # transformers 5.24 asks here, for any adapter, for a PEFT that is not released.
-        monkeypatch.setattr(host, "check_peft_version", lambda **_: None)
+    take_the_installed_peft(monkeypatch)
     model: Any = LLAMA.model()
     model.add_adapter(config(), "one")
     model.add_adapter(config(r=6), "two")
@@ -270,6 +268,30 @@ def test_nothing_warns_on_the_common_road(tmp_path: Path) -> None:
         model.load_adapter(tmp_path, "other")
         model.delete_adapter("other")
         model.merge_and_unload()
+
+
+def test_the_saved_folder_is_what_the_hub_takes(tmp_path: Path) -> None:
+    """`push_to_hub` uploads what `save_pretrained` leaves: a card, a config, one safe file."""
+    from huggingface_hub import ModelCard
+    from safetensors import safe_open
+
+    base = LLAMA.model()
+    base.name_or_path = base.config._name_or_path = "some/base"
+    model = adapted(base, task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == "some/base"
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["base_model_name_or_path"] == "some/base"
 
 
 def test_an_adapter_in_a_module_of_its_own() -> None:

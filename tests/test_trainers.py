@@ -1,4 +1,4 @@
-"""The trainers of transformers and TRL train, save and resume an adapter."""
+"""transformers' Trainer trains, saves and resumes an adapter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from adapted_llama import (
     close,
     config,
     logits,
+    take_the_installed_peft,
 )
 from oracle import (
-    assert_shared,
-    plan_of,
     same_tensors,
     tensors_of,
     trainable,
@@ -65,41 +64,31 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sft_trainer(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl (the train extra) is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets (the train extra) is not installed")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def test_trainer_takes_a_model_that_transformers_added_the_adapter_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer, TrainingArguments
 
-    words = ["<pad>", "<eos>", "<unk>"] + [f"w{place}" for place in range(VOCABULARY - 3)]
-    inner = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    data = datasets.Dataset.from_list([{"text": f"w{n} w{n + 1} w{n + 2}"} for n in range(12)])
-    arguments = trl.SFTConfig(
+    take_the_installed_peft(monkeypatch)
+    model: Any = LLAMA.model()
+    model.add_adapter(config())
+    before = {name: its.detach().clone() for name, its in model.named_parameters()}
+    arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=3,
+        save_steps=3,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        bf16=False,
     )
-    trainer = trl.SFTTrainer(
-        model=LLAMA.model(),
-        args=arguments,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=config(task_type="CAUSAL_LM"),
-    )
-    plan = plan_of(trainer.model)
-    assert trainable(trainer.model) == plan.parameters
-    trainer.train()
-    assert_shared(trainer.model, plan)
-    assert all(bool(b.any()) for _, b, _ in msplora.factors(trainer.model).values())
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path / "saved").eval()
-    assert torch.equal(logits(loaded), logits(trainer.model.eval()))
+    Trainer(model=model, args=arguments, train_dataset=rows()).train()
+    plan = msplora.plan(model, config())
+    assert trainable(model) == plan.parameters
+    assert all(bool(b.any()) for _, b, _ in msplora.factors(model).values())
+    for name, its in model.named_parameters():
+        assert torch.equal(its, before[name]) != its.requires_grad
+    loaded: Any = LLAMA.model()
+    loaded.load_adapter(str(tmp_path / "checkpoint-3"))
+    assert torch.equal(logits(loaded.eval()), logits(model.eval()))

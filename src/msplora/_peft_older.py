@@ -4,6 +4,9 @@ There, saving an adapter takes every tensor whose name contains the method's pre
 other adapters too, and no bias; loading takes a file without a single pair for a warning; deleting
 stumbles over modules that are gone by the time it looks them up. So the three functions are
 wrapped. For the adapters of other methods they do what they did.
+
+PEFT 0.19 tells transformers' loader to take "base_model." off names in the model's decoder only,
+and the store lies beside it, so that loader needs one more rule.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
+from packaging.version import Version
 from peft.tuners import tuners_utils
 from peft.utils import save_and_load
 from torch import Tensor, nn
 
-from ._peft import PREFIX
+from ._peft import PREFIX, VERSION
 from .config import MSPLoraConfig
 from .layer import PyramidLayer
 from .model import MSPLoraModel
@@ -36,6 +40,14 @@ def install() -> None:
         for module in list(sys.modules.values()):
             if getattr(module, "__dict__", {}).get(name) is original:
                 setattr(module, name, wrapped)
+    if Version("0.19") <= VERSION < Version("0.20"):
+        try:
+            from peft.utils import transformers_weight_conversion as conversion
+        except ImportError:  # it needs transformers 5
+            return
+        conversion.build_peft_weight_mapping = _renaming(
+            conversion.build_peft_weight_mapping, conversion.WeightRenaming
+        )
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +115,20 @@ def _deleting(original: Callable[..., Any]) -> Callable[..., Any]:
         return active
 
     return delete_adapter
+
+
+def _renaming(original: Callable[..., Any], rename: Any) -> Callable[..., Any]:
+    @wraps(original)
+    def build_peft_weight_mapping(
+        weight_conversions: Any, adapter_name: str, peft_config: Any = None
+    ) -> list[Any]:
+        if isinstance(peft_config, MSPLoraConfig):
+            # What else there is converts the experts of a LoRA.
+            renamed = [its for its in weight_conversions or [] if isinstance(its, rename)]
+            weight_conversions = [rename("base_model.model.", ""), *renamed]
+        return original(weight_conversions, adapter_name, peft_config)
+
+    return build_peft_weight_mapping
 
 
 def _biases(

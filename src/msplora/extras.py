@@ -24,6 +24,7 @@ _MODULES = {
     "quantised": {"bitsandbytes"},
     "sweep": {"optuna"},
     "gguf": {"gguf", "requests", "tqdm", "yaml"},
+    "harness": {"lm_eval"},
 }
 
 
@@ -63,3 +64,8 @@ def sweep_extra() -> AbstractContextManager[None]:
 def gguf_extra() -> AbstractContextManager[None]:
     """The same for the library that writes llama.cpp's files."""
     return _extra("gguf")
+
+
+def harness_extra() -> AbstractContextManager[None]:
+    """The same for the tasks that language models are judged by."""
+    return _extra("harness")

@@ -21,6 +21,7 @@ from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MODEL = "the model"
 TASK_FILE = "task.json"
 """What `msplora train` leaves beside an adapter: its settings, and the classes of its data."""
 
@@ -274,15 +275,18 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def loading_errors_explained(source: str, what: str = "the model") -> Iterator[None]:
+def loading_errors_explained(source: str, what: str = MODEL) -> Iterator[None]:
     """Turn a loader's error into one line that says what was asked and what to do."""
+    folder = Path(source)
     try:
+        if what == MODEL and folder.is_dir() and not (folder / "config.json").is_file():
+            # transformers 4 takes the folder's name for an architecture's ("empty" is an MPT).
+            raise OSError("no config.json")
         yield
     except MSPLoraError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        folder = Path(source)
         if "trust_remote_code" in reason:
             advice = "It brings its own Python code: opt in with trust_remote_code if you trust it."
         elif (folder / CONFIG_FILE).exists() or (folder / "adapter" / CONFIG_FILE).exists():
