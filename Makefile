@@ -12,6 +12,7 @@ help:
 	@echo "make demo       adapt a small language model with a pyramid and with LoRA (about 3 minutes)"
 	@echo "make test       lint, types and the default tests (under 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make test-thorough  the longest tests, which CI leaves out"
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
 	@echo "make engines    converted adapters in llama.cpp, mlx-lm, vLLM, SGLang (see benchmarks/README.md)"
 	@echo "make matrix     the core's tests under several versions of PEFT and transformers (half an hour, 8 GB)"
@@ -36,6 +37,10 @@ test: lint
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# What takes longer than CI has time for.
+test-thorough: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) -m thorough
 
 # What docs/benchmarks.md shows. Continues where it was stopped; a commit that is not clean is refused.
 bench: $(VENV)/.installed

@@ -46,6 +46,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path / "venv")
 
 
+@pytest.mark.slow
 def test_an_adapter_loads_in_a_process_that_never_imported_msplora(
     environment: Environment, saved: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_an_adapter_loads_in_a_process_that_never_imported_msplora(
     assert "[8, 4, 2]" in environment.run("-W", "ignore", "-c", load)
 
 
+@pytest.mark.slow
 def test_without_msplora_peft_is_imported_as_ever(environment: Environment) -> None:
     environment.autoload("enable")
     environment.package.unlink()  # as if it were uninstalled
@@ -80,6 +82,7 @@ def test_a_process_without_peft_imports_nothing_more(environment: Environment) -
     assert set(eval(environment.run("-c", script))) - before == {autoload.HOOK}
 
 
+@pytest.mark.slow
 def test_looking_whether_peft_is_there_is_enough(environment: Environment) -> None:
     """As transformers does, before it imports it."""
     environment.autoload("enable")
@@ -87,6 +90,7 @@ def test_looking_whether_peft_is_there_is_enough(environment: Environment) -> No
     assert environment.run("-W", "ignore", "-c", script).split() == ["True", "True"]
 
 
+@pytest.mark.slow
 def test_an_msplora_that_is_broken_does_not_break_peft(
     environment: Environment, tmp_path: Path
 ) -> None:

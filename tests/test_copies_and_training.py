@@ -150,7 +150,7 @@ def test_torch_compile_without_graph_breaks() -> None:
     compiled_agrees("eager")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_torch_compile_with_inductor() -> None:
     compiled_agrees("inductor")
 

@@ -77,7 +77,8 @@ def test_the_estimate_is_what_is_measured(folder: Path, case: str) -> None:
     assert found.estimate.training.total == pytest.approx(found.measured.training, rel=0.01)
     assert found.estimate.evaluation
     evaluated = found.measured.evaluation
-    assert found.estimate.evaluation.total == pytest.approx(evaluated, rel=0.03)
+    # Which kernel takes an 8-bit product, and what it keeps, is the CPU's choice: tens of KB.
+    assert found.estimate.evaluation.total == pytest.approx(evaluated, rel=0.03, abs=2**16)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

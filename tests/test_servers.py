@@ -360,7 +360,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert "none, pow2 or a rank" in refused("--to", "lora", "--pad-to", "many")
     assert "rank 7, which cannot be padded to 5" in refused("--to", "lora", "--pad-to", 5)
-    assert "not --to merged" in refused("--to", "merged", "--for", "vllm")
+    assert "LoRAs only" in refused("--to", "merged", "--for", "vllm")
     limit = ("--for", "vllm", "--pad-to", 20, "--max-lora-rank", 16)
     assert "--max-lora-rank 32" in refused("--to", "lora", *limit)
     with monkeypatch.context() as without:

@@ -427,7 +427,7 @@ def wait_for(text: str, file: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_runs_in_processes_of_their_own_are_stopped_killed_and_continued(here: Path) -> None:
     training = {**BASE["training"], "max_steps": 120, "eval_steps": 10, "warmup_ratio": 0.0}
     content = {"output": "out", "config": {**BASE, "training": training}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -119,12 +120,17 @@ def check_made_for(
             f"Load the base it was made for{_named(config)}."
         )
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if fingerprint and path and config.base_model_name_or_path not in (None, "", path):
+    named = config.base_model_name_or_path
+    if fingerprint and path and named and not _same_base(named, path):
         warnings.warn(
             f"the adapter names {config.base_model_name_or_path!r} as its base, and this model "
             f"comes from {path!r}: its sites fit, but make sure that the weights are the same.",
             stacklevel=3,
         )
+
+
+def _same_base(one: str, other: str) -> bool:
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def _named(config: MSPLoraConfig) -> str:
