@@ -77,7 +77,7 @@ class Fitted:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can write it."""
-        content = asdict(self) | {"out": str(self.out)}
+        content: dict[str, Any] = asdict(self) | {"out": str(self.out)}
         if self.comparison is not None and math.isinf(self.comparison.tolerance):
             content["comparison"]["tolerance"] = None  # JSON has no infinity
         return content

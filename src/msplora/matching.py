@@ -329,7 +329,7 @@ def _shown(value: Any) -> str:
 
 
 def model_type_of(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get("model_type")
     found = getattr(config, "model_type", None)

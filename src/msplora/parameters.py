@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -15,7 +16,8 @@ from .pyramid import Shape
 def own_parameters(module: nn.Module) -> list[str]:
     """The names of a module's own parameters, also of those that a parametrisation computes."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
-    return [*names, *module.parametrizations] if is_parametrized(module) else names
+    computed: Any = module.parametrizations if is_parametrized(module) else ()
+    return [*names, *computed]
 
 
 def targeted_parameters(

@@ -234,8 +234,9 @@ def _check_copies(found: Checkpoint, key: str, blocks: int) -> None:
                 f"with {blocks} blocks, takes it from {creator or 'nowhere'}. Is this the base it "
                 f"was trained on?"
             )
-        alike = here is None or there is None
-        if not alike and not all(map(torch.equal, here, there)):
+        if here is None or there is None:
+            continue
+        if not all(map(torch.equal, here, there)):
             raise AdapterFileError(
                 f"{key!r} and {creator!r} share a pair of level {level} in the released code (with "
                 f"{blocks} blocks), but their copies differ. Is this the base it was trained on?"
@@ -299,7 +300,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _own_pairs(found: Checkpoint, targets: Sequence[str] | str) -> MSPLoraConfig:
+def _own_pairs(found: Checkpoint, targets: list[str] | str) -> MSPLoraConfig:
     """One pair for each layer, of the summed rank."""
     config, rank = found.config, sum(found.ranks)
     return MSPLoraConfig(
