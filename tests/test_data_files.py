@@ -19,7 +19,7 @@ from msplora.train.settings_data import DataSettings
 
 
 def zipped(content: str) -> bytes:
-    return gzip.compress(content.encode())
+    return gzip.compress(content.encode(), mtime=0)
 
 
 def as_parquet(folder: Path, records: list[dict[str, Any]], name: str = "a.parquet") -> Path:
