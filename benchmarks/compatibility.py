@@ -26,8 +26,6 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
     yield from _across(matrix)
     for its in _read("plugins.json").get("trainers", []):
         yield from _trained(its)
-    for its in _read("quantised.json").get("bases", []):
-        yield _quantised(its)
 
 
 def _tested(suite: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -89,24 +87,6 @@ def _trained(trainer: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     )
     if trainer.get("refused"):
         yield tool, version, ", ".join(trainer["refused"]), "refused with the reason"
-
-
-def _quantised(base: dict[str, Any]) -> tuple[str, str, str, str]:
-    kind = f"{base['library']}, {base['kind']}"
-    if "failed" in base:
-        return kind, base["version"], base["step"], base["failed"]
-    merged = base["merged_differs_by"]
-    return (
-        kind,
-        base["version"],
-        "forward, a training step, saved and reloaded, merged",
-        "reloaded: the same logits; "
-        + (
-            base["merge_refused"]
-            if merged is None
-            else f"merged: {merged:.1e} of what the adapter moves"
-        ),
-    )
 
 
 def table() -> str:
