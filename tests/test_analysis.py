@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 import msplora
 from adapted_llama import adapted
 from msplora.analysis.results import AdapterResult, KindResult, LevelOverlap
-from msplora.analysis.stored import StoredKind
-from msplora.loading import BaseOptions
-from oracle import plan_of, randomise, weight_delta
-from tiny import MODELS, llama
+from oracle import plan_of, weight_delta
+from tiny import MODELS
 
 Array = Any
 

@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Number = float | None
 Numbers = tuple[Number, ...]
@@ -128,6 +129,27 @@ class KindResult:
     shared: Shared | None
     decoupling: tuple[LevelOverlap, ...]
 
+    @property
+    def relative_norm(self) -> Number:
+        """‖ΔW‖ / ‖W0‖, mean over the layers."""
+        return mean(site.relative_norm for site in self.sites)
+
+    @property
+    def intruders(self) -> tuple[int, int] | None:
+        """How many intruders there are in all layers, and among how many vectors."""
+        found = [site.intruders for site in self.sites if site.intruders is not None]
+        if not found:
+            return None
+        return sum(its.count for its in found), sum(len(its.cosines) for its in found)
+
+    def likeness(self) -> tuple[Number, Number, Number]:
+        """Cosine, overlap of columns and of rows: means over the pairs of different layers."""
+        if self.similarity is None:
+            return None, None, None
+        of = self.similarity
+        cosine, columns, rows = (_mean_beside(its) for its in (of.cosine, of.columns, of.rows))
+        return cosine, columns, rows
+
 
 @dataclass(frozen=True)
 class LevelSummary:
@@ -197,6 +219,21 @@ class AdapterResult:
     ablation: Ablation | None
     notes: tuple[str, ...]
 
+    def inside_coarser(self, level: str) -> tuple[Number, Number]:
+        """How much of a level lies in the span of all before it, columns and rows: means."""
+        before = tuple(its.level for its in self.levels)
+        before = before[: before.index(level)]
+        found = [
+            its
+            for kind in self.kinds
+            for its in kind.decoupling
+            if its.level == level and its.of == before
+        ]
+        return (
+            mean(value for its in found for value in its.columns),
+            mean(value for its in found for value in its.rows),
+        )
+
 
 @dataclass(frozen=True)
 class KindComparison:
@@ -261,11 +298,9 @@ class Analysis:
         return write(self, Path(output), force)
 
 
-def numbers(values: Tensor | Iterable[float]) -> Numbers:
+def numbers(values: Tensor) -> Numbers:
     """A vector's numbers; None for what is not a number."""
-    if isinstance(values, Tensor):
-        values = values.tolist()
-    return tuple(None if math.isnan(its) else its for its in values)
+    return tuple(None if math.isnan(its) else its for its in values.tolist())
 
 
 def matrix(values: Tensor) -> Matrix:
@@ -276,16 +311,28 @@ def matrix(values: Tensor) -> Matrix:
 def mean(values: Iterable[Number]) -> Number:
     """The mean of what is not None."""
     found = [its for its in values if its is not None]
-    return float(torch.tensor(found, dtype=torch.float64).mean()) if found else None
+    return fmean(found) if found else None
+
+
+def _mean_beside(values: Matrix) -> Number:
+    """The mean of what is not on the diagonal."""
+    return mean(its for i, row in enumerate(values) for j, its in enumerate(row) if i != j)
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         content = {its.name: _plain(getattr(value, its.name)) for its in dataclasses.fields(value)}
-        for name in ("relative_norm", "count"):
-            if isinstance(getattr(type(value), name, None), property):
-                content[name] = getattr(value, name)
+        for name in _DERIVED.get(type(value), ()):
+            content[name] = _plain(getattr(value, name))
         return content
     if isinstance(value, Mapping):
         return {key: _plain(its) for key, its in value.items()}
     return [_plain(its) for its in value] if isinstance(value, tuple) else value
+
+
+_DERIVED: dict[type, tuple[str, ...]] = {
+    SiteResult: ("relative_norm",),
+    Intruders: ("count",),
+    KindResult: ("relative_norm", "intruders"),
+}
+"""Properties that stand beside the fields in JSON."""
