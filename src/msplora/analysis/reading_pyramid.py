@@ -211,7 +211,7 @@ def _levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level
     values: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for what in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (getattr(config, what) or {}).items():
-            of = [kind for kind in kinds if pattern_matches(pattern, kind.rpartition(":")[2])]
+            of = [kind for kind in kinds if pattern_matches(pattern, _path(kind))]
             if not of:
                 raise BaseModelError(
                     f"{what} names {pattern!r}, which the file alone does not tell apart. Pass "
@@ -223,6 +223,11 @@ def _levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level
         if its:
             found[kind] = config.pyramid_with(its.get("rank_pattern"), its.get("alpha_pattern"))
     return found
+
+
+def _path(kind: str) -> str:
+    """The path inside the block: a kind's name may hold its list of blocks and its shape too."""
+    return kind.rpartition(":")[2].partition("[")[0]
 
 
 def _matrices(a: Tensor, b: Tensor, experts: int, expert: int) -> tuple[Tensor, Tensor]:
