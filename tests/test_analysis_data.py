@@ -72,7 +72,7 @@ def test_a_plain_lora_of_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     assert found.unit == "row"
     for its, parts in zip(found.runs, ([], ["lora"]), strict=True):
         copy = with_zeros(run, tmp_path / f"copy{len(parts)}", *parts)
-        assert its.loss == pytest.approx(evaluate_run(copy, data)["eval_loss"], abs=1e-5)
+        assert its.loss == pytest.approx(evaluate_run(copy, data)["loss"], abs=1e-5)
 
 
 def test_a_run_on_preferences_is_refused(tmp_path: Path) -> None:
