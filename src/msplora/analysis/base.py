@@ -23,24 +23,36 @@ class Base:
     """A base model of which nothing is loaded until it is asked for.
 
     Raises:
-        BaseModelError: there is no such model, or it cannot be built.
+        BaseModelError: there is no such model.
     """
 
     def __init__(self, options: BaseOptions, config: PeftConfig) -> None:
         assert options.source
         self.source = resolve_source(options.source)
-        self._options = options
+        self._options, self._adapter = options, config
         with loading_errors_explained(self.source):
-            model_config = transformers.AutoConfig.from_pretrained(
+            self._config = transformers.AutoConfig.from_pretrained(
                 self.source,
                 revision=options.revision,
                 trust_remote_code=options.trust_remote_code,
             )
-            found = base_class(config, self.source, options)
-            make = getattr(found, "from_config", found)  # the automatic classes are not made
+        self.model_type: str = self._config.model_type
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model on the meta device, of the class that it was adapted with."""
+        with loading_errors_explained(self.source):
+            found = base_class(self._adapter, self.source, self._options)
+        make = getattr(found, "from_config", found)  # the automatic classes are not made
+        try:
             with torch.device("meta"):
-                self.model: nn.Module = make(model_config)
-        self.model_type: str = model_config.model_type
+                return make(self._config)
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            raise BaseModelError(
+                f"the base {self.source!r} is a {self.model_type}, and cannot be built as the "
+                f"{found.__name__} that was adapted ({type(error).__name__}: {error}). Pass the "
+                f"model that the adapter was made for."
+            ) from error
 
     def weight(self, key: str) -> Tensor | None:
         """The weight of a module as the matrix (out, in), in its own dtype.

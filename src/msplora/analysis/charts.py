@@ -143,7 +143,8 @@ def _range(found: Sequence[float], log: bool, share: bool) -> tuple[float, float
         positive = [its for its in found if its > 0]
         high = max(positive, default=1.0)
         low = min((its for its in positive if its > high / 10**_DECADES), default=high / 10)
-        return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9)
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) - 1e-9)
+        return 10.0**first, 10.0 ** max(last, first + 1)
     low, high = min([0.0, *found]), max([0.0, *found])
     step = _step(low, high)
     return math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9), 1) * step
