@@ -92,7 +92,7 @@ def _change(differences: Tensor, counts: Tensor) -> tuple[float, float, float]:
     return low, float(differences.sum() / counts.sum()), high
 
 
-def _levels(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def _levels(model: Any) -> dict[str, list[nn.Parameter]]:
     """Level → its B; of a plain LoRA, all of its B as one level."""
     config: Any = next(iter(model.peft_config.values()))
     if hasattr(config, "pyramid"):
