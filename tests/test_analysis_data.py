@@ -45,7 +45,7 @@ def ablation(run: Path, data: str) -> Ablation:
     return found.ablation
 
 
-def test_levels_of_a_language_model(tmp_path: Path) -> None:
+def test_levels_of_a_language_model_and_preferences_refused(tmp_path: Path) -> None:
     run, data = trained(tmp_path, "sft")
     found = ablation(run, data)
     assert (found.unit, found.rows) == ("token", 40)
@@ -64,6 +64,13 @@ def test_levels_of_a_language_model(tmp_path: Path) -> None:
     # Reading and measuring leaves the run as it was.
     assert ablation(run, data) == found
 
+    record = run / "adapter/task.json"
+    record.write_text(record.read_text().replace('"task": "sft"', '"task": "dpo"'))
+    result = msplora("analyse", run, "--data", data, "--output", tmp_path / "page.html")
+    assert result.code == 1
+    assert "trained on preferences" in result.error
+    assert not (tmp_path / "page.html").exists()
+
 
 def test_a_plain_lora_of_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     run, data = trained(tmp_path, "classification", method="lora")
@@ -73,13 +80,3 @@ def test_a_plain_lora_of_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     for its, parts in zip(found.runs, ([], ["lora"]), strict=True):
         copy = with_zeros(run, tmp_path / f"copy{len(parts)}", *parts)
         assert its.loss == pytest.approx(evaluate_run(copy, data)["loss"], abs=1e-5)
-
-
-def test_a_run_on_preferences_is_refused(tmp_path: Path) -> None:
-    run, data = trained(tmp_path, "sft")
-    record = run / "adapter/task.json"
-    record.write_text(record.read_text().replace('"task": "sft"', '"task": "dpo"'))
-    result = msplora("analyse", run, "--data", data, "--output", tmp_path / "page.html")
-    assert result.code == 1
-    assert "trained on preferences" in result.error
-    assert not (tmp_path / "page.html").exists()
