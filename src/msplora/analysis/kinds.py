@@ -27,7 +27,9 @@ from .measures import (
 from .results import (
     KindResult,
     LevelOverlap,
+    Matrix,
     Measures,
+    Numbers,
     Shared,
     Similarity,
     SiteResult,
@@ -51,12 +53,13 @@ class Coordinates:
 
     def updates(self, sums: Sequence[Sequence[int]]) -> Updates:
         """For each entry the sum of the updates ``s B A`` of the pairs that it numbers."""
-        b = [
-            torch.cat([self._b_PP[:, self._columns[its]] * self._scales[its] for its in of], dim=1)
+        return decompose(
+            (
+                torch.cat([self._b_PP[:, self._columns[p]] * self._scales[p] for p in of], dim=1),
+                torch.cat([self._a_PP[:, self._columns[p]] for p in of], dim=1),
+            )
             for of in sums
-        ]
-        a = [torch.cat([self._a_PP[:, self._columns[its]] for its in of], dim=1) for of in sums]
-        return decompose(_stacked(b), _stacked(a))
+        )
 
 
 class KindUpdates:
@@ -148,17 +151,23 @@ def _sites(updates: KindUpdates) -> tuple[SiteResult, ...]:
 
 
 def _similarity(updates: KindUpdates) -> Similarity:
-    columns, rows = updates.column_spans(updates.total), updates.row_spans(updates.total)
+    columns, principal_columns = _between(updates.column_spans(updates.total))
+    rows, principal_rows = _between(updates.row_spans(updates.total))
     dimension = float(updates.ranks(updates.total).double().mean())
     return Similarity(
         matrix(cosines(updates.total, updates.total)),
-        matrix(overlaps(columns, columns)),
-        matrix(overlaps(rows, rows)),
-        numbers(mean_principal_cosines(columns)),
-        numbers(mean_principal_cosines(rows)),
-        min(1.0, dimension / updates.kind.out_features),
-        min(1.0, dimension / updates.kind.in_features),
+        columns,
+        rows,
+        principal_columns,
+        principal_rows,
+        dimension / updates.kind.out_features,
+        dimension / updates.kind.in_features,
     )
+
+
+def _between(spans_LPK: Tensor) -> tuple[Matrix, Numbers]:
+    """Of one side at a time: its spans are as large as the factors."""
+    return matrix(overlaps(spans_LPK, spans_LPK)), numbers(mean_principal_cosines(spans_LPK))
 
 
 def _shared(updates: KindUpdates) -> Shared:
@@ -212,9 +221,3 @@ def _overlap(updates: KindUpdates, place: int, of: tuple[int, ...], level: str) 
 def _dimension(span_LPK: Tensor) -> float:
     """Of the spaces, on average over the layers."""
     return float(span_LPK.square().sum()) / len(span_LPK)
-
-
-def _stacked(sides: list[Tensor]) -> Tensor:
-    """(L, P, R), zeros beyond the rank of a layer that has less."""
-    ranks = max(its.shape[1] for its in sides)
-    return torch.stack([torch.nn.functional.pad(its, (0, ranks - its.shape[1])) for its in sides])

@@ -13,10 +13,11 @@ Shapes: I in, O out, R rank, P the ranks of all pairs of a kind, L layers, K sin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 1024
@@ -29,11 +30,11 @@ class Updates(NamedTuple):
     """The thin singular value decompositions of a batch of updates, values largest first."""
 
     left: Tensor
-    """(L, P, K), orthonormal columns."""
+    """(L, P, K), orthonormal columns; those of values that a layer does not have are zero."""
     values: Tensor
     """(L, K)."""
     right: Tensor
-    """(L, P, K), orthonormal columns."""
+    """(L, P', K), likewise."""
 
 
 def triangular(factors_RI: Sequence[Tensor]) -> Tensor:
@@ -53,12 +54,24 @@ def triangular(factors_RI: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def decompose(b_LPR: Tensor, a_LPR: Tensor) -> Updates:
-    """The singular value decompositions of ``b aᵀ``: ``(L, P, R), (L, P', R) -> Updates``."""
-    q_b, r_b = torch.linalg.qr(b_LPR)
-    q_a, r_a = torch.linalg.qr(a_LPR)
-    u, values, v_transposed = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    return Updates(q_b @ u, values, q_a @ v_transposed.mT)
+def decompose(sides: Iterable[tuple[Tensor, Tensor]]) -> Updates:
+    """The singular value decompositions of ``b aᵀ``, one after the other.
+
+    Args:
+        sides: (P, R) and (P', R) of each update; ranks may differ, and the batch has zeros then.
+    """
+    found = []
+    for b_PR, a_PR in sides:
+        q_b, r_b = torch.linalg.qr(b_PR)
+        q_a, r_a = torch.linalg.qr(a_PR)
+        u, values, v_transposed = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        found.append((q_b @ u, values, q_a @ v_transposed.mT))
+    most = max(len(values) for _, values, _ in found)
+    left, values, right = (
+        torch.stack([F.pad(its, (0, most - its.shape[-1])) for its in of])
+        for of in zip(*found, strict=True)
+    )
+    return Updates(left, values, right)
 
 
 def numerical_ranks(values_LK: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -98,8 +111,8 @@ def principal_cosines(one_LPK: Tensor, other_LPK: Tensor) -> Tensor:
     """Cosines of the principal angles between spaces, largest first: ``(L, min(K, K'))``.
 
     Args:
-        one_LPK: `spans`.
-        other_LPK: `spans`, as many.
+        one_LPK: `spans`; one of them, (P, K), is compared with all.
+        other_LPK: `spans`.
     """
     return torch.linalg.svdvals(one_LPK.mT @ other_LPK)
 
@@ -122,7 +135,7 @@ def mean_principal_cosines(basis_LPK: Tensor) -> Tensor:
     dimensions = _dimensions(basis_LPK)
     for place in range(len(basis_LPK) - 1):
         others = basis_LPK[place + 1 :]
-        found = principal_cosines(basis_LPK[place].expand_as(others), others)
+        found = principal_cosines(basis_LPK[place], others)
         shared = torch.minimum(dimensions[place], dimensions[place + 1 :])
         has = torch.arange(found.shape[-1]) < shared[:, None]
         sums += (found * has).sum(0)
@@ -155,7 +168,7 @@ def explained_by_a_space(basis_LPK: Tensor, values_LK: Tensor) -> Tensor:
 
     It is that of the first k singular vectors of all updates side by side.
     """
-    joined = (basis_LPK * values_LK[:, None, :]).permute(1, 0, 2).flatten(1)
+    joined = basis_LPK.permute(1, 0, 2).flatten(1) * values_LK.flatten()
     return _cumulated(torch.linalg.svdvals(joined), values_LK.square().sum())
 
 
@@ -165,11 +178,11 @@ def explained_by_a_pair(updates: Updates) -> Tensor:
     The best M, what one global pair (A, B) could give to every layer, is the mean update cut to
     rank k.
     """
-    left = (updates.left * updates.values[:, None, :]).permute(1, 0, 2).flatten(1)
-    right = updates.right.permute(1, 0, 2).flatten(1)
-    layers = len(updates.values)
-    values = torch.linalg.svdvals(left @ right.mT) / math.sqrt(layers)
-    return _cumulated(values, updates.values.square().sum())
+    left, values, right = updates
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for its_left, its_values, its_right in zip(left, values, right, strict=True):
+        total.addmm_(its_left * its_values, its_right.mT)
+    return _cumulated(torch.linalg.svdvals(total) / math.sqrt(len(values)), values.square().sum())
 
 
 def _dimensions(basis_LPK: Tensor) -> Tensor:
