@@ -184,7 +184,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _whole_ticks(low: int, high: int) -> list[int]:
     step = max(1, math.ceil(_step(low, high)))
-    return list(range(low, high + 1, step))
+    round_ones = list(range(math.ceil(low / step) * step, high + 1, step))
+    # The first place is marked too, where there is room for it: 1, 5, 10 …
+    return round_ones if not round_ones or round_ones[0] - low <= step / 3 else [low, *round_ones]
 
 
 def _table(

@@ -53,13 +53,15 @@ class Coordinates:
 
     def updates(self, sums: Sequence[Sequence[int]]) -> Updates:
         """For each entry the sum of the updates ``s B A`` of the pairs that it numbers."""
-        return decompose(
+        sides = (
             (
                 torch.cat([self._b_PP[:, self._columns[p]] * self._scales[p] for p in of], dim=1),
                 torch.cat([self._a_PP[:, self._columns[p]] for p in of], dim=1),
             )
             for of in sums
         )
+        ranks = [sum(its.stop - its.start for its in (self._columns[p] for p in of)) for of in sums]
+        return decompose(sides, len(sums), max(ranks))
 
 
 class KindUpdates:

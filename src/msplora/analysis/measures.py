@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 1024
@@ -47,31 +46,42 @@ def triangular(factors_RI: Sequence[Tensor]) -> Tensor:
     """
     columns = sum(len(its) for its in factors_RI)
     step = max(columns, _ROWS)
-    found = torch.empty(0, columns, dtype=torch.float64)
+    stack = torch.empty(columns + step, columns, dtype=torch.float64)
+    held = 0  # rows of the stack that are R of all blocks so far
     for start in range(0, factors_RI[0].shape[1], step):
-        block = torch.cat([its[:, start : start + step].double() for its in factors_RI]).mT
-        found = torch.linalg.qr(torch.cat([found, block]), mode="r").R
-    return found
+        block = [its[:, start : start + step].mT for its in factors_RI]
+        end = held + len(block[0])
+        parts = stack[held:end].split([its.shape[1] for its in block], dim=1)
+        for part, its in zip(parts, block, strict=True):
+            part.copy_(its)
+        found = torch.linalg.qr(stack[:end], mode="r").R
+        held = len(found)
+        stack[:held] = found
+    return stack[:held].clone()
 
 
-def decompose(sides: Iterable[tuple[Tensor, Tensor]]) -> Updates:
+def decompose(sides: Iterable[tuple[Tensor, Tensor]], layers: int, rank: int) -> Updates:
     """The singular value decompositions of ``b aᵀ``, one after the other.
 
     Args:
         sides: (P, R) and (P', R) of each update; ranks may differ, and the batch has zeros then.
+        layers: how many updates there are.
+        rank: the largest R.
     """
-    found = []
-    for b_PR, a_PR in sides:
+    found: Updates | None = None
+    for place, (b_PR, a_PR) in enumerate(sides):
         q_b, r_b = torch.linalg.qr(b_PR)
         q_a, r_a = torch.linalg.qr(a_PR)
         u, values, v_transposed = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        found.append((q_b @ u, values, q_a @ v_transposed.mT))
-    most = max(len(values) for _, values, _ in found)
-    left, values, right = (
-        torch.stack([F.pad(its, (0, most - its.shape[-1])) for its in of])
-        for of in zip(*found, strict=True)
-    )
-    return Updates(left, values, right)
+        if found is None:
+            most = min(len(b_PR), len(a_PR), rank)
+            shapes = (layers, len(b_PR), most), (layers, most), (layers, len(a_PR), most)
+            found = Updates(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        found.left[place, :, : len(values)] = q_b @ u
+        found.values[place, : len(values)] = values
+        found.right[place, :, : len(values)] = q_a @ v_transposed.mT
+    assert found is not None
+    return found
 
 
 def numerical_ranks(values_LK: Tensor, out_features: int, in_features: int) -> Tensor:
