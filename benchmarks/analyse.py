@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import msplora
+from msplora.analysis.intruders import intruders
 from msplora.bench.provenance import provenance
 from msplora.pyramid import Level, Plan, Shape, Site, arrange
 from msplora.store import STORE_NAME, A, B, name_in_file
@@ -105,19 +106,35 @@ def measure(model: str, method: str) -> dict[str, Any]:
         }
 
 
+def measure_intruders(size: int) -> dict[str, Any]:
+    """Time the intruder dimensions of one weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (
+        torch.randn(shape, generator=generator) for shape in ((size, size), (28, size), (size, 28))
+    )
+    start = time.perf_counter()
+    intruders(weight, a / 100, b / 100, 10)
+    seconds = time.perf_counter() - start
+    return {"intruders_of": size, "seconds": seconds, "threads": torch.get_num_threads()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="The result file, replaced.")
     parser.add_argument("--case", nargs=2, help="One case, printed: a model and a method.")
+    parser.add_argument("--intruders", type=int, help="Those of one weight of so many rows.")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(*arguments.case)))
         return
+    if arguments.intruders:
+        print(json.dumps(measure_intruders(arguments.intruders)))
+        return
     if arguments.output is None:
         parser.error("say where the results go with --output")
     rows = []
-    for case in CASES:
-        command = [sys.executable, __file__, "--case", *case]
+    for case in [*(("--case", *its) for its in CASES), ("--intruders", "4096")]:
+        command = [sys.executable, __file__, *case]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout) | provenance("cpu"))
         print(json.dumps(rows[-1]))
