@@ -65,6 +65,8 @@ def analyse(
     read = [read_adapter(folder, options) for folder in folders]
     results = []
     for name, path, (adapter, its_base) in zip(names, paths, read, strict=True):
+        # First what loads most and so may fail.
+        ablation = _ablation(adapter.path, data, its_base, partial(report, f"{name}: data"))
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
         results.append(
             AdapterResult(
@@ -83,7 +85,7 @@ def analyse(
                 ),
                 kinds=kinds,
                 history=_history(path, partial(report, f"{name}: checkpoints")),
-                ablation=_ablation(adapter.path, data, its_base, partial(report, f"{name}: data")),
+                ablation=ablation,
                 notes=(*adapter.notes, *_notes(kinds, its_base)),
             )
         )
