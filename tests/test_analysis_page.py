@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -136,6 +138,42 @@ def test_a_page_of_one_lora_has_no_empty_sections(folders: Path) -> None:
     page = Page(msplora.analyse(folders / "lora").to_html())
     sections = {attributes["id"] for attributes in page.all("h2") if attributes.get("id")}
     assert sections == {"levels", "spectra", "between"}
+
+
+_CHECKS = """<script>
+document.getElementById("open-all").click();
+document.body.dataset.open = [...document.querySelectorAll("details")].every((its) => its.open);
+document.body.dataset.fits = document.documentElement.scrollWidth <= window.innerWidth;
+document.body.dataset.dark = getComputedStyle(document.body).backgroundColor;
+document.body.dataset.errors = window.failed || 0;
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "ground"), [(0, "rgb(13, 17, 23)"), (1, "rgb(255, 255, 255)")])
+@pytest.mark.parametrize("width", [500, 1400])
+def test_it_works_in_a_browser(
+    scheme: int, ground: str, width: int, found: Analysis, tmp_path: Path
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    text = found.to_html().replace("</body>", _CHECKS)
+    text = text.replace("<head>", "<head><script>window.onerror = () => window.failed = 1</script>")
+    (tmp_path / "page.html").write_text(text)
+    command = [
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+        *(f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},900"),
+        (tmp_path / "page.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    (body,) = Page(done.stdout).all("body")
+    assert body == {
+        "data-open": "true",
+        "data-fits": "true",
+        "data-dark": ground,
+        "data-errors": "0",
+    }
 
 
 def test_the_json_is_the_result(found: Analysis) -> None:
