@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -234,6 +235,16 @@ def test_the_command_overwrites_nothing(folders: Path, tmp_path: Path) -> None:
     assert "is a file; give a folder" in result.error
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(its.name for its in tmp_path.iterdir()) == ["file", "page.html"]
+
+
+def test_without_jinja2_the_extra_is_named_before_any_work(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = command("analyse", folders / "pyramid", "--output", tmp_path / "out")
+    assert result.code == 1
+    assert "pip install 'msplora[report]'" in result.error
+    assert command("analyse", folders / "pyramid").code == 0
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
