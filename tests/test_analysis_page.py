@@ -122,6 +122,13 @@ def test_it_shows_the_numbers(found: Analysis, page: Page) -> None:
     assert f"{kind.intruders[0]} of the {kind.intruders[1]} vectors" in text
 
 
+def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -> None:
+    assert Path(found.adapters[0].base or "").is_absolute()
+    text = found.to_html()
+    for adapter in found.adapters:
+        assert str(Path(adapter.path).parents[1]) not in text
+
+
 def test_names_from_files_are_escaped(found: Analysis) -> None:
     first, second = found.adapters
     kinds = tuple(replace(kind, name=EVIL) for kind in first.kinds)

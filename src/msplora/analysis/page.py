@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from msplora.extras import report_extra
 
@@ -36,7 +37,13 @@ def render(analysis: Analysis) -> str:
         lstrip_blocks=True,
         autoescape=True,  # names of adapters, kinds, levels and models come from files
     )
-    environment.filters |= {"cell": cell, "shown": shown, "percent": percent, "average": mean}
+    environment.filters |= {
+        "cell": cell,
+        "shown": shown,
+        "percent": percent,
+        "average": mean,
+        "short": short,
+    }
     return environment.get_template("page.html.j2").render(
         analysis=analysis,
         several=len(analysis.adapters) > 1,
@@ -47,6 +54,11 @@ def render(analysis: Analysis) -> str:
 def percent(value: Number) -> str:
     """A share in percent."""
     return shown(value, share=True)
+
+
+def short(name: str) -> str:
+    """A path's last two parts: a page is shown around, and folders of this machine are not."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def cell(value: Number) -> Cell:
