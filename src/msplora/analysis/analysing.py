@@ -35,8 +35,8 @@ def analyse(
 ) -> Analysis:
     """Measure what the levels of adapters learned, through their factors.
 
-    No model is loaded but for `data`. Besides an adapter's factors, what is held at a time are the
-    triangular factors of one kind and, with a base, one of its weights.
+    No model is loaded but for `data`. Besides the factors of all adapters, what is held at a time
+    is one kind in the coordinates of its factors and, with a base, one of its weights.
 
     Args:
         adapters: folders of MSPLoRA adapters or PEFT's plain LoRAs, or of runs; one that has
