@@ -183,3 +183,15 @@ def test_the_processes_of_the_dry_runs_would_have_fitted_as_foreseen() -> None:
         peak = max(row["training_estimate"], row["evaluation_estimate"])
         weights = row["parts"].get("frozen weights", 0) + row["parts"]["weights that train"]
         assert row["resident_growth"] <= peak + machine.overhead(peak, weights), row["case"]
+
+
+def test_what_an_analysis_costs() -> None:
+    text = section("What an analysis costs")
+    *rows, intruders = rows_of("analyse.jsonl")
+    names = {"lora": "LoRA, r = 28", "pyramid": "pyramid, 16 + 8 + 4"}
+    for row in rows:
+        sizes = [f"{row[key] / 2**20:,.0f}" for key in ("factor_bytes", "resident_growth")]
+        name = f"{row['model']}, {row['layers']} layers, {names[row['method']]}"
+        assert f"| {name} | {row['seconds']:.1f} | {' | '.join(sizes)} |" in text
+    assert len(rows) == 4
+    assert f"4096 × 4096 took {intruders['seconds']:.0f} seconds" in text

@@ -1,4 +1,4 @@
-"""What docs/training.md and docs/data.md show is run; the tables of keys are those of the settings.
+"""What docs/training.md, data.md and analysis.md show is run; the tables of keys are the settings'.
 
 A block that follows "`NAME`:" is a file of that name. Every other YAML block is a part of a config:
 it is put over a config that has the rest, and trained for three steps.
@@ -24,7 +24,10 @@ from settings_tables import PAGE, SECTIONS, table, tables
 from tiny_images import paint_folder, save_vision_model
 from tiny_saved import save_encoder, save_language_model
 
-PAGES = {page: page.read_text(encoding="utf-8") for page in (PAGE, PAGE.with_name("data.md"))}
+PAGES = {
+    page: page.read_text(encoding="utf-8")
+    for page in (PAGE, PAGE.with_name("data.md"), PAGE.with_name("analysis.md"))
+}
 TEXT = "\n".join(PAGES.values())
 SHORT = ["--set", "training.max_steps=3", "--set", "training.batch_size=2"]
 LANGUAGE_MODEL, CLASSIFIER = "Qwen/Qwen3-0.6B", "FacebookAI/roberta-base"
@@ -167,6 +170,7 @@ def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPa
         run(*command, *SHORT)
     assert (workspace / "out/lora/adapter_config.json").is_file()
     assert (workspace / "out/merged/config.json").is_file()
+    assert (workspace / "out/analysis/analysis.json").is_file()
     assert len((workspace / "answers.jsonl").read_text().splitlines()) == 8
 
 
@@ -179,6 +183,7 @@ def test_the_python_blocks_run(workspace: Path) -> None:
     for block in blocks("python"):
         exec(compile(block, str(PAGE), "exec"), {})
     assert (workspace / "runs/python/adapter").is_dir()
+    assert (workspace / "out/first.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Public name -> the module that owns it.
 _PUBLIC = {
     "MSPLoraConfig": "config",
+    "analyse": "analysis.analysing",
     "MSPLoraModel": "model",
     "MSPLoraError": "errors",
     "Level": "pyramid",
@@ -32,6 +33,7 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
+    from .analysis.analysing import analyse as analyse
     from .config import MSPLoraConfig as MSPLoraConfig
     from .convert import to_lora as to_lora
     from .convert import to_merged as to_merged

@@ -174,7 +174,7 @@ def load_base_of(
     labels = _number_of_labels(tensors)
     task = str(getattr(config.task_type, "value", config.task_type))
     with loading_errors_explained(source):
-        loader = _base_class(config, source, base)
+        loader = base_class(config, source, base)
     of_images = loader.__name__.endswith("ForImageClassification")
     if (task in ("SEQ_CLS", "TOKEN_CLS") or of_images) and labels is not None:
         options["num_labels"] = labels
@@ -199,7 +199,8 @@ def load_base_of(
     return model
 
 
-def _base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
+def base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
+    """The class of transformers that an adapter's base is loaded with."""
     task = str(getattr(config.task_type, "value", config.task_type))
     if task in _AUTO_CLASSES:
         return getattr(transformers, _AUTO_CLASSES[task])

@@ -12,7 +12,20 @@ import typer
 from msplora import __version__
 from msplora.errors import MSPLoraError
 
-from . import bench, convert, data, demo, evaluate, generate, plan, predict, recipes, sweep, train
+from . import (
+    analyse,
+    bench,
+    convert,
+    data,
+    demo,
+    evaluate,
+    generate,
+    plan,
+    predict,
+    recipes,
+    sweep,
+    train,
+)
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Set where a launcher waits for word of an error; the file it is left in."""
@@ -63,6 +76,7 @@ app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
+app.command("analyse")(analyse.analyse)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.recipes_app, name="recipes")
 app.add_typer(bench.bench_app, name="bench")

@@ -18,7 +18,7 @@ from .data_sft import Sample, read_more_sft, read_sft
 from .dpo import preference_trainer
 from .held_out_loss import held_out_loss
 from .image_classification import Pixels
-from .lengths import row_limit
+from .lengths import LengthReport, row_limit
 from .progress import plain_metrics
 from .quiet import quiet_libraries
 from .saved_run import SavedRun, open_run
@@ -26,7 +26,7 @@ from .settings import Task
 from .sft import padding_id
 from .tokenise_classification import tokenise_examples
 from .tokenise_preference import tokenise_pairs
-from .tokenise_sft import tokenise_samples
+from .tokenise_sft import Tokens, tokenise_samples
 from .trainer_arguments import trainer_arguments
 
 
@@ -45,6 +45,12 @@ def evaluate_run(
 
 
 def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
+    inputs, report = text_rows(run, data)
+    return {"rows": len(inputs), **report.left_out(), **_judge(run, inputs, batch_size)}
+
+
+def text_rows(run: SavedRun, data: str | None) -> tuple[Any, LengthReport]:
+    """Rows of texts as a classifier takes them; without `data`, those the run held out."""
     classes, settings = run.record.classes, run.settings
     assert classes
     held_out: list[Example]
@@ -54,19 +60,23 @@ def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[st
     else:
         held_out = read_classification(settings.data, settings.seed).held_out
     limit = row_limit(settings, run.base.model)
-    inputs, report = tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
-    return {"rows": len(inputs), **report.left_out(), **_judge(run, inputs, batch_size)}
+    return tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
 
 
 def _images(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
+    inputs = image_rows(run, data)
+    return {"rows": len(inputs), **_judge(run, inputs, batch_size)}
+
+
+def image_rows(run: SavedRun, data: str | None) -> Pixels:
+    """Images as a classifier takes them; without `data`, those the run held out."""
     classes, settings = run.record.classes, run.settings
     assert classes
     if data:
         held_out = labelled_images(read_more_images(data, classes), classes)
     else:
         _, held_out, _ = read_images(settings.data, settings.seed)
-    inputs = Pixels(held_out, run.base.tokenizer)
-    return {"rows": len(inputs), **_judge(run, inputs, batch_size)}
+    return Pixels(held_out, run.base.tokenizer)
 
 
 def _judge(run: SavedRun, inputs: Any, batch_size: int) -> dict[str, float]:
@@ -83,6 +93,15 @@ def _judge(run: SavedRun, inputs: Any, batch_size: int) -> dict[str, float]:
 
 
 def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
+    rows, report = token_rows(run, data)
+    found = held_out_loss(
+        run.model, rows, padding_id(run.base.tokenizer), batch_size, run.base.arithmetic
+    )
+    return {"rows": len(rows), **report.left_out(), **found}
+
+
+def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthReport]:
+    """Rows of a language model; without `data`, those the run held out."""
     settings, forms = run.settings, run.record.forms
     held_out: list[Sample]
     if data:
@@ -93,7 +112,7 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
         held_out = read_sft(settings.data, settings.seed).held_out
         if not held_out:
             raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
-    rows, report = tokenise_samples(
+    return tokenise_samples(
         held_out,
         run.base.tokenizer,
         row_limit(settings, run.base.model),
@@ -101,10 +120,6 @@ def _language_model(run: SavedRun, data: str | None, batch_size: int) -> dict[st
         settings.training.completion_only_loss,
         None if data else settings.data.max_rows,
     )
-    found = held_out_loss(
-        run.model, rows, padding_id(run.base.tokenizer), batch_size, run.base.arithmetic
-    )
-    return {"rows": len(rows), **report.left_out(), **found}
 
 
 def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:

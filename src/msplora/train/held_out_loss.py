@@ -35,7 +35,7 @@ def held_out_loss(
     rows = sorted(rows, key=lambda row: len(row.input_ids))
     try:
         for batch in _share_of_this_process(rows, batch_size):
-            ids, mask, labels = (its.to(device) for its in _pad(batch, pad_token_id))
+            ids, mask, labels = (its.to(device) for its in pad_rows(batch, pad_token_id))
             with autocast(device.type, arithmetic):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             # What does not count is left out first: with prompts and padding it is most of it.
@@ -75,7 +75,8 @@ def autocast(device: str, arithmetic: torch.dtype) -> AbstractContextManager[Any
     return nullcontext() if arithmetic == torch.float32 else torch.autocast(device, arithmetic)
 
 
-def _pad(rows: list[Tokens], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pad_rows(rows: list[Tokens], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and labels of one batch: (rows, longest) each."""
     longest = max(len(row.input_ids) for row in rows)
 
     def padded(values: list[list[int]], with_: int) -> torch.Tensor:

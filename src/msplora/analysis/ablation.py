@@ -1,0 +1,179 @@
+"""What each level is worth on data: the loss with it switched off, alone, in pairs, and all.
+
+This is the one part that loads a model. A level is off where its B is zero; the head and all else
+that was trained stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from msplora.errors import UnsupportedError
+from msplora.train.evaluation import image_rows, text_rows, token_rows
+from msplora.train.held_out_loss import autocast, pad_rows
+from msplora.train.levels import level_parameters
+from msplora.train.quiet import quiet_libraries
+from msplora.train.saved_run import SavedRun, open_run
+from msplora.train.sft import padding_id
+from msplora.train.tokenise_sft import IGNORED
+
+from .results import Ablation, SwitchedOff
+
+SAMPLES = 1000
+"""Of the bootstrap."""
+_INTERVAL = (0.025, 0.975)
+
+Losses = tuple[Tensor, Tensor]
+"""Of each row: the sum of its losses, and how many there are; float64 (rows,)."""
+
+
+def switch_off(
+    path: Path | str,
+    data: str,
+    base: str | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Ablation:
+    """Measure a run or an adapter with all levels, and without some of them.
+
+    Args:
+        path: its folder.
+        data: labelled rows, as `msplora eval` takes them.
+        base: the base model, where the recorded one has moved.
+        report: told how many of the measurements are done.
+
+    Raises:
+        MSPLoraError: the model or the data cannot be read, or it was trained on preferences.
+    """
+    with quiet_libraries():
+        run = open_run(path, base)
+        measure = _measurement(run, data)
+        levels = _levels(run.model)
+        sets = [()] + [its for count in (1, 2) for its in combinations(levels, count)]
+        if len(levels) > 2:
+            sets.append(tuple(levels))
+        found: list[tuple[tuple[str, ...], Losses]] = []
+        for off in sets:
+            with _without([its for level in off for its in levels[level]]):
+                found.append((off, measure()))
+            report(len(found), len(sets))
+    whole = found[0][1]
+    return Ablation(
+        data=data,
+        rows=len(whole[0]),
+        unit="token" if run.settings.task == "sft" else "row",
+        runs=tuple(_switched_off(off, losses, whole) for off, losses in found),
+    )
+
+
+def _switched_off(off: tuple[str, ...], losses: Losses, whole: Losses) -> SwitchedOff:
+    loss = float(losses[0].sum() / losses[1].sum())
+    low, change, high = _change(losses[0] - whole[0], whole[1])
+    return SwitchedOff(off, loss, change, low, high)
+
+
+def _change(differences: Tensor, counts: Tensor) -> tuple[float, float, float]:
+    """The mean difference, between the ends of its bootstrap interval over the rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = len(differences)
+    means = []
+    for _ in range(SAMPLES):
+        drawn = torch.randint(rows, (rows,), generator=generator)
+        means.append(differences[drawn].sum() / counts[drawn].sum().clamp_min(1))
+    low, high = torch.stack(means).quantile(torch.tensor(_INTERVAL, dtype=torch.float64)).tolist()
+    return low, float(differences.sum() / counts.sum()), high
+
+
+def _levels(model: Any) -> dict[str, list[nn.Parameter]]:
+    """Level → its B; of a plain LoRA, all of its B as one level."""
+    config: Any = next(iter(model.peft_config.values()))
+    if hasattr(config, "pyramid"):
+        return {level: its[1::2] for level, its in level_parameters(model).items()}
+    of_lora = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_B." in name or ".lora_embedding_B." in name
+    ]
+    return {"lora": of_lora}
+
+
+@contextmanager
+@torch.no_grad()
+def _without(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.zero_()
+        yield
+    finally:
+        for parameter, its in zip(parameters, kept, strict=True):
+            parameter.copy_(its)
+
+
+def _measurement(run: SavedRun, data: str) -> Callable[[], Losses]:
+    """What measures the model as it is at that moment, row by row."""
+    size = run.settings.training.eval_batch_size
+    if run.settings.task == "sft":
+        rows, _ = token_rows(run, data)
+        rows = sorted(rows, key=lambda row: len(row.input_ids))
+        pad = padding_id(run.base.tokenizer)
+        batches = [pad_rows(rows[at : at + size], pad) for at in range(0, len(rows), size)]
+        return lambda: _measured(_of_tokens(run, *batch) for batch in batches)
+    if run.settings.task == "dpo":
+        raise UnsupportedError(
+            f"{run.path} was trained on preferences, whose loss is not that of single rows. Levels "
+            f"are switched off for language models and classifiers; leave --data out."
+        )
+    of_images = run.settings.task == "image-classification"
+    rows_of: Any = image_rows(run, data) if of_images else text_rows(run, data)[0]
+    collate: Any = (
+        default_data_collator if of_images else DataCollatorWithPadding(run.base.tokenizer)
+    )
+
+    def measure() -> Losses:
+        places = range(0, len(rows_of), size)
+        parts = ([rows_of[its] for its in range(at, min(at + size, len(rows_of)))] for at in places)
+        return _measured(_of_labels(run, collate(part)) for part in parts)
+
+    return measure
+
+
+def _measured(batches: Iterator[Losses]) -> Losses:
+    sums, counts = zip(*batches, strict=True)
+    return torch.cat(sums), torch.cat(counts)
+
+
+@torch.no_grad()
+def _of_tokens(run: SavedRun, ids: Tensor, mask: Tensor, labels: Tensor) -> Losses:
+    device = next(run.model.parameters()).device
+    ids, mask, labels = (its.to(device) for its in (ids, mask, labels))
+    with autocast(device.type, run.base.arithmetic):
+        logits = run.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    labels = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].float().mT, labels, ignore_index=IGNORED, reduction="none"
+    )
+    return losses.double().sum(-1).cpu(), (labels != IGNORED).double().sum(-1).cpu()
+
+
+@torch.no_grad()
+def _of_labels(run: SavedRun, batch: Any) -> Losses:
+    device = next(run.model.parameters()).device
+    inputs = {name: its.to(device) for name, its in batch.items()}
+    labels = inputs.pop("labels")
+    with autocast(device.type, run.base.arithmetic):
+        logits = run.model(**inputs).logits.float()
+    assert run.record.classes
+    if run.record.classes.regression:
+        losses = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none")
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.double().cpu(), torch.ones(len(losses), dtype=torch.float64)

@@ -1,0 +1,44 @@
+"""What the base says of an adapter's updates: their relative norms, and intruder dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .base import Base
+from .intruders import intruders
+from .results import KindResult
+from .stored import StoredKind
+
+
+def with_base(
+    result: KindResult,
+    kind: StoredKind,
+    base: Base,
+    intruder_vectors: int,
+    done: Callable[[], None] = lambda: None,
+) -> KindResult:
+    """Fill in what needs the base's weights, of which one is held at a time.
+
+    A weight that the checkpoint stores in another shape, as several in one, is left out.
+    """
+    shape = kind.out_features, kind.in_features
+    sites = []
+    for found, site in zip(result.sites, kind.sites, strict=True):
+        weight_OI = base.weight(site.key)
+        if weight_OI is not None and tuple(weight_OI.shape) == shape:
+            pairs = [kind.pairs[place] for place in site.pairs]
+            a_RI = torch.cat([pair.a_RI.double() for pair in pairs])
+            b_OR = torch.cat([pair.b_OR.double() * pair.scale for pair in pairs], dim=1)
+            found = replace(
+                found,
+                base_norm=float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64)),
+                intruders=(
+                    intruders(weight_OI, a_RI, b_OR, intruder_vectors) if intruder_vectors else None
+                ),
+            )
+        sites.append(found)
+        done()
+    return replace(result, sites=tuple(sites))

@@ -1,0 +1,191 @@
+"""`msplora.analyse`: from adapters' folders to everything that is found of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from msplora import __version__
+from msplora.errors import MSPLoraError
+from msplora.extras import train_extra
+from msplora.loading import BaseOptions, adapter_folder
+
+from .against_base import with_base
+from .base import Base
+from .comparing import compare
+from .history import checkpoint, checkpoint_folders
+from .kinds import KindUpdates, analyse_kind
+from .reading import read_adapter
+from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
+from .stored import StoredAdapter
+from .summary import summarise
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many of its steps are done, and of how many."""
+
+
+def analyse(
+    *adapters: str | Path,
+    base: str | BaseOptions | None = None,
+    intruder_vectors: int = 10,
+    data: str | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Measure what the levels of adapters learned, through their factors.
+
+    No model is loaded but for `data`. Besides the factors of all adapters, what is held at a time
+    is one kind in the coordinates of its factors and, with a base, one of its weights.
+
+    Args:
+        adapters: folders of MSPLoRA adapters or PEFT's plain LoRAs, or of runs; one that has
+            checkpoints only stands for its last.
+        base: the base model, for norms relative to its weights and intruder dimensions; a folder,
+            an id on the hub, or how to load it.
+        intruder_vectors: how many leading singular vectors of each adapted weight are compared with
+            the base's; 0 leaves it out, which takes two dense decompositions per weight.
+        data: rows, as `msplora eval` takes them, on which each level is switched off in turn.
+        progress: called as the work goes on.
+
+    Returns:
+        Frozen values; `to_dict()`, `to_html()` and `write()` give them away.
+
+    Raises:
+        MSPLoraError: an adapter, its base or the data cannot be read, or do not fit each other.
+    """
+    if not adapters:
+        raise MSPLoraError("there is no adapter to analyse: give the folder of at least one.")
+    options = BaseOptions(base) if isinstance(base, str) else base
+    report = progress or _silent
+    paths = [Path(path).expanduser() for path in adapters]
+    names = _names(paths)
+    # All is read before anything is computed: what is wrong with the last is said at once.
+    folders = [_folder(path) for path in paths]
+    read = [read_adapter(folder, options) for folder in folders]
+    results = []
+    for name, path, (adapter, its_base) in zip(names, paths, read, strict=True):
+        # First what loads most and so may fail.
+        ablation = _ablation(adapter.path, data, its_base, partial(report, f"{name}: data"))
+        kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
+        results.append(
+            AdapterResult(
+                name=name,
+                path=str(path),
+                method=adapter.method,
+                base=its_base.source if its_base else adapter.base,
+                parameters=sum(
+                    pair.a_RI.numel() + pair.b_OR.numel()
+                    for kind in adapter.kinds
+                    for pair in kind.pairs
+                ),
+                levels=summarise(
+                    adapter,
+                    [list(site.levels.values()) for kind in kinds for site in kind.sites],
+                ),
+                kinds=kinds,
+                history=_history(path, partial(report, f"{name}: checkpoints")),
+                ablation=ablation,
+                notes=(*adapter.notes, *_notes(kinds, its_base)),
+            )
+        )
+    pairs = list(combinations(range(len(read)), 2))
+    comparisons = []
+    for done, (one, other) in enumerate(pairs, start=1):
+        adapters_of = read[one][0], read[other][0]
+        comparisons.append(compare(*adapters_of, (names[one], names[other])))
+        report("comparing", done, len(pairs))
+    return Analysis(tuple(results), tuple(comparisons), __version__)
+
+
+def _folder(path: Path) -> Path:
+    """The folder of the adapter itself: given, or a run's, or the last checkpoint's."""
+    try:
+        return adapter_folder(path)
+    except MSPLoraError:
+        checkpoints = checkpoint_folders(path)
+        if not checkpoints:
+            raise
+        return checkpoints[-1]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(its[-length:]) for its in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise MSPLoraError(
+        f"{str(paths[0])!r} is given more than once; give each adapter once."
+        if len(set(parts)) == 1
+        else "an adapter is given more than once; give each once."
+    )
+
+
+def _kinds(
+    adapter: StoredAdapter,
+    base: Base | None,
+    intruder_vectors: int,
+    report: Callable[[int, int], None],
+) -> tuple[KindResult, ...]:
+    total = sum(len(kind.sites) for kind in adapter.kinds) * (1 if base is None else 2)
+    done = 0
+
+    def advance(sites: int = 1) -> None:
+        nonlocal done
+        done += sites
+        report(done, total)
+
+    found = []
+    for kind in adapter.kinds:
+        its = analyse_kind(KindUpdates(kind, adapter.levels))
+        advance(len(kind.sites))
+        if base is not None:
+            its = with_base(its, kind, base, intruder_vectors, advance)
+        found.append(its)
+    return tuple(found)
+
+
+def _history(path: Path, report: Callable[[int, int], None]) -> tuple[Checkpoint, ...]:
+    folders = checkpoint_folders(path)
+    found = []
+    for folder in folders if len(folders) > 1 else ():
+        found.append(checkpoint(folder))
+        report(len(found), len(folders))
+    return tuple(found)
+
+
+def _ablation(
+    folder: Path, data: str | None, base: Base | None, report: Callable[[int, int], None]
+) -> Ablation | None:
+    if data is None:
+        return None
+    with train_extra():
+        from .ablation import switch_off
+
+        return switch_off(folder, data, base.source if base else None, report)
+
+
+def _notes(kinds: Sequence[KindResult], base: Base | None) -> list[str]:
+    sites = [site for kind in kinds for site in kind.sites]
+    notes = []
+    still = [site.key for site in sites if site.update.norm == 0]
+    if still:
+        notes.append(
+            f"{len(still)} of {len(sites)} weights are not changed at all, such as {still[0]}: "
+            f"B, or A, is zero there."
+        )
+    if base is not None:
+        missing = [site.key for site in sites if site.base_norm is None]
+        if missing:
+            notes.append(
+                f"The base's files hold {len(missing)} of the {len(sites)} weights in another form "
+                f"or under another name, such as {missing[0]}: they have no relative norm and no "
+                f"intruder dimensions."
+            )
+    return notes
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass

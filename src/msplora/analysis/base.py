@@ -1,0 +1,119 @@
+"""The base of an adapter: its shapes without its weights, and its weights one by one."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from msplora.errors import BaseModelError
+from msplora.loading import BaseOptions, base_class, loading_errors_explained, resolve_source
+
+_WEIGHTS = ("*.json", "*.safetensors")
+
+
+class Base:
+    """A base model of which nothing is loaded until it is asked for.
+
+    Raises:
+        BaseModelError: there is no such model.
+    """
+
+    def __init__(self, options: BaseOptions, config: PeftConfig) -> None:
+        assert options.source
+        self.source = resolve_source(options.source)
+        self._options, self._adapter = options, config
+        with loading_errors_explained(self.source):
+            self._config = transformers.AutoConfig.from_pretrained(
+                self.source,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+            )
+        self.model_type: str = self._config.model_type
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model on the meta device, of the class that it was adapted with."""
+        with loading_errors_explained(self.source):
+            found = base_class(self._adapter, self.source, self._options)
+        make = getattr(found, "from_config", found)  # the automatic classes are not made
+        try:
+            with torch.device("meta"):
+                return make(self._config)
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            raise BaseModelError(
+                f"the base {self.source!r} is a {self.model_type}, and cannot be built as the "
+                f"{found.__name__} that was adapted ({type(error).__name__}: {error}). Pass the "
+                f"model that the adapter was made for."
+            ) from error
+
+    def weight(self, key: str) -> Tensor | None:
+        """The weight of a module as the matrix (out, in), in its own dtype.
+
+        A convolution's counts as (O, I · kernel). None where the checkpoint has no tensor of that
+        name, as transformers may store several weights as one.
+
+        Raises:
+            BaseModelError: the weight is quantised, or its file cannot be read.
+        """
+        names = [f"{key}.weight", key]
+        prefix = getattr(self.model, "base_model_prefix", "") + "."
+        names += [its.removeprefix(prefix) for its in names] + [prefix + its for its in names]
+        name = next((its for its in names if its in self._files), None)
+        if name is None:
+            return None
+        file = self._files[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                weight = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BaseModelError(f"{str(file)!r} cannot be read: {error}.") from error
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise BaseModelError(
+                f"the base {self.source!r} stores {name!r} as {str(weight.dtype).split('.')[-1]}: "
+                f"it is quantised. Pass --base with the model that it was made from."
+            )
+        module = self.module(key)
+        if isinstance(module, (Conv1D, nn.Embedding)):
+            return weight.t()
+        return weight.flatten(1) if isinstance(module, nn.Module) and weight.ndim > 2 else weight
+
+    def module(self, key: str) -> Any:
+        """The module, or the parameter, of that path; None where there is none."""
+        found: Any = self.model
+        for name in key.split("."):
+            found = getattr(found, name, None)
+        return found
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Name of a tensor → the file it is in."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            import huggingface_hub
+
+            with loading_errors_explained(self.source):
+                folder = Path(
+                    huggingface_hub.snapshot_download(
+                        self.source, revision=self._options.revision, allow_patterns=list(_WEIGHTS)
+                    )
+                )
+        # Some publish a second copy of all weights under another name.
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise BaseModelError(
+                f"the base {self.source!r} has no weights in safetensors, which are read one by "
+                f"one. Save it again with safe_serialization=True."
+            )
+        found = {}
+        for file in files:
+            with loading_errors_explained(self.source), safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        return found

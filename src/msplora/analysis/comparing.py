@@ -1,0 +1,52 @@
+"""Two adapters beside each other: their updates of the weights that both adapt."""
+
+from __future__ import annotations
+
+import torch
+
+from .kinds import Coordinates
+from .measures import cosines, numerical_ranks, overlaps, spans
+from .results import Comparison, KindComparison, numbers
+from .stored import StoredAdapter, StoredKind
+
+
+def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> Comparison:
+    """Layer by layer, kinds of the same name and shape; without any in common, nothing."""
+    others = {_identity(kind): kind for kind in second.kinds}
+    found = []
+    for kind in first.kinds:
+        other = others.get(_identity(kind))
+        if other is not None:
+            its = _compare(kind, other)
+            found += [its] if its else []
+    return Comparison(*names, tuple(found))
+
+
+def _identity(kind: StoredKind) -> tuple[str, int, int]:
+    # With a base the name may carry its list of blocks, where several lists have such a kind.
+    return kind.name.rpartition(":")[2], kind.out_features, kind.in_features
+
+
+def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
+    places = {site.layer: site for site in second.sites}
+    shared = [(site, places[site.layer]) for site in first.sites if site.layer in places]
+    if not shared:
+        return None
+    coordinates = Coordinates([*first.pairs, *second.pairs])
+    ours = coordinates.updates([site.pairs for site, _ in shared])
+    offset = len(first.pairs)
+    theirs = coordinates.updates([[offset + its for its in site.pairs] for _, site in shared])
+    shape = first.out_features, first.in_features
+    ranks = [numerical_ranks(its.values, *shape) for its in (ours, theirs)]
+    columns = [spans(its.left, rank) for its, rank in zip((ours, theirs), ranks, strict=True)]
+    rows = [spans(its.right, rank) for its, rank in zip((ours, theirs), ranks, strict=True)]
+    larger = float(torch.maximum(*ranks).double().mean())
+    return KindComparison(
+        first.name,
+        tuple(site.layer for site, _ in shared),
+        numbers(cosines(ours, theirs).diagonal()),
+        numbers(overlaps(*columns).diagonal()),
+        numbers(overlaps(*rows).diagonal()),
+        larger / first.out_features,
+        larger / first.in_features,
+    )

@@ -1,0 +1,11 @@
+"use strict";
+// Opens or closes all tables at once. Without JavaScript each opens by itself, and the button is hidden.
+const button = document.getElementById("open-all");
+const tables = document.querySelectorAll("details");
+button.hidden = tables.length === 0;
+button.addEventListener("click", () => {
+  const open = button.getAttribute("aria-pressed") !== "true";
+  for (const table of tables) table.open = open;
+  button.setAttribute("aria-pressed", String(open));
+  button.textContent = open ? "Close all tables" : "Open all tables";
+});

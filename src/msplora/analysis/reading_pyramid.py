@@ -1,0 +1,247 @@
+"""The updates in the file of a pyramid: pairs by their addresses, and who borrows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from msplora.config import MSPLoraConfig
+from msplora.errors import AdapterFileError, BaseModelError, TargetError
+from msplora.matching import STORE_NAME, pattern_matches
+from msplora.planning import plan
+from msplora.pyramid import PER_LAYER, Level, Plan
+from msplora.spectrum import as_matrices
+from msplora.store import A, B, name_in_file
+
+from .base import Base
+from .stored import StoredKind, StoredPair, StoredSite
+
+_TENSOR = re.compile(
+    rf"(?:.*\.)?{STORE_NAME}\.(?P<level>[a-z0-9_]+)/(?P<group>\d+)/(?P<kind>.+)/pair"
+    rf"\.(?P<factor>{A}|{B})\.factor"
+)
+_SHOWN = 3
+
+
+def planned_kinds(
+    tensors: Mapping[str, Tensor], config: MSPLoraConfig, where: str, base: Base
+) -> tuple[StoredKind, ...]:
+    """The kinds of the plan that the config makes of its base; raises as `read_adapter`."""
+    made_for = config.model_type, config.fingerprint
+    wrong = f"the base {base.source!r} does not match {where}: "
+    if made_for[0] not in (None, base.model_type):
+        raise BaseModelError(
+            f"{wrong}that was made for a {made_for[0]}, and this is a {base.model_type}. Pass the "
+            f"model that the adapter was made for."
+        )
+    try:
+        found = plan(base.model, config)
+    except TargetError as error:
+        raise BaseModelError(f"{wrong}{error}") from None
+    if made_for[1] not in (None, found.fingerprint):
+        raise BaseModelError(
+            f"{wrong}names and shapes of the adapted weights have the hash {found.fingerprint}, "
+            f"and the adapter's had {made_for[1]}. Pass the model that it was made for."
+        )
+    return _kinds_of_plan(tensors, found, where)
+
+
+def _kinds_of_plan(
+    tensors: Mapping[str, Tensor], found: Plan, where: str
+) -> tuple[StoredKind, ...]:
+    stored = _addresses(tensors)
+    _refuse_missing([pair.address for pair in found.pairs], stored, where)
+    kinds = []
+    for kind in found.kinds:
+        pairs = [pair for pair in found.pairs if pair.kind == kind.name]
+        experts = kind.shape.blocks if kind.shape.layout == "experts" else 1
+        for expert in range(experts):
+            matrices = []
+            for pair in pairs:
+                a, b = stored[pair.address]
+                wanted = kind.shape.a(pair.rank), kind.shape.b(pair.rank)
+                if (tuple(a.shape), tuple(b.shape)) != wanted:
+                    raise _misshapen(where, pair.address, a, b, wanted)
+                a_RI, b_OR = _matrices(a, b, experts, expert)
+                matrices.append(StoredPair(pair.level, pair.group, pair.scale, a_RI, b_OR))
+            name = kind.name if experts == 1 else f"{kind.name}[expert {expert}]"
+            sites = tuple(
+                StoredSite(
+                    site.key,
+                    site.block,
+                    tuple(place for place, pair in enumerate(pairs) if site.key in pair.sites),
+                )
+                for site in kind.sites
+            )
+            kinds.append(StoredKind(name, tuple(matrices), sites))
+    return tuple(kinds)
+
+
+def counted_kinds(
+    tensors: Mapping[str, Tensor], config: MSPLoraConfig, where: str
+) -> tuple[StoredKind, ...]:
+    """The kinds as the file alone tells them; raises as `read_adapter`."""
+    stored = _addresses(tensors)
+    groups: dict[str, dict[str, set[int]]] = {}  # kind -> level -> groups
+    for address in stored:
+        level, group, kind = address.split("/", 2)
+        groups.setdefault(kind, {}).setdefault(level, set()).add(int(group))
+    if not groups:
+        raise AdapterFileError(
+            f"{where} holds no pair of a pyramid. The file is not whole, or not this adapter's; "
+            f"save or copy it again."
+        )
+    levels = _levels_of(config, list(groups))
+    kinds = []
+    for kind, found in groups.items():
+        layers = _layers(kind, found, levels[kind], where)
+        wanted = [
+            f"{level.name}/{group}/{kind}"
+            for level in levels[kind]
+            for group in range(level.groups_among(layers))
+        ]
+        _refuse_missing(wanted, stored, where)
+        kinds += _counted(kind, layers, levels[kind], stored, config, where)
+    return tuple(sorted(kinds, key=lambda kind: kind.name))
+
+
+def _counted(
+    kind: str,
+    layers: int,
+    levels: tuple[Level, ...],
+    stored: Mapping[str, tuple[Tensor, Tensor]],
+    config: MSPLoraConfig,
+    where: str,
+) -> list[StoredKind]:
+    rows = stored[f"{levels[0].name}/0/{kind}"][0].shape[0]
+    experts = max(1, rows // levels[0].rank)
+    borrowed: list[list[int]] = [[] for _ in range(layers)]
+    matrices: list[list[StoredPair]] = [[] for _ in range(experts)]
+    place = 0
+    for level in levels:
+        for group in range(level.groups_among(layers)):
+            address = f"{level.name}/{group}/{kind}"
+            a, b = stored[address]
+            if a.shape[0] != level.rank * experts:
+                wanted = (level.rank * experts, *a.shape[1:]), tuple(b.shape)
+                raise _misshapen(where, address, a, b, wanted)
+            for expert in range(experts):
+                a_RI, b_OR = _matrices(a, b, experts, expert)
+                if a_RI.shape[0] != b_OR.shape[1]:
+                    wanted = tuple(a.shape), (b.shape[0], a.shape[0])
+                    raise _misshapen(where, address, a, b, wanted)
+                matrices[expert].append(StoredPair(level.name, group, level.scale, a_RI, b_OR))
+            for layer in range(layers):
+                if level.group_of(layer, layers) == group:
+                    borrowed[layer].append(place)
+            place += 1
+    asked: Any = config.layers_to_transform
+    numbers = sorted({asked} if isinstance(asked, int) else set(asked or ()))
+    if len(numbers) != layers:
+        numbers = list(range(layers))
+    sites = tuple(
+        StoredSite(f"{number}.{kind}", number, tuple(its))
+        for number, its in zip(numbers, borrowed, strict=True)
+    )
+    if experts == 1:
+        return [StoredKind(kind, tuple(matrices[0]), sites)]
+    return [
+        StoredKind(f"{kind}[expert {expert}]", tuple(pairs), sites)
+        for expert, pairs in enumerate(matrices)
+    ]
+
+
+def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Address of a pair → (A, B); of a pair that is not whole, nothing."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match:
+            kind = match["kind"].replace("/", ".")
+            address = f"{match['level']}/{match['group']}/{kind}"
+            found.setdefault(address, {})[match["factor"]] = tensor
+    return {address: (its[A], its[B]) for address, its in found.items() if len(its) == 2}
+
+
+def _refuse_missing(
+    wanted: list[str], stored: Mapping[str, tuple[Tensor, Tensor]], where: str
+) -> None:
+    missing = [address for address in wanted if address not in stored]
+    left_over = [address for address in stored if address not in wanted]
+    # Another kind's are not left over: whoever asks for one kind knows only of that.
+    kinds = {address.split("/", 2)[2] for address in wanted}
+    left_over = [address for address in left_over if address.split("/", 2)[2] in kinds]
+    if not missing and not left_over:
+        return
+    what = "lacks" if missing else "holds, beyond the pyramid of its config,"
+    which = missing or left_over
+    levels = sorted({address.partition("/")[0] for address in which})
+    more = f" and {len(which) - _SHOWN} more" if len(which) > _SHOWN else ""
+    raise AdapterFileError(
+        f"{where} {what} {len(which)} pair(s) of the level(s) {', '.join(levels)}: "
+        f"{', '.join(which[:_SHOWN])}{more} (as {name_in_file(which[0], A)}). The file is not "
+        f"whole, or not this config's; save or copy the adapter again."
+    )
+
+
+def _layers(kind: str, found: Mapping[str, set[int]], levels: tuple[Level, ...], where: str) -> int:
+    """How many layers share the pairs of a kind: as many as a level of one pair each has."""
+    missing = [level.name for level in levels if level.name not in found]
+    if missing:
+        raise AdapterFileError(
+            f"{where} lacks the level(s) {', '.join(missing)} of {kind!r}: the config's pyramid "
+            f"has {', '.join(level.name for level in levels)}. The file is not whole; save or copy "
+            f"the adapter again."
+        )
+    own = [max(found[level.name]) + 1 for level in levels if level.groups == PER_LAYER]
+    if not own:
+        raise BaseModelError(
+            f"{where}: no level has a pair for each layer, so the file alone does not say how many "
+            f"layers share. Pass --base."
+        )
+    return max(own)
+
+
+def _levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level, ...]]:
+    """Kind → its levels; with patterns, those of the first that matches the kind's name."""
+    found = dict.fromkeys(kinds, config.pyramid)
+    values: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    for what in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (getattr(config, what) or {}).items():
+            of = [kind for kind in kinds if pattern_matches(pattern, _path(kind))]
+            if not of:
+                raise BaseModelError(
+                    f"{what} names {pattern!r}, which the file alone does not tell apart. Pass "
+                    f"--base."
+                )
+            for kind in of:
+                values[kind].setdefault(what, value)
+    for kind, its in values.items():
+        if its:
+            found[kind] = config.pyramid_with(its.get("rank_pattern"), its.get("alpha_pattern"))
+    return found
+
+
+def _path(kind: str) -> str:
+    """The path inside the block: a kind's name may hold its list of blocks and its shape too."""
+    return kind.rpartition(":")[2].partition("[")[0]
+
+
+def _matrices(a: Tensor, b: Tensor, experts: int, expert: int) -> tuple[Tensor, Tensor]:
+    """A pair as matrices (R, I), (O, R); of experts, those of one."""
+    if experts > 1:
+        a_ERI, b_EOR = as_matrices(a, b, experts=experts)
+        return a_ERI[expert], b_EOR[expert]
+    groups = len(a) // b.shape[1] if a.ndim > 2 else 1
+    return as_matrices(a, b, groups=groups)
+
+
+def _misshapen(where: str, address: str, a: Tensor, b: Tensor, wanted: Any) -> AdapterFileError:
+    return AdapterFileError(
+        f"{where}: pair {address} has A {tuple(a.shape)} and B {tuple(b.shape)}; the config asks "
+        f"for {wanted[0]} and {wanted[1]}. The file is not this config's; save or copy the adapter "
+        f"again."
+    )

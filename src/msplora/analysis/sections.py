@@ -1,0 +1,179 @@
+"""The charts of the page's sections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .charts import Chart, Series, line_chart
+from .results import AdapterResult, Comparison, KindResult, Number, SiteResult
+
+
+def layers_of(kind: KindResult) -> list[int]:
+    """The numbers of a kind's blocks; 0 outside every list of blocks."""
+    return [site.layer or 0 for site in kind.sites]
+
+
+def norms(kind: KindResult, levels: Sequence[str]) -> Chart:
+    """The norm of every level's update, layer by layer."""
+    series = [
+        Series(level, [site.levels[level].norm for site in kind.sites], f"c{place}")
+        for place, level in enumerate(levels)
+    ]
+    if len(levels) > 1:
+        series.append(Series("sum", [site.update.norm for site in kind.sites], "ref"))
+    return line_chart(f"{kind.name}: norm", "layer", "‖s·BA‖", layers_of(kind), series)
+
+
+def effective_ranks(kind: KindResult, levels: Sequence[str]) -> Chart:
+    """The effective rank of every level's update, layer by layer."""
+    series = [
+        Series(level, [site.levels[level].effective_rank for site in kind.sites], f"c{place}")
+        for place, level in enumerate(levels)
+    ]
+    if len(levels) > 1:
+        series.append(Series("sum", [site.update.effective_rank for site in kind.sites], "ref"))
+    return line_chart(
+        f"{kind.name}: effective rank", "layer", "effective rank", layers_of(kind), series
+    )
+
+
+def spectra(kind: KindResult, levels: Sequence[str]) -> list[Chart]:
+    """The singular values of the sum and of every level: one line per layer."""
+    whole = "update" if len(levels) == 1 else "sum of the levels"
+    charts = [_spectrum(kind, whole, [site.update.singular_values for site in kind.sites])]
+    if len(levels) > 1:
+        charts += [
+            _spectrum(kind, level, [site.levels[level].singular_values for site in kind.sites])
+            for level in levels
+        ]
+    return charts
+
+
+def _spectrum(kind: KindResult, what: str, values: Sequence[Sequence[float]]) -> Chart:
+    last = max(len(kind.sites) - 1, 1)
+    series = [
+        Series(_name(site), its, "shaded", place / last)
+        for place, (site, its) in enumerate(zip(kind.sites, values, strict=True))
+    ]
+    places = range(1, max(map(len, values)) + 1)
+    title = f"{kind.name}: {what}"
+    return line_chart(title, "k", "k-th singular value", places, series, log=True)
+
+
+def _name(site: SiteResult) -> str:
+    return site.key if site.layer is None else f"layer {site.layer}"
+
+
+def angles(kind: KindResult) -> Chart | None:
+    """The cosines of the principal angles between layers, mean over the pairs of layers."""
+    found = kind.similarity
+    if found is None:
+        return None
+    series = [
+        Series("columns", found.principal_columns, "c0"),
+        Series("rows", found.principal_rows, "c1"),
+    ]
+    places = range(1, max(len(its.values) for its in series) + 1)
+    title = f"{kind.name}: principal angles between layers"
+    return line_chart(title, "k", "cosine of the k-th", places, series, share=True)
+
+
+def explained(kind: KindResult) -> Chart | None:
+    """How much of all layers' updates one shared space, or pair, explains."""
+    found = kind.shared
+    if found is None:
+        return None
+    series = [
+        Series("shared columns", found.columns, "c0"),
+        Series("shared rows", found.rows, "c1"),
+        Series("one shared pair", found.pair, "c2"),
+    ]
+    places = range(1, max(len(its.values) for its in series) + 1)
+    title = f"{kind.name}: one shared space for all layers"
+    return line_chart(title, "rank k", "share explained", places, series, share=True)
+
+
+def inside_coarser(kind: KindResult, levels: Sequence[str]) -> Chart | None:
+    """How much of the last level lies in the span of all before it, layer by layer."""
+    if len(levels) < 2:
+        return None
+    of = tuple(levels[:-1])
+    (found,) = [its for its in kind.decoupling if its.level == levels[-1] and its.of == of]
+    layers = layers_of(kind)
+    series = [
+        Series("columns", found.columns, "c0"),
+        Series("rows", found.rows, "c1"),
+        Series("random columns", [found.random_columns] * len(layers), "ref"),
+        Series("random rows", [found.random_rows] * len(layers), "ref"),
+    ]
+    title = f"{kind.name}: {levels[-1]} within {' + '.join(of)}"
+    return line_chart(title, "layer", "share of the square", layers, series, share=True)
+
+
+def relative_norms(kind: KindResult) -> Chart | None:
+    """‖ΔW‖ / ‖W0‖, layer by layer."""
+    if kind.relative_norm is None:
+        return None
+    values = [site.relative_norm for site in kind.sites]
+    series = [Series("‖ΔW‖ / ‖W₀‖", values, "c0")]
+    return line_chart(
+        f"{kind.name}: relative norm", "layer", "‖ΔW‖ / ‖W₀‖", layers_of(kind), series
+    )
+
+
+def intruders(kind: KindResult) -> Chart | None:
+    """How many of the leading singular vectors are new, layer by layer."""
+    if kind.intruders is None:
+        return None
+    values: list[Number] = [
+        site.intruders.count if site.intruders is not None else None for site in kind.sites
+    ]
+    series = [Series("intruders", values, "c2")]
+    title = f"{kind.name}: intruder dimensions"
+    return line_chart(title, "layer", "number", layers_of(kind), series)
+
+
+def over_training(adapter: AdapterResult) -> list[Chart]:
+    """What the checkpoints were like, one small chart per figure."""
+    steps = [its.step for its in adapter.history]
+    levels = [its.level for its in adapter.levels]
+
+    def chart(title: str, label: str, attribute: str, share: bool = False) -> Chart:
+        series = [
+            Series(
+                level,
+                [getattr(its.levels[place], attribute) for its in adapter.history],
+                f"c{place}",
+            )
+            for place, level in enumerate(levels)
+        ]
+        return line_chart(title, "step", label, steps, series, share=share)
+
+    charts = [
+        chart("norm, root mean square", "‖s·BA‖", "norm"),
+        chart("effective rank, mean", "effective rank", "effective_rank"),
+        chart("stable rank, mean", "stable rank", "stable_rank"),
+    ]
+    if len(levels) > 1:
+        charts.insert(1, chart("share of the squares", "share", "share", share=True))
+        series = [
+            Series("columns", [its.coarser_columns for its in adapter.history], "c0"),
+            Series("rows", [its.coarser_rows for its in adapter.history], "c1"),
+        ]
+        title = f"{levels[-1]} within {' + '.join(levels[:-1])}"
+        charts.append(line_chart(title, "step", "share", steps, series, share=True))
+    return charts
+
+
+def side_by_side(comparison: Comparison) -> list[Chart]:
+    """How alike two adapters' updates of each weight are, one chart per kind."""
+    charts = []
+    for kind in comparison.kinds:
+        series = [
+            Series("cosine", kind.cosine, "c2"),
+            Series("columns", kind.columns, "c0"),
+            Series("rows", kind.rows, "c1"),
+        ]
+        layers = [its or 0 for its in kind.layers]
+        charts.append(line_chart(kind.kind, "layer", "likeness", layers, series, share=True))
+    return charts

@@ -1,0 +1,64 @@
+"""An adapter as its file holds it: pairs, and the weights that borrow them; no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """One (A, B) of a file, as matrices with a product."""
+
+    level: str
+    group: int
+    scale: float
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """One adapted weight."""
+
+    key: str
+    """Its path in the model; without the base, what the file tells of it."""
+    layer: int | None
+    """The number of its block, `None` outside every list of blocks."""
+    pairs: tuple[int, ...]
+    """Which of the kind's pairs it borrows, one per level."""
+
+
+@dataclass(frozen=True)
+class StoredKind:
+    """The weights that could share: of one place inside the block, and of one shape."""
+
+    name: str
+    pairs: tuple[StoredPair, ...]
+    sites: tuple[StoredSite, ...]
+    """In depth order."""
+
+    @property
+    def out_features(self) -> int:
+        return self.pairs[0].b_OR.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.pairs[0].a_RI.shape[1]
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """All of an adapter that is the product of two factors."""
+
+    path: Path
+    method: str
+    """ "MSPLoRA" or "LoRA"."""
+    base: str | None
+    """The base model that its config names."""
+    levels: tuple[str, ...]
+    kinds: tuple[StoredKind, ...]
+    notes: tuple[str, ...]
+    """What the reader of its figures should know, in sentences."""

@@ -1,0 +1,196 @@
+"""The figures of `msplora analyse`: those of the dense updates, by numpy's decompositions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import msplora
+from adapted_llama import adapted
+from msplora.analysis.results import AdapterResult, KindResult, LevelOverlap
+from oracle import plan_of, weight_delta
+from tiny import MODELS
+
+Array = Any
+
+
+def dense_levels(model: Any) -> dict[str, dict[str, Array]]:
+    """Site → level → the dense update s B A, (O, I), by the oracle of the tests."""
+    plan, factors = plan_of(model), msplora.factors(model)
+    root = model.get_base_model()
+    found: dict[str, dict[str, Array]] = {site.key: {} for site in plan.sites}
+    for pair in plan.pairs:
+        a, b, scale = factors[pair.address]
+        for key in pair.sites:
+            base = root.get_submodule(key).get_base_layer()
+            delta = weight_delta(plan.site_of[key], base, a.detach(), b.detach(), scale)
+            found[key][pair.level] = delta.double().numpy()
+    return found
+
+
+def column_space(update: Array) -> Array:
+    """An orthonormal basis, (O, rank)."""
+    left, values, _ = np.linalg.svd(update)
+    return left[:, : int((values > 1e-5 * values[0]).sum())]
+
+
+def overlap(one: Array, other: Array) -> float:
+    cosines = np.linalg.svd(column_space(one).T @ column_space(other), compute_uv=False)
+    return float((cosines**2).mean())
+
+
+def share_inside(update: Array, span: Array) -> float:
+    return float(np.linalg.norm(span.T @ update) ** 2 / np.linalg.norm(update) ** 2)
+
+
+def cosine(one: Array, other: Array) -> float:
+    return float((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    np.testing.assert_allclose(
+        np.array(found, dtype=float), np.array(expected), rtol=tolerance, atol=1e-9
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return adapted(r=4)
+
+
+@pytest.fixture(scope="module")
+def deltas(model: Any) -> dict[str, dict[str, Array]]:
+    return dense_levels(model)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    MODELS["llama"].model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(model: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterResult:
+    folder = tmp_path_factory.mktemp("pyramid")
+    model.save_pretrained(folder)
+    (found,) = msplora.analyse(folder, base=str(base), intruder_vectors=6).adapters
+    return found
+
+
+def test_norms_shares_spectra_and_ranks(result: AdapterResult, deltas: Any) -> None:
+    sites = [site for kind in result.kinds for site in kind.sites]
+    assert {site.key for site in sites} == set(deltas)
+    for site in sites:
+        of_levels = deltas[site.key]
+        assert list(site.levels) == list(of_levels) == ["global", "mid", "local"]
+        squares = sum(np.linalg.norm(its) ** 2 for its in of_levels.values())
+        measured = [(site.update, sum(of_levels.values()), 1.0)]
+        for level, its in of_levels.items():
+            measured.append((site.levels[level], its, np.linalg.norm(its) ** 2 / squares))
+        for found, dense, share in measured:
+            values = np.linalg.svd(dense, compute_uv=False)
+            close(found.norm, np.linalg.norm(dense))
+            close(found.share, share)
+            close(found.singular_values, values[: len(found.singular_values)])
+            assert found.numerical_rank == np.linalg.matrix_rank(dense.astype(np.float32))
+            assert len(found.singular_values) == found.numerical_rank
+            kept = values[: found.numerical_rank]
+            shares = kept / kept.sum()
+            close(found.effective_rank, np.exp(-(shares * np.log(shares)).sum()))
+            close(found.stable_rank, (kept**2).sum() / kept[0] ** 2)
+
+
+def kind_and_deltas(result: AdapterResult, deltas: Any, name: str) -> tuple[KindResult, Any]:
+    (kind,) = [kind for kind in result.kinds if kind.name == name]
+    return kind, [sum(deltas[site.key].values()) for site in kind.sites]
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj"])
+def test_similarity_of_layers(name: str, result: AdapterResult, deltas: Any) -> None:
+    kind, dense = kind_and_deltas(result, deltas, name)
+    similarity = kind.similarity
+    assert similarity is not None
+    close(similarity.cosine, [[cosine(one, other) for other in dense] for one in dense])
+    close(similarity.columns, [[overlap(one, other) for other in dense] for one in dense])
+    close(similarity.rows, [[overlap(one.T, other.T) for other in dense] for one in dense])
+    pairs = [(i, j) for i in range(len(dense)) for j in range(i + 1, len(dense))]
+    for found, transpose in ((similarity.principal_columns, False), (similarity.principal_rows, 1)):
+        sides = [its.T if transpose else its for its in dense]
+        cosines = [
+            np.linalg.svd(column_space(sides[i]).T @ column_space(sides[j]), compute_uv=False)
+            for i, j in pairs
+        ]
+        close(found, np.mean(cosines, axis=0))
+    close(similarity.random_columns, 7 / kind.out_features)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj"])
+def test_what_one_shared_space_or_pair_explains(
+    name: str, result: AdapterResult, deltas: Any
+) -> None:
+    kind, dense = kind_and_deltas(result, deltas, name)
+    assert kind.shared is not None
+    total = sum(np.linalg.norm(its) ** 2 for its in dense)
+    for found, joined in (
+        (kind.shared.columns, np.concatenate(dense, axis=1)),
+        (kind.shared.rows, np.concatenate(dense, axis=0)),
+    ):
+        values = np.linalg.svd(joined, compute_uv=False)
+        close(found, (np.cumsum(values**2) / total)[: len(found)])
+    left, values, right = np.linalg.svd(sum(dense) / len(dense))
+    for rank, found in enumerate(kind.shared.pair, start=1):
+        best = (left[:, :rank] * values[:rank]) @ right[:rank]
+        rest = sum(np.linalg.norm(its - best) ** 2 for its in dense)
+        close(found, 1 - rest / total)
+    assert len(kind.shared.pair) == 7  # what each layer has
+
+
+def test_overlap_of_levels(result: AdapterResult, deltas: Any) -> None:
+    for kind in result.kinds:
+        assert [(its.level, its.of) for its in kind.decoupling] == [
+            ("global", ("mid",)),
+            ("global", ("local",)),
+            ("mid", ("global",)),
+            ("mid", ("local",)),
+            ("local", ("global",)),
+            ("local", ("mid",)),
+            ("local", ("global", "mid")),
+        ]
+        for found in kind.decoupling:
+            for place, site in enumerate(kind.sites):
+                check_overlap(found, place, deltas[site.key])
+    last = result.kinds[0].decoupling[-1]
+    close(last.random_columns, 6 / 32)
+
+
+def check_overlap(found: LevelOverlap, place: int, of_levels: dict[str, Array]) -> None:
+    update = of_levels[found.level]
+    others = [of_levels[other] for other in found.of]
+    close(found.columns[place], share_inside(update, column_space(np.hstack(others))))
+    rows = column_space(np.hstack([other.T for other in others]))
+    close(found.rows[place], share_inside(update.T, rows))
+    if len(others) == 1:
+        close(found.cosine[place], cosine(update, others[0]))
+    else:
+        assert found.cosine == ()
+
+
+def test_against_the_base(result: AdapterResult, deltas: Any) -> None:
+    root = MODELS["llama"].model()
+    for kind in result.kinds:
+        for site in kind.sites:
+            weight = root.get_submodule(site.key).weight.detach().double().numpy()
+            update = sum(deltas[site.key].values())
+            close(site.base_norm, np.linalg.norm(weight))
+            close(site.relative_norm, np.linalg.norm(update) / np.linalg.norm(weight))
+            before = np.linalg.svd(weight)[0][:, : min(weight.shape)]
+            after = np.linalg.svd(weight + update)[0][:, :6]
+            cosines = np.abs(before.T @ after).max(axis=0)
+            assert site.intruders is not None
+            np.testing.assert_allclose(site.intruders.cosines, cosines, atol=1e-4)
+            assert site.intruders.count == (cosines < 0.5).sum()
+    assert any(site.intruders.count for kind in result.kinds for site in kind.sites)  # pyright: ignore

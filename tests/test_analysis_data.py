@@ -1,0 +1,82 @@
+"""What `msplora analyse --data` measures: the losses of adapters in whose files a level is zero."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import msplora as library
+from msplora.analysis.results import Ablation
+from msplora.train.evaluation import evaluate_run
+from runs import config_on, msplora, save_bases, write_config
+
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+def trained(folder: Path, task: str, **changes: Any) -> tuple[Path, str]:
+    """A run of a few steps, and rows for it."""
+    bases = save_bases(folder)
+    content = config_on(bases, task, output=str(folder / "run"), **changes)
+    content["training"]["epochs"] = 2
+    result = msplora("train", write_config(folder / "config.yaml", content))
+    assert result.code == 0, result.error
+    return folder / "run", content["data"]["train"]
+
+
+def with_zeros(run: Path, folder: Path, *parts: str) -> Path:
+    """A copy of a run in whose adapter every B of a name with one of `parts` is zero."""
+    shutil.copytree(run, folder)
+    tensors = load_file(folder / WEIGHTS)
+    for key, tensor in tensors.items():
+        if any(part in key for part in parts) and ("_B." in key):
+            tensors[key] = torch.zeros_like(tensor)
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def ablation(run: Path, data: str) -> Ablation:
+    (found,) = library.analyse(run, data=data).adapters
+    assert found.ablation is not None
+    return found.ablation
+
+
+def test_levels_of_a_language_model_and_preferences_refused(tmp_path: Path) -> None:
+    run, data = trained(tmp_path, "sft")
+    found = ablation(run, data)
+    assert (found.unit, found.rows) == ("token", 40)
+    levels = ("global", "mid", "local")
+    pairs = (("global", "mid"), ("global", "local"), ("mid", "local"))
+    assert [its.levels for its in found.runs] == [(), *((its,) for its in levels), *pairs, levels]
+    for number, its in enumerate(found.runs):
+        parts = [f".{level}/" for level in its.levels]
+        copy = with_zeros(run, tmp_path / f"copy{number}", *parts)
+        assert its.loss == pytest.approx(evaluate_run(copy, data)["loss"], abs=1e-6)
+        assert its.change == pytest.approx(its.loss - found.runs[0].loss, abs=1e-9)
+        assert its.low <= its.change <= its.high
+    whole, *_, none = found.runs
+    assert none.low > 0  # it was trained on these rows
+    assert whole.low == whole.high == 0
+    # Reading and measuring leaves the run as it was.
+    assert ablation(run, data) == found
+
+    record = run / "adapter/task.json"
+    record.write_text(record.read_text().replace('"task": "sft"', '"task": "dpo"'))
+    result = msplora("analyse", run, "--data", data, "--output", tmp_path / "page.html")
+    assert result.code == 1
+    assert "trained on preferences" in result.error
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_plain_lora_of_a_classifier_keeps_its_head(tmp_path: Path) -> None:
+    run, data = trained(tmp_path, "classification", method="lora")
+    found = ablation(run, data)
+    assert [its.levels for its in found.runs] == [(), ("lora",)]
+    assert found.unit == "row"
+    for its, parts in zip(found.runs, ([], ["lora"]), strict=True):
+        copy = with_zeros(run, tmp_path / f"copy{len(parts)}", *parts)
+        assert its.loss == pytest.approx(evaluate_run(copy, data)["loss"], abs=1e-5)

@@ -1,0 +1,261 @@
+"""The page of an analysis, and the command: nothing from a file is markup, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+import msplora
+from adapted_llama import adapted
+from msplora.analysis.charts import Series, line_chart
+from msplora.analysis.results import Ablation, Analysis, Checkpoint, SwitchedOff
+from runs import msplora as command
+from tiny import MODELS, llama
+
+_VOID = {"meta", "link", "br", "img", "input", "hr"}
+EVIL = '<script>alert("x")</script>\'"&'
+
+
+class Page(HTMLParser):
+    """The elements of a page; refuses tags that are not closed in their order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for its, attributes in self.elements if its == tag]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    adapted().save_pretrained(folder / "pyramid")
+    lora = LoraConfig(r=14, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(llama(), lora).save_pretrained(folder / "lora")
+    MODELS["llama"].model().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folders: Path) -> Analysis:
+    """Everything that a page can show."""
+    found = msplora.analyse(folders / "pyramid", folders / "lora", base=str(folders / "base"))
+    first, second = found.adapters
+    history = tuple(Checkpoint(step, first.levels, 0.1, 0.2) for step in (10, 20))
+    runs = (SwitchedOff((), 1.5, 0, 0, 0), SwitchedOff(("local",), 1.75, 0.25, 0.125, 0.375))
+    first = replace(first, history=history, ablation=Ablation("rows.jsonl", 40, "token", runs))
+    return replace(found, adapters=(first, second))
+
+
+@pytest.fixture(scope="module")
+def page(found: Analysis) -> Page:
+    return Page(found.to_html())
+
+
+def test_the_page_is_whole_and_needs_nothing_else(found: Analysis, page: Page) -> None:
+    text = found.to_html()
+    assert not re.findall(r"""src=|href=(?!"#)|url\(|@import|https?://""", text)
+    sections = {attributes.get("id") for attributes in page.all("h2")}
+    assert sections >= {"levels", "spectra", "between", "decoupling", "base", "data", "training"}
+    assert "side" in sections
+    links = {attributes["href"] for attributes in page.all("a")}
+    assert {f"#{name}" for name in sections if name} <= links
+    ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_what_is_drawn_can_be_read_and_reached_by_key(page: Page) -> None:
+    ids = {attributes["id"] for _, attributes in page.elements if attributes.get("id")}
+    drawn = [its for its in page.all("svg") if its.get("aria-hidden") != "true"]
+    assert len(drawn) > 20
+    for picture in drawn:
+        assert picture["role"] == "img"
+        assert set((picture["aria-labelledby"] or "").split()) <= ids
+    # Behind each a table; what can be wider than the page is reached by Tab.
+    assert len(page.all("details")) == len(drawn)
+    regions = [its for its in page.all("div") if its.get("class") == "wide"]
+    assert len(regions) == len(page.all("table"))
+    assert all(its["tabindex"] == "0" and its["aria-label"] for its in regions)
+    assert all(its.get("scope") in ("col", "row") for its in page.all("th"))
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_it_shows_the_numbers(found: Analysis, page: Page) -> None:
+    text = " ".join(page.texts)
+    kind = found.adapters[0].kinds[0]
+    assert kind.similarity is not None
+    for value in kind.similarity.columns[0]:
+        assert str(round((value or 0) * 100)) in page.texts
+    assert f"{kind.sites[0].levels['mid'].norm:.3g}" in text
+    assert "+0.1250 to +0.3750" in text
+    assert kind.intruders is not None
+    assert f"{kind.intruders[0]} of the {kind.intruders[1]} vectors" in text
+
+
+def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -> None:
+    assert Path(found.adapters[0].base or "").is_absolute()
+    text = found.to_html()
+    for adapter in found.adapters:
+        assert str(Path(adapter.path).parents[1]) not in text
+
+
+def test_names_from_files_are_escaped(found: Analysis) -> None:
+    first, second = found.adapters
+    kinds = tuple(replace(kind, name=EVIL) for kind in first.kinds)
+    first = replace(first, name=EVIL, base=EVIL, kinds=kinds, notes=(EVIL,))
+    first = replace(first, ablation=replace(first.ablation, data=EVIL))  # pyright: ignore
+    evil = replace(found, adapters=(first, second)).to_html()
+    assert "alert(" in evil
+    assert "<script>alert" not in evil
+    assert len(Page(evil).all("script")) == 1
+    for _, attributes in Page(evil).elements:
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_a_page_of_one_lora_has_no_empty_sections(folders: Path) -> None:
+    page = Page(msplora.analyse(folders / "lora").to_html())
+    sections = {attributes["id"] for attributes in page.all("h2") if attributes.get("id")}
+    assert sections == {"levels", "spectra", "between"}
+
+
+_CHECKS = """<script>
+document.getElementById("open-all").click();
+document.body.dataset.open = [...document.querySelectorAll("details")].every((its) => its.open);
+document.body.dataset.fits = document.documentElement.scrollWidth <= window.innerWidth;
+document.body.dataset.dark = getComputedStyle(document.body).backgroundColor;
+document.body.dataset.errors = window.failed || 0;
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "ground"), [(0, "rgb(13, 17, 23)"), (1, "rgb(255, 255, 255)")])
+@pytest.mark.parametrize("width", [500, 1400])
+def test_it_works_in_a_browser(
+    scheme: int, ground: str, width: int, found: Analysis, tmp_path: Path
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    text = found.to_html().replace("</body>", _CHECKS)
+    text = text.replace("<head>", "<head><script>window.onerror = () => window.failed = 1</script>")
+    (tmp_path / "page.html").write_text(text)
+    command = [
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+        *(f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},900"),
+        (tmp_path / "page.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    (body,) = Page(done.stdout).all("body")
+    assert body == {
+        "data-open": "true",
+        "data-fits": "true",
+        "data-dark": ground,
+        "data-errors": "0",
+    }
+
+
+def test_the_json_is_the_result(found: Analysis) -> None:
+    content = json.loads(found.to_json())
+    site = found.adapters[0].kinds[0].sites[0]
+    written = content["adapters"][0]["kinds"][0]["sites"][0]
+    assert written["levels"]["mid"]["norm"] == site.levels["mid"].norm
+    assert written["relative_norm"] == site.relative_norm
+    assert written["intruders"]["count"] == site.intruders.count  # pyright: ignore
+    assert content["version"] == msplora.__version__
+
+
+def test_a_chart_puts_values_where_they_belong() -> None:
+    chart = line_chart("t", "x", "y", [0, 1, 2, 3, 4], [Series("a", [0, 10, None, 10, None])])
+    (line,) = chart.lines
+    assert line.paths == (f"{chart.left}.0,{chart.bottom}.0 {across(chart, 1)},{chart.top}.0",)
+    assert line.dots == ((across(chart, 3), chart.top),)
+    assert chart.rows[2] == ("2", "–")
+    log = line_chart("t", "k", "y", [1, 2, 3], [Series("a", [100.0, 1.0, 0.0])], log=True)
+    assert [tick.text for tick in log.y_ticks] == ["1", "10", "100"]
+    assert log.lines[0].paths == (f"{log.left}.0,{log.top}.0 {across(log, 1, 2)},{log.bottom}.0",)
+
+
+def across(chart: Any, step: int, steps: int = 4) -> float:
+    return round(chart.left + (chart.right - chart.left) * step / steps, 1)
+
+
+def test_a_chart_of_zeros_or_nothing_can_be_drawn() -> None:
+    for values in ([0.0, 0.0], [None, None], [-1.0, -2.0]):
+        for log in (False, True):
+            line_chart("t", "x", "y", [0, 1], [Series("a", values)], log=log)
+    line_chart("t", "x", "y", [3], [Series("a", [0.5])], share=True)
+
+
+def test_the_command_writes_a_folder_and_prints_tables(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made/here"
+    result = command("analyse", folders / "pyramid", folders / "lora", "--output", out)
+    assert result.code == 0, result.error
+    assert {file.name for file in out.iterdir()} == {"analysis.html", "analysis.json"}
+    assert "global" in result.out
+    assert "pyramid against lora" in result.out
+    content = json.loads((out / "analysis.json").read_text())
+    printed = command("analyse", folders / "pyramid", folders / "lora", "--json").json()
+    assert printed == content
+
+
+def test_the_command_overwrites_nothing(folders: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    result = command("analyse", folders / "pyramid", "--output", page)
+    assert result.code == 1
+    assert "already. Choose another output, or pass --force" in result.error
+    assert page.read_text() == "mine"
+    assert command("analyse", folders / "pyramid", "--output", page, "--force").code == 0
+    assert page.read_text().startswith("<!doctype html>")
+    (tmp_path / "file").write_text("mine")
+    result = command("analyse", folders / "pyramid", "--output", tmp_path / "file", "--force")
+    assert "is a file; give a folder" in result.error
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(its.name for its in tmp_path.iterdir()) == ["file", "page.html"]
+
+
+def test_without_jinja2_the_extra_is_named_before_any_work(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = command("analyse", folders / "pyramid", "--output", tmp_path / "out")
+    assert result.code == 1
+    assert "pip install 'msplora[report]'" in result.error
+    assert command("analyse", folders / "pyramid").code == 0
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    result = command("analyse", tmp_path / "nothing", "--output", tmp_path / "out")
+    assert result.code == 1
+    assert "there is no folder" in result.error
+    assert not (tmp_path / "out").exists()
