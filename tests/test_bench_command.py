@@ -183,6 +183,7 @@ def test_speed_writes_rows_with_their_origin(tmp_path: Path) -> None:
     assert [row["batch"] for row in results.read(out)["rows"]] == [2, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_memory_measures_each_method_in_a_process_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "memory.json"
     shown = command("bench", "memory", *TINY, "--method", "msplora", "--output", out)
@@ -234,6 +235,7 @@ def gpu_script() -> ModuleType:
     return module
 
 
+@pytest.mark.thorough
 def test_the_gpu_script_goes_its_way_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

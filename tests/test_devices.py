@@ -136,7 +136,7 @@ def test_a_sharded_model_trains_saves_and_resumes(bases: Path) -> None:
     assert reloaded.json()["loss"] == pytest.approx(best["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_deepspeed_trains_saves_and_resumes(bases: Path, strategy: str) -> None:
     pytest.importorskip("deepspeed", reason="a large extra with compiled parts: by hand")
@@ -153,7 +153,7 @@ def test_deepspeed_trains_saves_and_resumes(bases: Path, strategy: str) -> None:
     assert_alike("one", "two")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_stages_under_ddp(bases: Path) -> None:
     options = {"stages": ["global", ["mid", "local"]]}
     assert command("train", config(bases, "sft", "one", 1, **options)).code == 0

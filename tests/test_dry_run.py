@@ -177,6 +177,7 @@ def test_no_weight_is_needed_and_nothing_is_written(folder: Path, tmp_path: Path
         prepare_job(read_settings(file))  # a real run does need them
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_so_and_what_would_help(folder: Path, tmp_path: Path) -> None:
     frugal = {"dtype": "bfloat16", "training__gradient_checkpointing": True}
     content = config(folder, training__batch_size=32, **frugal)
@@ -194,7 +195,7 @@ def test_what_does_not_fit_says_so_and_what_would_help(folder: Path, tmp_path: P
     assert found["remedies"][0]["needed"] < found["needed"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_remedy_takes_what_a_run_with_it_takes(folder: Path) -> None:
     settings = make_settings(config(folder, training__batch_size=32), "test")
     found = dry_run(settings, "cpu:1MB")
@@ -278,7 +279,7 @@ def test_a_checkpointed_run_can_be_foreseen_for_a_gpu(folder: Path) -> None:
     assert dry_run(settings, "H100").fits
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_model_of_7b_takes_no_memory(folder: Path, tmp_path: Path) -> None:
     decoder = json.loads((folder / "decoder/config.json").read_text())
     llama = {

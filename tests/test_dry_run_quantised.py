@@ -99,6 +99,7 @@ def test_weights_and_scales_are_those_of_the_real_base(folder: Path, bits: str) 
     assert sum(its.nbytes for its in scales(without)) == sum(its.nbytes for its in scales(real))
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_is_quantised_is_foreseen_alike(folder: Path, tmp_path: Path) -> None:
     asked = hf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -113,6 +114,7 @@ def test_a_checkpoint_that_is_quantised_is_foreseen_alike(folder: Path, tmp_path
     assert stored.trainable == made.trainable
 
 
+@pytest.mark.thorough
 def test_a_base_is_smaller_by_what_its_bits_say(folder: Path) -> None:
     frozen = {
         bits: dry_run(settings_of(folder, quantization=bits), "24GB").estimate.training.parts[
@@ -124,6 +126,7 @@ def test_a_base_is_smaller_by_what_its_bits_say(folder: Path) -> None:
     assert frozen["4bit"] < 0.3 * frozen[None]
 
 
+@pytest.mark.thorough
 def test_the_real_base_can_be_loaded_after_a_dry_run(folder: Path) -> None:
     """bitsandbytes keeps its code books for the whole process."""
     dry_run(settings_of(folder), "24GB")

@@ -126,6 +126,7 @@ def test_it_computes_what_the_released_forward_computed(
         )
 
 
+@pytest.mark.slow
 def test_without_ranks_nothing_is_lost_and_with_ranks_it_is_said(
     released: Path, tmp_path: Path
 ) -> None:

@@ -469,7 +469,7 @@ def test_runs_in_processes_of_their_own_are_stopped_killed_and_continued(here: P
     assert same(*map(tensors, adapters))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_fails_or_is_killed_takes_no_other_with_it(here: Path) -> None:
     training = {**BASE["training"], "max_steps": 100}
     content: dict[str, Any] = {"output": "out", "config": {**BASE, "training": training}}
