@@ -220,7 +220,7 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     assert done.exit_code != 0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_both_methods_learn_what_the_model_could_not_do(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     run_demo(out, console=Console(quiet=True))

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 import msplora
 
-pytestmark = pytest.mark.slow
-
 BATCH = 4
 
 
@@ -184,7 +182,13 @@ CASES: dict[str, Callable[[int], None]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(its, marks=pytest.mark.thorough if "reentrant" in its else pytest.mark.slow)
+        for its in CASES
+    ],
+)
 def test_two_processes(case: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
