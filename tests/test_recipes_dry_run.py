@@ -45,9 +45,8 @@ CONFIGS: dict[str, Any] = {
 """The shapes of the models, as their config.json has them."""
 
 
-# One of each model and kind of task in CI; of the rest, the paper's differ in their rows.
+# In CI what takes seconds; a 7B or a 0.6B with 151,936 words takes a minute.
 IN_CI = {
-    "llama-2-7b-alpaca-1gpu",
     "roberta-base-mrpc-1gpu",
     "roberta-base-rte-1gpu",
     "vit-base-food101-1gpu",
