@@ -182,10 +182,17 @@ CASES: dict[str, Callable[[int], None]] = {
 }
 
 
+BY_HAND = {
+    "ddp_with_reentrant_checkpointing",
+    "ddp_with_reentrant_checkpointing_and_static_graph",
+    "fsdp1",
+}
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(its, marks=pytest.mark.thorough if "reentrant" in its else pytest.mark.slow)
+        pytest.param(its, marks=pytest.mark.thorough if its in BY_HAND else pytest.mark.slow)
         for its in CASES
     ],
 )
