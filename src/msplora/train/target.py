@@ -30,7 +30,7 @@ CPU_SLACK = 0.25
 CPU_LIBRARIES = 256 * 2**20
 """And what libraries take when they are first used. With both, the fifteen processes
 of benchmarks/results/dry-run.jsonl would have fitted, the tightest with 75 MiB to spare.
-The same processes on another machine took up to 230 MiB less."""
+The same processes on another machine took up to 308 MiB less."""
 
 # GiB, by the names they go by.
 _CARDS = {
