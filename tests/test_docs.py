@@ -141,6 +141,7 @@ def test_every_block_is_run_by_one_of_these_tests() -> None:
     assert len(COMMANDS) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_a_config_trains(part: str, workspace: Path) -> None:
     if "init_from" in part:
