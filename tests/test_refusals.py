@@ -168,6 +168,12 @@ def test_a_target_that_matches_nothing(name: str, wrap: Any) -> None:
     wrap(model, config())
 
 
+def test_what_catches_pefts_error_for_no_match_catches_ours() -> None:
+    pefts = getattr(peft, "NoMatchingPeftModuleError", ValueError)  # new in 0.21
+    with pytest.raises(pefts, match=r"Target modules .* not found in the base model"):
+        get_peft_model(LLAMA.model(), config(target_modules=["q_prj"]))
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "says"),
     [
