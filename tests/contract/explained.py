@@ -58,7 +58,16 @@ EXPLAINED += [
     Explanation(
         f"prints, or sets in place, a layer's own factors; {_OWN} (`msplora.factors` gives them)",
         "test_repr_lora|test_loading_adapter_preserves_custom_requires_grad|works_with_existing_par"
-        "|targeting_param_equivalent",
+        "|targeting_param_equivalent|warns_for_unsharded_state_dict",
+    ),
+    Explanation(
+        "compares a layer's B with a saved one; a stacked B has the scales of its levels in it",
+        "test_inject_from_state_dict_model_with_weight_conversion|test_prefix_removal_is_undone",
+        "assert",
+    ),
+    Explanation(
+        "an adapter's tensors name pairs and not the layers that borrow them, which the config does",
+        "test_inject_from_state_dict_",
     ),
     Explanation(
         "PEFT's mixed models take a closed list of methods",
