@@ -66,7 +66,7 @@ EXPLAINED += [
         "assert",
     ),
     Explanation(
-        "an adapter's tensors name pairs and not the layers that borrow them, which the config does",
+        "an adapter's tensors name pairs, not the layers that borrow them; its config does",
         "test_inject_from_state_dict_",
     ),
     Explanation(
