@@ -202,12 +202,12 @@ def check_everything_matched(
             )
     _check_tokens(modules, config)
     if not targets and not config.target_modules and not config.target_parameters:
-        raise TargetError(
+        raise NoMatchError(
             f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
             f"of this model's modules, such as {some(linear_names(modules))}; or use 'all-linear'."
         )
     if not targets:
-        raise TargetError(
+        raise NoMatchError(
             f"All modules were excluded: what target_modules = {_shown(config.target_modules)} "
             f"matches is left out by exclude_modules = {_shown(config.exclude_modules)}, "
             f"layers_to_transform = {config.layers_to_transform} or modules_to_save = "
