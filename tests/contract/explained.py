@@ -86,6 +86,19 @@ EXPLAINED += [
         "All modules were excluded",
     ),
     Explanation(
+        "gets a real `LoraConfig`, as it should, where it now asks for the pyramid's",
+        "test_fixed_rank_lora_config",
+    ),
+    Explanation(
+        "is about a LoRA that is converted into a LoRA",
+        "test_converted_lora_to_lora_works_and_warns",
+    ),
+    Explanation(
+        "its hooks change the dtype of every module's parameters while that module runs; the "
+        "modules of a pair run before the layer",
+        "TestDisableInputDtypeCasting",
+    ),
+    Explanation(
         "compares a layer's B with a saved one; a stacked B has the scales of its levels in it",
         "test_inject_from_state_dict_model_with_weight_conversion|test_prefix_removal_is_undone",
         "assert",
@@ -147,7 +160,14 @@ EXPLAINED += [
     ),
 ]
 
-NOT_RUN: list[str] = []
+NOT_RUN = [
+    "`test_gpu_examples`, `test_common_gpu`, `test_quantization`, `test_gptqmodel`: need a GPU.",
+    "`test_arrow`, `test_bdlora`, `test_velora`, `test_lora_ga`, `test_xlora`: forms of LoRA that "
+    "a pyramid refuses, each with its reason.",
+    "`test_mixed`: PEFT's mixed models take a closed list of methods.",
+    "`test_stablediffusion`, `test_lora_megatron`: need diffusers' weights, and Megatron.",
+    "The files of other methods.",
+]
 
 
 def explain(test: str, error: str) -> str | None:
