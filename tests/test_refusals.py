@@ -222,6 +222,16 @@ def test_a_tied_embedding_or_head_is_refused(targets: list[str]) -> None:
     assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
+def test_a_tie_that_the_config_of_the_base_denies_is_refused() -> None:
+    base = llama(2, tie_word_embeddings=True)
+    base.config.tie_word_embeddings = False
+    before = snapshot(base)
+    for targets in (["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]):
+        with pytest.raises(TargetError, match="one weight, but the model's config says"):
+            get_peft_model(base, config(target_modules=targets, ensure_weight_tying=True))
+    assert snapshot(base) == before
+
+
 # The config
 
 
