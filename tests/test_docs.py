@@ -232,7 +232,7 @@ ERRORS: dict[str, list[str]] = {
     "mixed forms": ["sft.yaml", "data.train=mixed.jsonl", "data.validation_fraction=0"],
     "the tokenizer has no chat template": ["sft.yaml", "data.train=chats.jsonl"],
     "but the model has 512 positions": ["sft.yaml", "data.train=long.jsonl"],
-    "names 'query', but this model has nothing of that name": [
+    "Target modules {'query'} not found in the base model": [
         "sft.yaml",
         "adapter.target_modules=[query]",
     ],

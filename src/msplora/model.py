@@ -331,7 +331,8 @@ class MSPLoraModel(LoraModel):
             to_model.get(key.removeprefix(_WRAPPED), key): value
             for key, value in state_dict.items()
         }
-        known = set(to_model.values())
+        # A module of the base may be named like an adapter's, `lora_head`, and be trained whole.
+        known = {*to_model.values(), *model.state_dict()}
         raise_for(
             [f"{saved} is missing" for saved, key in to_model.items() if key not in remapped]
             + [

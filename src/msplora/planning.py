@@ -159,6 +159,12 @@ def _tied_sites(
             f"one would untie them. Set ensure_weight_tying=True to adapt all of them alike, load "
             f"the model with tie_word_embeddings=False, or leave them out."
         )
+    if getattr(getattr(modules[""], "config", None), "tie_word_embeddings", None) is False:
+        raise TargetError(
+            f"{[name, *heads]} are one weight, but the model's config says tie_word_embeddings="
+            f"False, by which PEFT goes: it would adapt them apart, and merging one would change "
+            f"the others. Set model.config.tie_word_embeddings=True, or give each its own weight."
+        )
     if name not in targeted:
         raise TargetError(
             f"target_modules matches {sorted(targeted & set(heads))}, tied to {name!r}, which is "

@@ -45,6 +45,9 @@ FILES = (
     "test_mapping",
     "test_loraplus",
     "test_lorafa",
+    "test_riemannian_lora",
+    "test_lora_intruders",
+    "test_hub_features",
     "test_integrations",
     "test_token_classification_qa",
     "test_vision_models",
@@ -59,7 +62,7 @@ SECONDS_PER_FILE = 3600
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--files", nargs="+", default=FILES, help="all by default")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument(
