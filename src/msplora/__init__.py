@@ -24,6 +24,7 @@ _PUBLIC = {
     "plan": "planning",
     "factors": "store",
     "hotswap": "swapping",
+    "inspect": "inspection.inspecting",
     "singular_values": "spectrum",
     "to_lora": "convert",
     "to_merged": "convert",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .convert import to_merged as to_merged
     from .errors import MSPLoraError as MSPLoraError
     from .from_lora import to_msplora as to_msplora
+    from .inspection.inspecting import inspect as inspect
     from .model import MSPLoraModel as MSPLoraModel
     from .planning import plan as plan
     from .pyramid import Level as Level

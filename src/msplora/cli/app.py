@@ -20,6 +20,7 @@ from . import (
     demo,
     evaluate,
     generate,
+    inspect,
     plan,
     predict,
     recipes,
@@ -76,6 +77,7 @@ app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
 app.command("analyse")(analyse.analyse)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.recipes_app, name="recipes")
