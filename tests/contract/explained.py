@@ -174,6 +174,20 @@ EXPLAINED += [
         "test_lorafa.py::",
     ),
     Explanation(
+        "PEFT's Riemannian optimiser finds pairs by the names that LoRA gives them",
+        "test_riemannian_lora.py::",
+    ),
+    Explanation(
+        "PEFT's function for intruder dimensions takes LoRA only (`msplora analyse` counts them)",
+        "test_lora_intruders.py::",
+    ),
+    Explanation("expects the tag `lora` on the card", "TestModelCard::"),
+    Explanation(
+        "PEFT rewrites transformers 4's names of experts for LoRA only; ours says to name them "
+        "in `target_parameters`",
+        "TestTransformersV5::test_qwen3_moe_",
+    ),
+    Explanation(
         "PEFT's LoRA+ optimiser tells an embedding's factors by the layer that holds them",
         "test_lora_plus_embedding_lr",
     ),
