@@ -236,6 +236,7 @@ NOT_RUN = [
     "`test_gpu_examples`, `test_common_gpu`, `test_quantization`, `test_gptqmodel`: need a GPU.",
     "`test_arrow`, `test_bdlora`, `test_velora`, `test_lora_ga`, `test_xlora`: forms of LoRA that "
     "a pyramid refuses, each with its reason.",
+    "`test_torch_compile`: PEFT leaves it out by default; it needs a data set of the hub.",
     "`test_mixed`: PEFT's mixed models take a closed list of methods.",
     "`test_stablediffusion`, `test_lora_megatron`: need diffusers' weights, and Megatron.",
     "The files of other methods.",
