@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,18 @@ def test_a_tied_embedding_or_head_is_refused(targets: list[str]) -> None:
         get_peft_model(base, config(target_modules=targets))
     assert snapshot(base) == before
     assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="experts were linear layers")
+def test_a_regular_expression_that_means_experts_too_warns() -> None:
+    pattern = r".*\.(q_proj|gate_up_proj|down_proj)"
+    experts = ["gate_up_proj", "down_proj"]
+    with pytest.warns(UserWarning, match=r"experts.gate_up_proj.*Name them in target_parameters"):
+        get_peft_model(MODELS["mixtral"].model(), config(target_modules=pattern))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "target_modules = ")
+        named = config(target_modules=pattern, target_parameters=experts)
+        get_peft_model(MODELS["mixtral"].model(), named)
 
 
 def test_a_tie_that_the_config_of_the_base_denies_is_refused() -> None:

@@ -79,7 +79,7 @@ class MSPLoraModel(LoraModel):
         check_made_for(plan, model, config, made_for[1])
         config.target_modules = spelled_out.target_modules
         for note in plan.notes:
-            if "outside every list" in note:
+            if "outside every list" in note or "Name them in target_parameters" in note:
                 warnings.warn(note, stacklevel=3)
 
         modules_before = dict(model.named_modules())

@@ -174,6 +174,20 @@ EXPLAINED += [
         "test_lorafa.py::",
     ),
     Explanation(
+        "PEFT's Riemannian optimiser finds pairs by the names that LoRA gives them",
+        "test_riemannian_lora.py::",
+    ),
+    Explanation(
+        "PEFT's function for intruder dimensions takes LoRA only (`msplora analyse` counts them)",
+        "test_lora_intruders.py::",
+    ),
+    Explanation("expects the tag `lora` on the card", "TestModelCard::"),
+    Explanation(
+        "PEFT rewrites transformers 4's names of experts for LoRA only; ours says to name them "
+        "in `target_parameters`",
+        "TestTransformersV5::test_qwen3_moe_",
+    ),
+    Explanation(
         "PEFT's LoRA+ optimiser tells an embedding's factors by the layer that holds them",
         "test_lora_plus_embedding_lr",
     ),
@@ -222,6 +236,7 @@ NOT_RUN = [
     "`test_gpu_examples`, `test_common_gpu`, `test_quantization`, `test_gptqmodel`: need a GPU.",
     "`test_arrow`, `test_bdlora`, `test_velora`, `test_lora_ga`, `test_xlora`: forms of LoRA that "
     "a pyramid refuses, each with its reason.",
+    "`test_torch_compile`: PEFT leaves it out by default; it needs a data set of the hub.",
     "`test_mixed`: PEFT's mixed models take a closed list of methods.",
     "`test_stablediffusion`, `test_lora_megatron`: need diffusers' weights, and Megatron.",
     "The files of other methods.",
