@@ -24,6 +24,7 @@ _PUBLIC = {
     "plan": "planning",
     "factors": "store",
     "hotswap": "swapping",
+    "doctor": "diagnosis.doctoring",
     "inspect": "inspection.inspecting",
     "singular_values": "spectrum",
     "to_lora": "convert",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .config import MSPLoraConfig as MSPLoraConfig
     from .convert import to_lora as to_lora
     from .convert import to_merged as to_merged
+    from .diagnosis.doctoring import doctor as doctor
     from .errors import MSPLoraError as MSPLoraError
     from .from_lora import to_msplora as to_msplora
     from .inspection.inspecting import inspect as inspect

@@ -18,6 +18,7 @@ from . import (
     convert,
     data,
     demo,
+    doctor,
     evaluate,
     generate,
     inspect,
@@ -78,6 +79,7 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
 app.command("analyse")(analyse.analyse)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.recipes_app, name="recipes")

@@ -87,7 +87,7 @@ def _measured(
     a, b = files.read(entry.a), files.read(entry.b)
     bad = [name for name, its in ((entry.a, a), (entry.b, b)) if not bool(its.isfinite().all())]
     infinite += bad
-    matrices = _matrices(a, b, entry)
+    matrices = matrices_of(a, b, entry)
     norm = relative = None
     if matrices is None:
         unfit[entry.address] = (
@@ -112,7 +112,7 @@ def _measured(
     )
 
 
-def _matrices(a: Tensor, b: Tensor, entry: Entry) -> tuple[Tensor, Tensor] | None:
+def matrices_of(a: Tensor, b: Tensor, entry: Entry) -> tuple[Tensor, Tensor] | None:
     """A and B with a product, (… R, I) and (… O, R); None where they have none of that rank."""
     if entry.experts > 1:
         rows = entry.level.rank * entry.experts
