@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import msplora
 from adapted_llama import BATCH, LLAMA, base_logits, close, logits, step, take_the_installed_peft
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
-from msplora.sisters import HydraConfig
+from msplora.sisters import ElaLoraConfig, HydraConfig
 from tiny import MODELS
 
-CONFIGS: dict[str, Any] = {"hydra": HydraConfig}
+CONFIGS: dict[str, Any] = {"hydra": HydraConfig, "elalora": ElaLoraConfig}
 TARGETS = ["q_proj", "down_proj"]
 
 
@@ -186,6 +186,7 @@ assert not {"torch", "peft"} & sys.modules.keys()
 def test_importing_the_sisters_before_peft_registers_them() -> None:
     code = """
 import sys, msplora.sisters, peft
-assert peft.PeftType("HYDRA") in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+for name in ("HYDRA", "ELALORA"):
+    assert peft.PeftType(name) in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 """
     subprocess.run([sys.executable, "-c", code], check=True)

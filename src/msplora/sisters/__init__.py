@@ -13,13 +13,21 @@ from msplora import registering as _registering
 
 # Public name -> the module that owns it.
 _PUBLIC = {
+    "ElaLoraConfig": "elalora.config",
+    "ElaLoraModel": "elalora.model",
     "HydraConfig": "hydra.config",
     "HydraModel": "hydra.model",
+    "MoveRanks": "elalora.moving",
+    "RankMover": "elalora.moving",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from .elalora.config import ElaLoraConfig as ElaLoraConfig
+    from .elalora.model import ElaLoraModel as ElaLoraModel
+    from .elalora.moving import MoveRanks as MoveRanks
+    from .elalora.moving import RankMover as RankMover
     from .hydra.config import HydraConfig as HydraConfig
     from .hydra.model import HydraModel as HydraModel
 
@@ -39,10 +47,13 @@ def __dir__() -> list[str]:
 def _register() -> None:
     from msplora import _peft
 
+    from .elalora.config import ElaLoraConfig
+    from .elalora.model import ElaLoraModel
     from .hydra.config import HydraConfig
     from .hydra.model import HydraModel
 
     _peft.register("hydra", HydraConfig, HydraModel)
+    _peft.register("elalora", ElaLoraConfig, ElaLoraModel)
 
 
 _registering.install(_register, asking=__name__)
