@@ -5,7 +5,7 @@
 
 Makes an environment per library. Each scheme quantises two bases, a tiny random Llama and the model
 that is given, and a process of its own (`quantised_base.py`) adapts, trains, merges, saves and
-loads. Libraries whose layers PEFT knows, but which do not install here, are tried and said so.
+loads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ LIBRARIES = {
 
 
 def main() -> None:
-    """Run every scheme on every base, write the results after each library."""
+    """Run every scheme on every base, write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="Where environments are kept.")
     parser.add_argument("--model", type=Path, required=True, help="The folder of stories260K.")
@@ -73,20 +74,21 @@ def main() -> None:
     before = json.loads(given.output.read_text()) if given.output.is_file() else {"bases": []}
     rows = [its for its in before["bases"] if its["library"] not in given.only]
     for name in given.only:
-        rows += of_library(name, given)
-        rows.sort(key=lambda its: list(LIBRARIES).index(its["library"]))
-        content = {**provenance("cpu"), "bases": rows}
-        given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        for row in of_library(name, given):
+            print(json.dumps(row, indent=1), flush=True)
+            rows.append(row)
+            rows.sort(key=lambda its: list(LIBRARIES).index(its["library"]))
+            content = {**provenance("cpu"), "bases": rows}
+            given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def of_library(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+def of_library(name: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each scheme and base."""
     library = LIBRARIES[name]
     python = environment(
         given.cache, name, *OURS, *library.requirements, without_theirs=library.without_theirs
     )
     versions = versions_in(python, library.package, "torch", "transformers", "peft")
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         bases = {"tiny Llama": tiny_llama(Path(scratch) / "tiny", given.model)}
         # A copy: what has to be quantised beforehand is kept beside the base.
@@ -98,11 +100,8 @@ def of_library(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
                     str(given.data.absolute()), more={"GPTQMODEL_CPU_WORKERS": "2"},
                 )  # fmt: skip
                 found = json.loads(done.stdout.splitlines()[-1])
-                rows.append(
-                    {"library": name, "scheme": scheme, "base": base, "versions": versions, **found}
-                )
-                print(json.dumps(rows[-1], indent=1), flush=True)
-    return rows
+                about = {"library": name, "scheme": scheme, "base": base, "versions": versions}
+                yield about | found
 
 
 def tiny_llama(folder: Path, tokenizer: Path) -> Path:

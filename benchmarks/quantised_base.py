@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import tempfile
 import warnings
@@ -188,10 +189,11 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     """Print the row of one scheme on one base."""
-    scheme, base, data = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    scheme, base, data = sys.argv[1], Path(sys.argv[2]).absolute(), Path(sys.argv[3])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     texts = [f"{its['instruction']}\n{its['output']}" for its in json.loads(data.read_text())]
+    os.chdir(base)  # gptqmodel leaves logs where it is
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [tokenizer(text)["input_ids"] for text in texts]
     ids = torch.tensor([its[:LENGTH] for its in rows if len(its) >= LENGTH][:ROWS])
