@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,19 @@ class Engine:
     server: str | None
     families: bool = False
     """Whether tiny models of other families are run, too."""
+    head: int = 16
+    """The size of those models' attention heads. Where stories260K's, 8, are too small for an
+    engine, the tiny Llama stands in its place."""
+    takes_stories: bool = True
 
 
 ENGINES = {
     "peft": Engine("PEFT without msplora", "peft_alone.py", "lora", None),
     "llama.cpp": Engine("llama.cpp", "llama_cpp_python.py", "gguf", "llama.cpp", families=True),
     "mlx-lm": Engine("mlx-lm", "mlx_lm_loader.py", "mlx", "mlx", families=True),
-    "vllm": Engine("vLLM", "vllm_loader.py", "lora", "vllm"),
+    "vllm": Engine(
+        "vLLM", "vllm_engine.py", "lora", "vllm", families=True, head=32, takes_stories=False
+    ),
     "sglang": Engine("SGLang", "sglang_loader.py", "lora", "sglang"),
 }
 
@@ -96,21 +102,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(family: str) -> Any:
-    """The config of a tiny model of a family."""
+def config_of(family: str, head: int = 16) -> Any:
+    """The config of a tiny model of a family, with attention heads of a size."""
     import transformers
 
     config_name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
-    return getattr(transformers, config_name)(**(_SHAPE | FAMILIES[family]))
+    shape = _SHAPE | {"hidden_size": head * _SHAPE["num_attention_heads"]} | FAMILIES[family]
+    sized = {name: head for name in ("head_dim", "query_pre_attn_scalar") if name in shape}
+    return getattr(transformers, config_name)(**(shape | sized))
 
 
-def save_family(name: str, folder: Path) -> None:
+def save_family(name: str, folder: Path, head: int) -> None:
     """Save a tiny model of a family with random weights."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(name))
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name, head))
     with torch.no_grad():  # logits of some size, and norms that are not all the same
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -275,6 +283,15 @@ def _call(command: list[str]) -> str:
     return ended.stdout
 
 
+def cases_of(engine: Engine, families: list[str]) -> list[Case]:
+    """What an engine is given."""
+    own = STORIES if engine.takes_stories else [replace(its, base="tiny Llama") for its in STORIES]
+    if not engine.families:
+        return own
+    others = [Case(f"tiny {family}", "all linear layers") for family in families]
+    return [*own, *(case for case in others if case not in own), HEAD]
+
+
 def main() -> None:
     """Run what is asked for, and append a row for each case."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -295,9 +312,7 @@ def main() -> None:
         print(f"{ENGINES[name].title}: not run, since no --engine {name}=PYTHON is given")
     for name, python in pythons.items():
         engine = ENGINES[name]
-        families = asked.family if engine.families else []
-        cases = [*STORIES, *(Case(f"tiny {family}", "all linear layers") for family in families)]
-        cases += [HEAD] if engine.families else []
+        cases = cases_of(engine, asked.family)
         with tempfile.TemporaryDirectory() as scratch:
             prepared = []
             for number, case in enumerate(cases):
@@ -305,7 +320,7 @@ def main() -> None:
                 base = asked.model
                 if case not in STORIES:
                     base = folder / "base"
-                    save_family(case.base.removeprefix("tiny "), base)
+                    save_family(case.base.removeprefix("tiny "), base, engine.head)
                 prepared.append(prepare(engine, case, base, folder))
             for row in run(engine, python, prepared, Path(scratch), asked.llama_cpp):
                 print(json.dumps(row), flush=True)
