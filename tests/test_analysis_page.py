@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +14,13 @@ from peft import LoraConfig, get_peft_model
 
 import msplora
 from adapted_llama import adapted
+from html_page import Page, browser
 from msplora.analysis.charts import Series, line_chart
 from msplora.analysis.results import Ablation, Analysis, Checkpoint, SwitchedOff
 from runs import msplora as command
 from tiny import MODELS, llama
 
-_VOID = {"meta", "link", "br", "img", "input", "hr"}
 EVIL = '<script>alert("x")</script>\'"&'
-
-
-class Page(HTMLParser):
-    """The elements of a page; refuses tags that are not closed in their order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for its, attributes in self.elements if its == tag]
 
 
 @pytest.fixture(scope="module")
@@ -163,19 +130,9 @@ document.body.dataset.errors = window.failed || 0;
 def test_it_works_in_a_browser(
     scheme: int, ground: str, width: int, found: Analysis, tmp_path: Path
 ) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no Chromium")
     text = found.to_html().replace("</body>", _CHECKS)
     text = text.replace("<head>", "<head><script>window.onerror = () => window.failed = 1</script>")
-    (tmp_path / "page.html").write_text(text)
-    command = [
-        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
-        *(f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},900"),
-        (tmp_path / "page.html").as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    (body,) = Page(done.stdout).all("body")
+    (body,) = browser(text, tmp_path, scheme, width).all("body")
     assert body == {
         "data-open": "true",
         "data-fits": "true",

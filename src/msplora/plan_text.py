@@ -117,7 +117,7 @@ def _kind_row(kind: Kind) -> tuple[str, ...]:
         name if kind.stack != kind.path else kind.path,
         str(kind.shape),
         str(kind.layers),
-        _ranges([site.block for site in kind.sites]),
+        ranges([site.block for site in kind.sites]),
         " | ".join(sizes),
         "+".join(str(level.rank) for level in kind.levels),
         f"{kind.parameters:,}",
@@ -131,7 +131,7 @@ def repeated(counts: Sequence[int]) -> str:
     return "+".join(map(str, counts))
 
 
-def _ranges(blocks: Sequence[int | None]) -> str:
+def ranges(blocks: Sequence[int | None]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``; `-` where the site lies in no list of blocks."""
     numbers = sorted({block for block in blocks if block is not None})
     if not numbers:

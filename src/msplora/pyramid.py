@@ -223,6 +223,12 @@ class Plan:
 
         return plan_dict(self)
 
+    def to_html(self, model: str | None = None) -> str:
+        """One page that draws it, with sliders; `model` is a name for its title."""
+        from .plan_page.page import render
+
+        return render(self, model)
+
     def __str__(self) -> str:
         from .plan_text import plan_text
 

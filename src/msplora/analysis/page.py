@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from msplora.extras import report_extra
+from msplora.page.environment import environment
 
 from . import sections
 from .charts import shown
@@ -27,24 +26,14 @@ def render(analysis: Analysis) -> str:
     Raises:
         MSPLoraError: jinja2 is not installed.
     """
-    with report_extra():
-        import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("msplora.analysis", "."),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,  # names of adapters, kinds, levels and models come from files
-    )
-    environment.filters |= {
+    made = environment("msplora.analysis")
+    made.filters |= {
         "cell": cell,
         "shown": shown,
         "percent": percent,
         "average": mean,
-        "short": short,
     }
-    return environment.get_template("page.html.j2").render(
+    return made.get_template("page.html.j2").render(
         analysis=analysis,
         several=len(analysis.adapters) > 1,
         sections=sections,
@@ -54,11 +43,6 @@ def render(analysis: Analysis) -> str:
 def percent(value: Number) -> str:
     """A share in percent."""
     return shown(value, share=True)
-
-
-def short(name: str) -> str:
-    """A path's last two parts: a page is shown around, and folders of this machine are not."""
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def cell(value: Number) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,11 @@ def plan(
     ] = None,
     dora: Annotated[bool, typer.Option(help="With DoRA's magnitudes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Draw the pyramid, with sliders, as a page: a file to write."),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier page.")] = False,
     revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code that the model brings along.")
@@ -48,6 +54,13 @@ def plan(
     from msplora.errors import ConfigError, MSPLoraError
     from msplora.loading import loading_errors_explained, resolve_source
 
+    if html is not None:
+        from msplora.extras import report_extra
+        from msplora.page.writing import check_page_free
+
+        with report_extra():
+            import jinja2  # noqa: F401  (missed now, not after the work)
+        check_page_free(html, force)
     source = resolve_source(model)
     with loading_errors_explained(source):
         model_config = transformers.AutoConfig.from_pretrained(
@@ -70,6 +83,10 @@ def plan(
         raise
     except ValueError as error:  # PEFT's own checks of a config
         raise ConfigError(str(error)) from None
+    if html is not None:
+        from msplora.page.writing import write_files
+
+        write_files({html: found.to_html(source)}, html)
     if json:
         import json as json_format
 
@@ -77,3 +94,5 @@ def plan(
     else:
         typer.echo(f"{source} ({(model_config.architectures or ['?'])[0]})\n")
         typer.echo(str(found))
+        if html is not None:
+            typer.echo(f"\nWrote {html}")

@@ -1,0 +1,1 @@
+"""What all pages have in common: their look, their escaping, and how they are written."""
