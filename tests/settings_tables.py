@@ -23,6 +23,7 @@ from msplora.train.settings import (
     TrainingSettings,
 )
 from msplora.train.settings_data import DataSettings, DataSource
+from msplora.train.settings_methods import METHOD_SECTIONS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/training.md"
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -30,6 +31,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSettings,
     "source": DataSource,
     "adapter": AdapterSettings,
+    **METHOD_SECTIONS,
     "training": TrainingSettings,
     "devices": DeviceSettings,
     "a stage": StageSettings,

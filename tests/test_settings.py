@@ -11,6 +11,7 @@ from msplora.errors import ConfigError
 from msplora.train.other_names import OTHER_NAMES
 from msplora.train.settings import Settings
 from msplora.train.settings_file import known_keys, make_settings, read_settings, write_settings
+from msplora.train.settings_methods import METHOD_SECTIONS
 
 MINIMAL = "model: some/model\ntask: sft\noutput: out\ndata: {train: rows.jsonl}\n"
 CLASSIFIER = MINIMAL.replace("sft", "classification")
@@ -110,6 +111,9 @@ def test_what_is_written_reads_as_the_same(tmp_path: Path) -> None:
         ("training.lr", "training.learning_rate"),  # another tool's name
         ("cutoff_len", "data.max_length"),
         ("learning_rte", "training.learning_rate"),
+        ("training.warmup_steps", "training.warmup_ratio"),
+        ("adapter.r_parallel", "hydra.r_parallel"),
+        ("elalor", "elalora"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, meant: str) -> None:
@@ -120,7 +124,9 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
 
 def test_names_of_other_tools_lead_to_keys_that_there_are() -> None:
     assert set(OTHER_NAMES.values()) <= set(known_keys())
-    assert not OTHER_NAMES.keys() & {key.rpartition(".")[2] for key in known_keys()}
+    # The keys of a method's own section are its alone, and come after other tools' names.
+    shared = [key for key in known_keys() if key.partition(".")[0] not in METHOD_SECTIONS]
+    assert not OTHER_NAMES.keys() & {key.rpartition(".")[2] for key in shared}
 
 
 def test_every_known_key_is_accepted_where_it_is_listed() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -171,6 +171,7 @@ def to_merged(
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
+    _check_merges(folder)
     model = load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
@@ -197,6 +198,19 @@ def to_merged(
             comparison = probe.compare_with(reloaded, {dtype})
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
+
+
+def _check_merges(folder: Path) -> None:
+    """Refuse methods that PEFT cannot merge beside a head that was trained in full."""
+    if is_released(folder):
+        return
+    config = read_config(folder)
+    if not isinstance(config, LoraConfig):
+        kind = str(config.peft_type).rpartition(".")[2]
+        raise UnsupportedError(
+            f"{str(folder)!r} is a {kind} adapter; --to merged takes those of MSPLoRA and LoRA, "
+            f"and of Hydra, ElaLoRA and AdaLoRA. Use it through PEFT, unmerged."
+        )
 
 
 def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]) -> nn.Module:

@@ -47,7 +47,7 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder to make.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="msplora, lora, full or frozen: the same run otherwise.")
+        str | None, typer.Option(help="msplora, lora, hydra, full …: the same run otherwise.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     resume: Annotated[

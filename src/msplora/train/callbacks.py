@@ -14,7 +14,11 @@ from transformers.integrations import (
 )
 
 from msplora.errors import ConfigError
+from msplora.sisters.elalora.config import ElaLoraConfig
+from msplora.sisters.elalora.moving import MoveRanks
+from msplora.sisters.elalora.ranks import Phases
 
+from .adalora import AllocateRanks, pruning
 from .devices import is_main_process
 from .level_norms import LevelNorms
 from .methods import Adapted
@@ -40,14 +44,18 @@ def check_trackers(settings: Settings) -> None:
         )
 
 
-def check_stages(settings: Settings, steps: int) -> None:
-    """Refuse stages of which one would have no step, before anything is written.
+def check_steps(settings: Settings, steps: int) -> None:
+    """Refuse a run too short for its stages, or for ranks to move, before anything is written.
 
     Raises:
         ConfigError: there is one.
     """
     if settings.method == "msplora" and settings.training.stages:
         stage_ends(stages_of(settings), steps)
+    if settings.method == "elalora":
+        Phases.of(ElaLoraConfig(**settings.elalora.model_dump()), steps)
+    if settings.method == "adalora":
+        pruning(settings.adalora, steps)
 
 
 def stages_of(settings: Settings) -> list[Stage]:
@@ -70,6 +78,10 @@ def add_callbacks(
     training = settings.training
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    if settings.method == "elalora":
+        trainer.add_callback(MoveRanks(tell=tell))
+    if settings.method == "adalora":
+        trainer.add_callback(AllocateRanks(settings.adalora))
     if adapted.plan:
         stages = stages_of(settings)
         if training.frozen_levels and not stages:

@@ -15,7 +15,7 @@ from transformers import (
 from msplora.errors import ConfigError
 
 from .base_model import Base, LoadBase, load_base
-from .callbacks import check_stages
+from .callbacks import check_steps
 from .classification_rows import labelled_sample, prepare_rows
 from .data_classification import Classes, read_classification
 from .job import Job
@@ -47,7 +47,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
             f"as tokenizer."
         )
     rows = prepare_rows(settings, data, base.tokenizer, row_limit(settings, base.model))
-    check_stages(settings, training_steps(settings, len(rows.train)))
+    check_steps(settings, training_steps(settings, len(rows.train)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:

@@ -18,7 +18,7 @@ from msplora.errors import AdapterFileError, ConfigError
 from msplora.loading import adapter_folder
 
 from .base_model import Base, LoadBase, load_base
-from .callbacks import check_stages
+from .callbacks import check_steps
 from .data_preference import read_preferences
 from .end_tokens import end_tokens
 from .held_out_trainer import JudgesHeldOutRows
@@ -85,7 +85,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     train, held_out, notes = rows.train, rows.held_out, rows.notes
     if settings.method != "full" and settings.adapter.lora_dropout:
         notes.append("task dpo trains without dropout, so adapter.lora_dropout is not read")
-    check_stages(settings, training_steps(settings, len(train)))
+    check_steps(settings, training_steps(settings, len(train)))
     adapted = adapt(base, settings)
     notes.append(f"reference: {_reference_in_words(settings)}")
     if isinstance(adapted.model.get_output_embeddings(), BaseTunerLayer):

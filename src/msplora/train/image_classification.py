@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from .base_model import LoadBase, load_base
-from .callbacks import check_stages
+from .callbacks import check_steps
 from .classification import best_metric, classification_trainer
 from .data_classification import Classes
 from .data_images import LabelledImage, open_image, read_images
@@ -46,7 +46,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     best = best_metric(settings, classes)
     base = load(settings, classes)
     train_rows, held_rows = Pixels(train, base.tokenizer), Pixels(held_out, base.tokenizer)
-    check_stages(settings, training_steps(settings, len(train)))
+    check_steps(settings, training_steps(settings, len(train)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:

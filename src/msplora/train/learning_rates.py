@@ -13,8 +13,17 @@ from msplora.store import B, factors
 
 from .levels import check_level_names
 
-# Of plain LoRA, so that the two methods can be compared under the same factors.
-_NAMES_OF_B = (B, "lora_B", "lora_embedding_B")
+# Of other methods too, so that they can be compared under the same factors.
+_NAMES_OF_B = (
+    B,
+    "lora_B",
+    "lora_embedding_B",
+    "hydra_parallel_B",
+    "hydra_sequential_B",
+    "elalora_B",
+    "gralora_B",
+    "gralora_B_general",
+)
 
 
 def parameter_groups(

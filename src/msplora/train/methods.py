@@ -15,12 +15,18 @@ import msplora
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetError, nearest
 from msplora.loading import adapter_folder, read_config
 
+from .adalora import is_adalora, penalise_training_only
 from .base_model import Base
 from .levels import check_level_names, freeze_levels, level_parameters
+from .peft_methods import METHODS, config_of, is_lora, keys_read, rank_of, unread_sections
 from .settings import LEVEL_KEYS, PYRAMID_KEYS, AdapterSettings, Settings
+from .settings_methods import LORAS
 
 _TASK_TYPES = {True: peft.TaskType.SEQ_CLS, False: peft.TaskType.CAUSAL_LM}
 """By whether the model classifies."""
+
+_WITHOUT_B = ("full", "frozen", "adalora", "vera", "randlora", "lily")
+"""The methods without factors that `training.b_learning_rate_factor` could tell apart."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if isinstance(config, msplora.MSPLoraConfig):
         plan = msplora.plan(base.model, config)
     base_numbers = base.model.num_parameters()  # two of 4 bits are one number in memory
+    if settings.method == "vera" and _on_meta(base.model):
+        raise ConfigError(
+            "PEFT cannot put VeRA on a model without weights, which a dry run has. Start the run."
+        )
     if folder:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
@@ -70,12 +80,14 @@ def adapt(base: Base, settings: Settings) -> Adapted:
             model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=_on_meta(base.model))
         except ValueError as error:
             raise _explain(error, base.model, config) from error
+    if is_adalora(model):
+        penalise_training_only(model)
     if plan:
         _check_levels(settings, model)
     head = _count(model, modules_to_save=True)
     adapter = _count(model) - head
-    rank = sum(config.ranks or ()) if plan else config.r
-    lora = plan.lora_parameters if plan else adapter
+    rank = sum(config.ranks or ()) if plan else rank_of(config)
+    lora = plan.lora_parameters if plan else adapter if is_lora(settings.method) else None
     return Adapted(model, Trainable(adapter, head, base_numbers, lora), plan, rank, notes)
 
 
@@ -125,13 +137,25 @@ def _config_of(settings: Settings, base: Base) -> Any:
     }
     if images and given.get("target_modules") == "all-linear":
         # PEFT leaves out the head of a model for texts only.
+        if settings.method in METHODS and "exclude_modules" not in keys_read(settings.method):
+            raise ConfigError(
+                f"adapter.target_modules = 'all-linear' would adapt the head of a model for images "
+                f"too, and method {settings.method!r} cannot leave it out. Name the modules."
+            )
         given["exclude_modules"] = _with_head(given.get("exclude_modules"), base)
     if settings.method == "msplora":
         return msplora.MSPLoraConfig(**given, **common)
+    if not is_lora(settings.method):
+        given["r"], given["lora_alpha"] = _lora_rank_and_alpha(settings.adapter)
+        return config_of(settings, given, common)
     ours = {key: value for key, value in given.items() if key not in PYRAMID_KEYS}
     ours["r"], ours["lora_alpha"] = _lora_rank_and_alpha(settings.adapter)
     if ours["bias"] == "msplora_only":
         ours["bias"] = "lora_only"
+    if settings.method == "dora":
+        ours["use_dora"] = True
+    if settings.method == "rslora":
+        ours["use_rslora"] = True
     return peft.LoraConfig(**ours, **common)
 
 
@@ -159,13 +183,17 @@ def _lora_rank_and_alpha(adapter: AdapterSettings) -> tuple[int, float]:
 
 def _inapplicable(settings: Settings) -> list[str]:
     """One line naming the keys that this method does not read; comparing runs must not fail."""
-    if settings.method == "msplora":
-        return []
-    unread = {"adapter": PYRAMID_KEYS, "training": LEVEL_KEYS}
-    if settings.method != "lora":
-        unread["adapter"] = tuple(AdapterSettings.model_fields)
+    unread: dict[str, tuple[str, ...]] = {"adapter": (), "training": ()}
+    if settings.method != "msplora":
+        unread = {"adapter": PYRAMID_KEYS, "training": LEVEL_KEYS}
+    if settings.method not in ("msplora", *LORAS):
+        reads = keys_read(settings.method)
+        # The rank and alpha of LoRA, which they are compared with, may be those of the pyramid.
+        reads |= {"ranks", "alphas", "split_alpha"} if "r" in reads else set()
+        unread["adapter"] = tuple(its for its in AdapterSettings.model_fields if its not in reads)
+    if settings.method in _WITHOUT_B:
         unread["training"] = (*LEVEL_KEYS, "b_learning_rate_factor")
-    keys = [
+    keys = [*unread_sections(settings)] + [
         f"{section}.{name}"
         for section, names in unread.items()
         for name in names
@@ -202,9 +230,12 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
         with warnings.catch_warnings():
             # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(
+            loaded = peft.PeftModel.from_pretrained(
                 model, str(folder), is_trainable=is_trainable, low_cpu_mem_usage=_on_meta(model)
             )
+        if is_adalora(loaded):
+            penalise_training_only(loaded)
+        return loaded
     except MSPLoraError:
         raise
     except (RuntimeError, ValueError, UserWarning) as error:

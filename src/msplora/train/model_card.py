@@ -143,15 +143,17 @@ def _loading(settings: Settings, adapted: Adapted) -> list[str]:
         bits = bits if settings.quantization == "4bit" else "load_in_8bit=True"
         quantised += ["", f"as_trained = BitsAndBytesConfig({bits})"]
         outputs += ", quantization_config=as_trained"
-    first = ["import msplora  # makes the adapter's type known to PEFT"]
+    package = {"msplora": "msplora", "hydra": "msplora.sisters", "elalora": "msplora.sisters"}
+    ours = package.get(settings.method)
+    first = [f"import {ours}  # makes the adapter's type known to PEFT"]
     return [
         "```python",
-        *(first if settings.method == "msplora" else []),
+        *(first if ours else []),
         f"from peft import {auto}",
         *quantised,
         "",
         f'model = {auto}.from_pretrained("adapter"{outputs})',
         "```",
         "",
-        *([AUTOLOAD, ""] if settings.method == "msplora" else []),
+        *([AUTOLOAD, ""] if ours else []),
     ]

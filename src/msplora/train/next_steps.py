@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msplora.serving import serve_command
 
+from .peft_methods import METHODS
 from .settings import Settings
 
 
@@ -26,9 +27,11 @@ def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[st
     if settings.method == "msplora":
         lora = _short(run.with_name(run.name + "-lora"))
         steps.append(("convert", f"msplora convert {adapter} --to lora {shlex.quote(lora)}"))
+    if settings.method in METHODS and not METHODS[settings.method].merges:
+        return steps
     merged = shlex.quote(_short(run.with_name(run.name + "-merged")))
     steps.append(("merge", f"msplora convert {adapter} --to merged {merged}"))
-    if not settings.classifies:
+    if not settings.classifies and settings.method not in METHODS:
         steps.append(("serve", serve_command(settings.model, lora, rank, run.name)))
     return steps
 

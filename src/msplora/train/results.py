@@ -14,6 +14,7 @@ from .devices import is_main_process, is_sharded, wait_for_everyone
 from .job import Job
 from .methods import save_trained
 from .model_card import model_card
+from .peft_methods import has_adapter
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
 from .run_folder import BEFORE, METRICS, RunFolder
@@ -100,4 +101,4 @@ def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
 
 def weights_folder(settings: Settings) -> str:
     """The subfolder that holds what was trained."""
-    return "adapter" if settings.method in ("msplora", "lora") else "model"
+    return "adapter" if has_adapter(settings.method) else "model"

@@ -230,6 +230,12 @@ class RunFolder:
         self._check_same_data()
         self.found = find_newest(self.checkpoints)
         newest, now = self.found.newest, int(os.environ.get("WORLD_SIZE", "1"))
+        if newest and self.settings.method == "adalora":
+            raise RunFolderError(
+                f"the run in {self.working} cannot be resumed: PEFT's AdaLoRA keeps the averages "
+                f"it prunes by in memory only, so it would prune other ranks. Pass --force instead "
+                f"to start anew."
+            )
         if newest and newest.processes != now:
             raise RunFolderError(
                 f"{newest.path} was written by {newest.processes} processes, and this run has "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
 
+from .adalora import is_adalora, take_ranks_of
 from .learning_rates import parameter_groups
 from .settings import Settings
 
@@ -29,6 +31,11 @@ class RunTrainer(Trainer):
             make, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = make(settings_groups(model, self.settings, self.head), **options)
         return self.optimizer
+
+    def _load_best_model(self) -> None:
+        if is_adalora(self.model):
+            take_ranks_of(self.model, Path(self.state.best_model_checkpoint or ""))
+        super()._load_best_model()
 
 
 def settings_groups(

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 
-import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
+import msplora.sisters  # noqa: F401  (makes adapters' types known to PEFT)
 from msplora.errors import MSPLoraError
 from msplora.loading import TASK_FILE
 

@@ -146,7 +146,10 @@ def _adds_nothing(layer: Any) -> bool:
     if owner is layer.lora_embedding_A:
         pair = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     else:
-        pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        pair = tuple(
+            getattr(its["default"], "weight", its["default"])
+            for its in (layer.lora_A, layer.lora_B)
+        )
     return not all(bool(whole(its).any()) for its in pair)
 
 

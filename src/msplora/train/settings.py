@@ -14,9 +14,19 @@ from pydantic import (
 )
 
 from .settings_data import DataSettings
+from .settings_methods import (
+    METHOD_SECTIONS,
+    AdaLoraSettings,
+    ElaLoraSettings,
+    GraLoraSettings,
+    HydraSettings,
+    LilySettings,
+    Method,
+    RandLoraSettings,
+    VeraSettings,
+)
 from .settings_section import Section
 
-Method = Literal["msplora", "lora", "full", "frozen"]
 Task = Literal["classification", "image-classification", "sft", "dpo"]
 PreferenceLoss = Literal[
     "sigmoid", "ipo", "hinge", "sigmoid_norm", "apo_zero", "apo_down", "nca_pair", "bco_pair"
@@ -235,11 +245,7 @@ class Settings(Section):
         "fine-tuning) or `dpo` (preference pairs)."
     )
     output: str = Field(description="The run folder to make.")
-    method: Method = Field(
-        "msplora",
-        description="`msplora`, plain `lora`, `full` fine-tuning, or `frozen` (only the head of a "
-        "classifier).",
-    )
+    method: Method = Field("msplora", description="What trains: see [methods](#methods).")
     seed: int = Field(42, ge=0, description="Seeds the split, the initialisation and the order.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -264,10 +270,17 @@ class Settings(Section):
     )
     data: DataSettings = Field(default_factory=DataSettings)  # pyright: ignore[reportArgumentType]
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)  # pyright: ignore
+    hydra: HydraSettings = Field(default_factory=HydraSettings)  # pyright: ignore
+    elalora: ElaLoraSettings = Field(default_factory=ElaLoraSettings)  # pyright: ignore
+    gralora: GraLoraSettings = Field(default_factory=GraLoraSettings)  # pyright: ignore
+    adalora: AdaLoraSettings = Field(default_factory=AdaLoraSettings)  # pyright: ignore
+    vera: VeraSettings = Field(default_factory=VeraSettings)  # pyright: ignore
+    randlora: RandLoraSettings = Field(default_factory=RandLoraSettings)  # pyright: ignore
+    lily: LilySettings = Field(default_factory=LilySettings)  # pyright: ignore
     devices: DeviceSettings = Field(default_factory=DeviceSettings)  # pyright: ignore
     training: TrainingSettings = Field(default_factory=TrainingSettings)  # pyright: ignore
 
-    @field_validator("data", "adapter", "devices", "training", mode="before")
+    @field_validator("data", "adapter", "devices", "training", *METHOD_SECTIONS, mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         """A section whose every key is commented out is there, and holds nothing."""

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ValidationError
 from msplora.errors import ConfigError, nearest
 
 from .other_names import OTHER_NAMES
+from .peft_methods import check_method, takes_bits
 from .settings import TASKS_OF_KEY, Settings
 from .settings_data import DataSettings, DataSource
+from .settings_methods import LORAS, METHOD_SECTIONS
 
 # A GLUE task has files, columns and classes of its own.
 _DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
@@ -220,13 +222,17 @@ def _explain_source(key: str, entry: list[str], problem: Any) -> str:
 
 def _nearest_key(path: list[str]) -> str:
     """The key that was meant: the same word in another section, or a similar one in this."""
-    known = known_keys()
     section, name = ".".join(path[:-1]), path[-1]
+    # Sections of methods have keys that look like others', and like each other's: they come last.
+    known = [key for key in known_keys() if _method_of(key) in (None, section)]
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
     if elsewhere:
         return f" Did you mean {elsewhere[0]!r}?"
     if name in OTHER_NAMES:
         return f" Here that is {OTHER_NAMES[name]!r}."
+    of_methods = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    if of_methods:
+        return f" Did you mean {of_methods[0]!r}?"
     # By the last part alone: under one long section every key looks like every other.
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     everywhere = {key.rpartition(".")[2]: key for key in known}
@@ -235,6 +241,12 @@ def _nearest_key(path: list[str]) -> str:
         if near:
             return f" Did you mean {candidates[near[0]]!r}?"
     return f" Known here: {', '.join(siblings)}."
+
+
+def _method_of(key: str) -> str | None:
+    """The method in whose section a key stands."""
+    section, _, inside = key.partition(".")
+    return section if inside and section in METHOD_SECTIONS else None
 
 
 def _nearest_value(problem: Any) -> str:
@@ -258,11 +270,12 @@ def _check(settings: Settings, source: str) -> None:
             f"in {source}: method 'frozen' trains a classifier's head only, and task "
             f"{settings.task!r} has none. Use method msplora, lora or full."
         )
-    if settings.quantization and settings.method not in ("msplora", "lora"):
+    check_method(settings, source)
+    if settings.quantization and not takes_bits(settings.method):
         raise ConfigError(
-            f"in {source}: a base in {settings.quantization} trains with an adapter only, and "
-            f"method {settings.method!r} has none. Use method msplora or lora, or leave "
-            f"quantization out."
+            f"in {source}: a base in {settings.quantization} trains with an adapter that has "
+            f"layers for it, and method {settings.method!r} has none. Use method msplora or lora, "
+            f"or leave quantization out."
         )
     if settings.task == "dpo" and settings.adapter.bias != "none":
         raise ConfigError(
@@ -329,10 +342,10 @@ def _check(settings: Settings, source: str) -> None:
             f"in {source}: devices.device_map spreads one process's model over all devices, and "
             f"devices.processes = {settings.devices.processes} gives each process one. Choose one."
         )
-    if settings.init_from and settings.method not in ("msplora", "lora"):
+    if settings.init_from and settings.method not in ("msplora", *LORAS):
         raise ConfigError(
-            f"in {source}: init_from starts from an adapter, and method {settings.method!r} has "
-            f"none. Use method msplora or lora."
+            f"in {source}: init_from starts from an adapter of MSPLoRA or LoRA, and the method is "
+            f"{settings.method!r}. Use method msplora or lora."
         )
 
 

@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from msplora.errors import ConfigError
 
 from .base_model import LoadBase, load_base
-from .callbacks import check_stages
+from .callbacks import check_steps
 from .data_sft import read_sft
 from .end_tokens import end_tokens
 from .held_out_loss import held_out_loss
@@ -66,7 +66,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
             raise ConfigError("training.packing needs a tokenizer with a padding or end token.")
         refuse_leaking(base.model, rows.train)
         train = packed_rows(train, packed_length(limit, rows.train))
-    check_stages(settings, training_steps(settings, len(train)))
+    check_steps(settings, training_steps(settings, len(train)))
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:

@@ -1,0 +1,220 @@
+"""`method` in a run's config: the sisters and PEFT's own methods, beside MSPLoRA and LoRA."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from msplora.train.peft_methods import METHODS
+from runs import Result, config_on, msplora, same, save_bases, tensors, write_config
+from test_interruption import at_step, send
+
+# So that ranks move, or are pruned, in the fourteen steps of a run.
+OWN: dict[str, Any] = {
+    "elalora": {"warmup_steps": 1, "final_steps": 1, "interval": 2},
+    "adalora": {"init_r": 6, "tinit": 1, "tfinal": 4},
+    "gralora": {"gralora_k": 2, "hybrid_r": 2},
+    "vera": {"r": 16},
+    "randlora": {"r": 4, "alpha": 16},
+    "lily": {"r": 4, "stride_A": 2},
+}
+# A stop in the middle of an epoch; ElaLoRA moves ranks before it and after.
+STOP = 5
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bases(
+        tmp_path_factory.mktemp("bases"), rows=64, hidden_size=32, intermediate_size=48
+    )
+
+
+def content(bases: Path, method: str, task: str = "classification", **changes: Any) -> dict:
+    classifies = task == "classification"
+    adapter = {"target_modules": ["query", "value"] if classifies else ["q_proj", "v_proj"], "r": 4}
+    return config_on(
+        bases, task, method=method, adapter=adapter, training={"epochs": 2}, **(OWN | changes)
+    )
+
+
+def train(here: Path, config: dict[str, Any], output: str = "run", *flags: object) -> Result:
+    file = write_config(here / "config.yaml", config | {"output": str(here / output)})
+    return msplora("train", file, *flags)
+
+
+def refused(here: Path, config: dict[str, Any]) -> str:
+    result = train(here, config)
+    assert result.code == 1
+    assert not (here / "run").exists()
+    assert not (here / "run.unfinished").exists()
+    return result.error
+
+
+def adapter_config(here: Path) -> dict[str, Any]:
+    return json.loads((here / "run/adapter/adapter_config.json").read_text())
+
+
+def test_a_run_with_moving_ranks(bases: Path, tmp_path: Path) -> None:
+    """The quickest proof that a method beside LoRA trains, saves, and is what was measured."""
+    result = train(tmp_path, content(bases, "elalora", "sft"))
+    assert result.code == 0, result.error
+    assert "4 ranks moved" in result.out
+    assert "method elalora does not read gralora, adalora, vera, randlora, lily" in result.out
+    saved = adapter_config(tmp_path)
+    assert saved["peft_type"] == "ELALORA"
+    assert saved["rank_pattern"]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["reloaded"]["loss"] == pytest.approx(metrics["best"]["loss"])
+    ranks = [len(its) for name, its in tensors(tmp_path / "run/adapter").items() if "_E" in name]
+    assert sum(ranks) == 4 * len(ranks)
+    assert "import msplora.sisters" in (tmp_path / "run/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(its, marks=pytest.mark.slow if its == "hydra" else pytest.mark.thorough)
+        for its in (*METHODS, "dora", "rslora")
+    ],
+)
+def test_every_method_trains_and_resumes_to_the_bit(
+    bases: Path, tmp_path: Path, method: str
+) -> None:
+    task = "sft" if method in ("vera", "adalora", "hydra") else "classification"
+    config = content(bases, method, task)
+    assert train(tmp_path, config).code == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["reloaded"]["loss"] == pytest.approx(metrics["best"]["loss"], rel=1e-5)
+    judged = msplora("eval", tmp_path / "run", "--json").json()
+    assert judged["loss"] == pytest.approx(metrics["best"]["loss"], rel=1e-4)
+
+    with at_step(STOP, send(signal.SIGTERM)):
+        assert train(tmp_path, config, "stopped").code == 128 + signal.SIGTERM
+    resumed = train(tmp_path, config, "stopped", "--resume")
+    if method == "adalora":
+        assert resumed.code == 1
+        assert "cannot be resumed" in resumed.error
+        return
+    assert resumed.code == 0, resumed.error
+    whole, again = (tensors(tmp_path / its / "adapter") for its in ("run", "stopped"))
+    assert whole
+    assert same(whole, again)
+
+
+@pytest.mark.thorough
+def test_what_converts_and_what_does_not(bases: Path, tmp_path: Path) -> None:
+    for method in ("hydra", "gralora"):
+        assert train(tmp_path, content(bases, method), method).code == 0
+        merged = msplora(
+            "convert", tmp_path / method, tmp_path / f"{method}-merged", "--to", "merged"
+        )
+        assert (merged.code == 0) == METHODS[method].merges
+        if merged.code:
+            assert "GRALORA adapter; --to merged takes" in merged.error
+        for verb in (
+            ["convert", tmp_path / method, tmp_path / "lora", "--to", "lora"],
+            ["analyse", tmp_path / method],
+        ):
+            result = msplora(*verb)
+            assert result.code == 1
+            assert method.upper() in result.error, verb
+
+
+def test_adalora_prunes_as_it_is_told(bases: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, content(bases, "adalora", "sft")).code == 0
+    saved = adapter_config(tmp_path)
+    steps = json.loads((tmp_path / "run/metrics.json").read_text())["best"]["step"]
+    assert (saved["init_r"], saved["target_r"]) == (6, 4)
+    assert (saved["tinit"], saved["tfinal"], saved["deltaT"]) == (1, 4, 1)
+    assert saved["total_step"] >= steps
+    kept = [sum(its) for its in saved["rank_pattern"].values()]
+    assert sum(kept) == 4 * len(kept)
+    ranks = [len(its) for name, its in tensors(tmp_path / "run/adapter").items() if "_E" in name]
+    assert sorted(ranks) == sorted(kept)
+
+
+def test_each_method_gets_what_it_reads(bases: Path) -> None:
+    from msplora.train.base_model import load_base
+    from msplora.train.methods import adapter_config as made
+    from msplora.train.settings_file import make_settings
+
+    def config(method: str, **changes: Any) -> Any:
+        asked = content(bases, method, "sft", **changes)
+        asked["adapter"] |= {"lora_alpha": 12, "lora_dropout": 0.25}
+        settings = make_settings(asked, "here")
+        return made(settings, base)
+
+    base = load_base(make_settings(content(bases, "lora", "sft"), "here"), None)
+    hydra = config("hydra", hydra={"r_parallel": 3, "scale": 0.5})
+    assert (hydra.r_parallel, hydra.r_sequential, hydra.scale) == (3, 8, 0.5)
+    assert hydra.lora_dropout == 0.25
+    elalora = config("elalora")
+    assert (elalora.r, elalora.lora_alpha, elalora.interval) == (4, 12, 2)
+    vera = config("vera")
+    assert (vera.r, vera.vera_dropout) == (16, 0.25)
+    randlora = config("randlora")
+    assert (randlora.r, randlora.randlora_alpha, randlora.randlora_dropout) == (4, 16, 0.25)
+    adalora = config("adalora")
+    assert (adalora.target_r, adalora.init_r, adalora.lora_alpha) == (4, 6, 12)
+    assert config("dora").use_dora
+    assert config("rslora").use_rslora
+    assert not config("lora").use_rslora
+    if hasattr(peft, "GraloraConfig"):
+        gralora = config("gralora")
+        assert (gralora.r, gralora.alpha, gralora.gralora_dropout) == (4, 12, 0.25)
+        assert (gralora.gralora_k, gralora.hybrid_r) == (2, 2)
+
+
+def test_what_a_method_cannot_do_is_refused(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Did you mean 'elalora'?" in refused(tmp_path, content(bases, "elalore"))
+    error = refused(tmp_path, content(bases, "elalora", elalora={"intervall": 3}))
+    assert "unknown key 'elalora.intervall'. Did you mean 'elalora.interval'?" in error
+    error = refused(tmp_path, content(bases, "hydra", hydra={"r_parallel": 0}))
+    assert "hydra.r_parallel = 0: it should be greater than or equal to 1" in error
+    error = refused(tmp_path, content(bases, "elalora", elalora={"warmup_steps": 500}))
+    assert "never move" in error
+    error = refused(tmp_path, content(bases, "adalora", adalora={"tfinal": 500}))
+    assert "never prune" in error
+    error = refused(tmp_path, content(bases, "elalora", devices={"processes": 2}))
+    assert "one process" in error
+    error = refused(tmp_path, content(bases, "adalora", "dpo"))
+    assert "AdaLoRA allows one" in error
+    error = refused(tmp_path, content(bases, "adalora", adalora={"init_r": 2}))
+    assert "adalora.init_r = 2 is below adapter.r = 4" in error
+    excluding = content(bases, "vera")
+    excluding["adapter"] |= {"exclude_modules": ["value"]}
+    assert "cannot leave modules out" in refused(tmp_path, excluding)
+    assert "init_from" in refused(tmp_path, content(bases, "vera", init_from="somewhere"))
+    assert "trains with an adapter that has layers" in refused(
+        tmp_path, content(bases, "lily", quantization="4bit")
+    )
+    monkeypatch.delattr(peft, "GraloraConfig", raising=False)
+    error = refused(tmp_path, content(bases, "gralora"))
+    assert "is PEFT's from version 0.19 on" in error
+
+
+def test_adaloras_penalty_is_no_part_of_an_evaluation() -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    from msplora.train.adalora import penalise_training_only
+    from tiny import MODELS
+
+    def loss(model: Any) -> torch.Tensor:
+        return model(**batch, labels=batch["input_ids"]).loss
+
+    batch = MODELS["llama"].batch()
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
+    plain = loss(MODELS["llama"].model())
+    model = get_peft_model(MODELS["llama"].model(), config).eval()
+    assert loss(model) > plain + 0.1
+    penalise_training_only(model)
+    assert torch.isclose(loss(model), plain)
+    assert loss(model.train()) > plain + 0.1
