@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import msplora.integrations
-from msplora.bench.provenance import provenance
+from msplora.bench.provenance import commit, provenance
 
 STEPS, HALFWAY, RATE = 20, 10, 1e-2
 # As docs/compatibility.md shows them.
@@ -226,7 +226,7 @@ def main() -> None:
             with given.rows.open("w") as file:
                 for row in json.loads(given.data.read_text())[: STEPS * 8]:
                     file.write(json.dumps(row) + "\n")
-            rows[name] = hosts[name](given, Path(folder))
+            rows[name] = {**hosts[name](given, Path(folder)), "commit": commit()}
         print(json.dumps(rows[name], indent=1), flush=True)
     content = {**provenance("cpu"), "trainers": [rows[name] for name in hosts if name in rows]}
     given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -61,6 +61,9 @@ LIBRARIES = {
     ),
 }  # fmt: skip
 
+# gptqmodel's search asks for multiples of 64 outputs.
+TOO_NARROW = {("AWQ 4 bits", "stories260K")}
+
 
 def main() -> None:
     """Run every scheme on every base, write the results after each."""
@@ -95,6 +98,8 @@ def of_library(name: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]
         bases["stories260K"] = Path(shutil.copytree(given.model, Path(scratch) / "stories260K"))
         for scheme in library.schemes:
             for base, folder in bases.items():
+                if (scheme, base) in TOO_NARROW:
+                    continue
                 done = run_in(
                     python, "benchmarks/quantised_base.py", scheme, str(folder),
                     str(given.data.absolute()), more={"GPTQMODEL_CPU_WORKERS": "2"},
@@ -109,7 +114,7 @@ def tiny_llama(folder: Path, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=512, max_position_embeddings=512, bos_token_id=1,
+        num_key_value_heads=4, vocab_size=512, max_position_embeddings=512, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
