@@ -185,7 +185,8 @@ def test_the_command_writes_a_page_and_overwrites_nothing(
 _COUNT = """<script>
 const keys = (kind, level) => Pyramid.pairs(kind, SETTINGS[0], level)
   .map((depths) => depths.map((depth) => kind.sites[depth]));
-const sharedBy = (plan) => plan.kinds.map((kind) => plan.levels.map((_, level) => keys(kind, level)));
+const sharedBy = (plan) =>
+  plan.kinds.map((kind) => plan.levels.map((_, level) => keys(kind, level)));
 document.body.dataset.found = JSON.stringify(PLANS.map((plan) => ({
   counts: SETTINGS.map((its) => Pyramid.count(plan, its)),
   shared: sharedBy(plan),

@@ -92,6 +92,7 @@ function draw(kind, place) {
     const from = blocks[0] - first + 1;
     made.style.gridColumn = `${from + 1} / span ${blocks[blocks.length - 1] - blocks[0] + 1}`;
     made.ariaColIndex = from + 1;
+    made.style.gridTemplateColumns = `repeat(${blocks[blocks.length - 1] - blocks[0] + 1}, minmax(0, 1fr))`;
     for (const [a, b] of ranges(blocks)) {
       const part = make("i", "");
       part.style.gridColumn = `${a - blocks[0] + 1} / span ${b - a + 1}`;
