@@ -24,10 +24,16 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 
+try:
+    from peft.utils import NoMatchingPeftModuleError
+except ImportError:  # before PEFT 0.21
+    NoMatchingPeftModuleError = ValueError
+
 __all__ = [
     "DEFAULT_TARGETS",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
+    "NoMatchingPeftModuleError",
     "check_adapters_to_merge",
 ]
 

@@ -190,6 +190,8 @@ class PyramidLayer(_peft.OwnLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # pyright: ignore
+        layer: Any = self
+        layer.lora_variant.pop(adapter_name, None)  # which PEFT before 0.21 keeps
         self.store.delete(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
