@@ -59,7 +59,7 @@ ENGINES = {
         without=("Olmo2", "SmolLM3", "Starcoder2"),
         head=32,
         takes_stories=False,
-    ),  # fmt: skip
+    ),
     "sglang": Engine("SGLang", "sglang_loader.py", "lora", "sglang"),
 }
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 import msplora
+from msplora.sisters import ElaLoraConfig, HydraConfig
 from oracle import assert_shared, levels_of, plan_of, randomise, term, trainable, watched
 from tiny import MODELS, llama
 
@@ -82,3 +84,22 @@ def test_it_trains_and_comes_back(load: Any, tmp_path: Path) -> None:
     assert torch.allclose(rows[1], logits(model)[1], rtol=1e-2, atol=1e-2)
     with model.disable_adapter():
         assert torch.allclose(rows[0], logits(model)[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("config", [HydraConfig, ElaLoraConfig])
+def test_a_sister_runs_on_it_and_merges_into_it(load: Any, config: Any) -> None:
+    model: Any = get_peft_model(load(), config(target_modules=["q_proj", "v_proj"])).eval()
+    base = logits(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    adapted_logits = logits(model)
+    assert (adapted_logits - base).abs().max() > 0.01
+    site = model.base_model.model.model.layers[1].self_attn.q_proj
+    before = dequantize_module_weight(site.get_base_layer())
+    expected = before + site.get_delta_weight("default")
+    model.merge_adapter()
+    found = dequantize_module_weight(site.get_base_layer())
+    # It is rounded to so many bits once more.
+    assert (found - expected).norm() < 0.2 * (expected - before).norm()

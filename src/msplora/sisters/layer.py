@@ -106,6 +106,21 @@ class SisterLayer(_peft.OwnLayer):
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
+    def tensor_names(self, adapter_name: str) -> list[str]:
+        """The names that an adapter's tensors have in this layer's state dict."""
+        names = []
+        for container in self.containers:
+            held = getattr(self, container)
+            if adapter_name in held:
+                tensor = held[adapter_name]
+                inside = (
+                    [f".{name}" for name in tensor.state_dict()]
+                    if isinstance(tensor, nn.Module)
+                    else [""]
+                )
+                names += [f"{container}.{adapter_name}{name}" for name in inside]
+        return names
+
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
             f"a plain LoRA adapter cannot be added to a layer that has a {self.method} adapter: "

@@ -101,13 +101,15 @@ class SisterModel(LoraModel):
             model, config, adapter_name, state_dict
         )
         expected = {
-            name
-            for name in model.state_dict()
-            if cls.prefix in name
-            and name.split(".")[-1 if _is_leaf(name, cls.prefix) else -2] == adapter_name
+            f"{path}.{name}"
+            for path, layer in model.named_modules()
+            if isinstance(layer, SisterLayer)
+            for name in layer.tensor_names(adapter_name)
         }
         missing = sorted(expected - set(remapped))
-        left_over = sorted(name for name in remapped if cls.prefix in name and name not in expected)
+        left_over = sorted(
+            name for name in remapped if f".{cls.prefix}" in name and name not in expected
+        )
         if missing or left_over:
             told = [f"{name} is missing" for name in missing]
             told += [f"{name} is not one of this adapter's" for name in left_over]
@@ -117,11 +119,6 @@ class SisterModel(LoraModel):
                 f"made for."
             )
         return remapped
-
-
-def _is_leaf(name: str, prefix: str) -> bool:
-    """Whether the adapter's name is the last part of a tensor's name (else the last but one)."""
-    return name.split(".")[-2].startswith(prefix)
 
 
 def _bare_config(config: LoraConfig, target: nn.Module) -> LoraConfig:
