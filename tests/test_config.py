@@ -177,3 +177,9 @@ def test_the_peft_type_is_a_member_like_any_other() -> None:
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(TypeError, match="rnak"):
         msplora.MSPLoraConfig(rnak=8)  # pyright: ignore[reportCallIssue]
+
+
+def test_its_lists_are_plain_ones_for_whoever_writes_them() -> None:
+    """YAML's safe writer refuses every subclass of a list."""
+    written = msplora.MSPLoraConfig(r=8, target_modules=["q_proj"]).to_dict()
+    assert {type(written[name]) for name in ("levels", "ranks", "groups", "alphas")} == {list}

@@ -123,6 +123,13 @@ class MSPLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = _peft.register_type()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, which any writer of JSON or YAML takes."""
+        fields = super().to_dict()
+        for name in _LISTS:
+            fields[name] = list(fields[name])
+        return fields
+
     @property
     def pyramid(self) -> tuple[Level, ...]:
         """The levels asked for, first to last."""

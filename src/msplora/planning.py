@@ -97,7 +97,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
             for key in config.target_modules
             if not inside_attention(model, key) and trained_whole(config, key) is None
         }
-    _name_the_embedding(model, config)
+    _name_what_is_tied(model, config)
     return config
 
 
@@ -191,19 +191,24 @@ def _tied_heads(modules: Mapping[str, nn.Module], name: str, weight: torch.Tenso
     ]
 
 
-def _name_the_embedding(model: nn.Module, config: MSPLoraConfig) -> None:
-    """Let who names a tied head mean its embedding too, as PEFT does, in place."""
+def _name_what_is_tied(model: nn.Module, config: MSPLoraConfig) -> None:
+    """Let who names one of the layers that share the embedding's weight mean all, in place.
+
+    PEFT does, but 0.18 adapts what is named only.
+    """
     embedding = input_embedding(model)
     if not config.ensure_weight_tying or not config.target_modules or embedding is None:
         return
     name, weight = embedding
-    heads = _tied_heads(dict(own_modules(model)), name, weight)
-    if _peft.is_target(config, name) or not any(_peft.is_target(config, head) for head in heads):
+    tied = [name, *_tied_heads(dict(own_modules(model)), name, weight)]
+    missing = [key for key in tied if not _peft.is_target(config, key)]
+    if len(missing) == len(tied):
         return
     if isinstance(config.target_modules, str):
-        config.target_modules = f"({config.target_modules})|{re.escape(name)}"
+        wanted = [f"({config.target_modules})", *map(re.escape, missing)]
+        config.target_modules = "|".join(wanted)
     else:
-        config.target_modules = {*config.target_modules, name}
+        config.target_modules = {*config.target_modules, *missing}
 
 
 def _notes(sites: list[Site], tied: dict[str, str]) -> list[str]:
