@@ -71,13 +71,15 @@ def _pefts_own(contract: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         return
     versions = contract["versions"]
     with_lora = sum(its["lora"]["passed"] for its in contract["rows"])
-    refused = sum(its["outcome"] == "refused" for its in contract["differing"])
+    counts = {"refused": 0, "failed": 0, "skipped": 0}
+    for its in contract["differing"]:
+        counts[its["outcome"]] += sum(its["tests"].values())
     yield (
         "PEFT",
         f"{versions['peft']} (transformers {versions['transformers']})",
         f"its own tests of LoRA, {len(contract['rows'])} files ([each](contract.md))",
-        f"of {with_lora:,} that LoRA passes {with_lora - len(contract['differing']):,} pass, "
-        f"{refused:,} are refused, {len(contract['differing']) - refused:,} do not pass",
+        f"of {with_lora:,} that LoRA passes {with_lora - sum(counts.values()):,} pass, "
+        f"{counts['refused']:,} are refused, {counts['failed'] + counts['skipped']:,} do not pass",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -40,6 +41,16 @@ def results(name: str) -> Any:
 def test_the_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     compatibility = benchmark("compatibility", monkeypatch)
     assert compatibility.rendered(TEXT) == TEXT, "run: python benchmarks/compatibility.py"
+
+
+def test_the_page_of_pefts_own_tests_is_that_of_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests/contract")
+    contract = results("contract.json")
+    text = (ROOT / "docs/contract.md").read_text(encoding="utf-8")
+    assert importlib.import_module("report").page(contract) == text
+    assert [its for its in contract["differing"] if its["reason"] is None] == []
 
 
 def test_what_ran_did_not_fail() -> None:

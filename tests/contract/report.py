@@ -29,35 +29,35 @@ def outcomes(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def collect(folder: Path, files: Iterable[str], commit: str) -> dict[str, Any]:
-    """Counts per file and method, and every test that passes with LoRA and does not with ours.
+    """Counts per file and method, and what passes with LoRA and does not with ours, by reason.
 
     Of files that both have been through; the others are named.
     """
     rows: list[dict[str, Any]] = []
-    differing: list[dict[str, Any]] = []
+    differing: dict[tuple[str, ...], dict[str, Any]] = {}
     not_run: list[str] = []
     for file in files:
         paths = [record(folder, file, method, commit) for method in _METHODS]
         if not all(its.with_suffix(".finished").exists() for its in paths):
             not_run.append(file)
             continue
-        lora = {
-            name: its
-            for name, its in outcomes(record(folder, file, "lora", commit)).items()
-            if its["uses"]
-        }
-        ours = outcomes(record(folder, file, "msplora", commit))
+        lora, ours = (outcomes(its) for its in paths)
+        lora = {name: its for name, its in lora.items() if its["uses"]}
         missing = {"outcome": "failed", "why": "it was not run", "seconds": 0}
         ours = {name: ours.get(name, missing) for name in lora}
         rows.append({"file": file, "lora": _counts(lora), "msplora": _counts(ours)})
         for name in sorted(lora):
             its = ours[name]
-            if lora[name]["outcome"] == "passed" and its["outcome"] != "passed":
-                reason = explain(name, its["why"])
-                line = {"test": name.removeprefix("tests/"), "outcome": its["outcome"]}
-                error = {} if reason else {"error": _without_folders(its["why"])[:_SHOWN]}
-                differing.append({**line, **error, "reason": reason})
-    return {"rows": rows, "differing": differing, "not_run": not_run}
+            if lora[name]["outcome"] != "passed" or its["outcome"] == "passed":
+                continue
+            reason = explain(name, its["why"])
+            line = {"outcome": its["outcome"], "reason": reason}
+            if reason is None:
+                line["error"] = _without_folders(its["why"])[:_SHOWN]
+            found = differing.setdefault(tuple(map(str, line.values())), {**line, "tests": {}})
+            test = name.removeprefix("tests/").partition("[")[0]
+            found["tests"][test] = found["tests"].get(test, 0) + 1
+    return {"rows": rows, "differing": list(differing.values()), "not_run": not_run}
 
 
 def _without_folders(text: str) -> str:
@@ -68,6 +68,11 @@ def _without_folders(text: str) -> str:
 def _counts(outcomes_of: dict[str, dict[str, Any]]) -> dict[str, int]:
     counted = Counter(its["outcome"] for its in outcomes_of.values())
     return {outcome: counted[outcome] for outcome in OUTCOMES}
+
+
+def count(differing: Iterable[dict[str, Any]]) -> int:
+    """How many tests these are, each case of a parametrised one for itself."""
+    return sum(sum(its["tests"].values()) for its in differing)
 
 
 def unexplained(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -83,7 +88,7 @@ def show(found: dict[str, Any]) -> None:
     if found["not_run"]:
         print(f"not run to the end: {', '.join(found['not_run'])}")
     for its in unexplained(found):
-        print(f"unexplained, {its['outcome']}: {its['test']}\n    {its['error']}")
+        print(f"unexplained, {its['outcome']}: {', '.join(its['tests'])}\n    {its['error']}")
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def page(result: dict[str, Any]) -> str:
         "- *Refused*: the library raised its own error, with the reason.",
         "",
         f"Of the {total['lora']['passed']:,} tests that pass with LoRA, "
-        f"{total['lora']['passed'] - len(result['differing']):,} pass with a pyramid.",
+        f"{total['lora']['passed'] - count(result['differing']):,} pass with a pyramid.",
         "",
         "| | LoRA passed | failed | skipped | pyramid passed | failed | refused | skipped |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -148,14 +153,13 @@ def page(result: dict[str, Any]) -> str:
 def _reasons(differing: list[dict[str, Any]], heading: str) -> list[str]:
     if not differing:
         return []
-    counted = Counter(its["reason"] or "**not explained**" for its in differing)
-    names: dict[str, list[str]] = {}
+    counted: Counter[str] = Counter()
+    names: dict[str, str] = {}
     for its in differing:
-        name = its["test"].rpartition("::")[2].partition("[")[0]
-        known = names.setdefault(its["reason"] or "**not explained**", [])
-        if name not in known:
-            known.append(name)
+        reason = its["reason"] or "**not explained**"
+        counted[reason] += count([its])
+        names.setdefault(reason, next(iter(its["tests"])).rpartition("::")[2])
     lines = [heading, "", "| tests | why | such as |", "|---:|---|---|"]
-    for reason, count in counted.most_common():
-        lines.append(f"| {count} | {reason} | `{names[reason][0]}` |")
+    for reason, number in counted.most_common():
+        lines.append(f"| {number} | {reason} | `{names[reason]}` |")
     return [*lines, ""]
