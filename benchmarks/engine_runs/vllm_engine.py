@@ -1,7 +1,7 @@
-"""vLLM's engine on a CPU, the base and the adapter's folder as they are.
+"""vLLM's engine on a CPU, the base's and the adapter's folder as they are.
 
-Run as a script, since vLLM's compiler may start processes. In one process, without a tokenizer: ids
-go in, and the raw logits of every token of the prompt come out, with those of the one that follows.
+In one process and without a tokenizer: ids go in, and the logits of every token come out, those of
+the prompt as `prompt_logprobs` and those of its last token as what is generated from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
-RAN = "its engine for CPUs, vocabulary's logits of every token, enable_lora"
+RAN = "vLLM's engine for CPUs, the folder given as a LoRARequest"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
