@@ -1,4 +1,4 @@
-"""What docs/training.md, data.md and analysis.md show is run; the tables of keys are the settings'.
+"""What the pages on training, data, analysis and inspecting show is run; tables are the code's.
 
 A block that follows "`NAME`:" is a file of that name. Every other YAML block is a part of a config:
 it is put over a config that has the rest, and trained for three steps.
@@ -19,6 +19,7 @@ import yaml
 
 from msplora.cli.app import app
 from msplora.errors import MSPLoraError
+from msplora.inspection.suspicions import RULES
 from msplora.train import run as run_module
 from settings_tables import PAGE, SECTIONS, table, tables
 from tiny_images import paint_folder, save_vision_model
@@ -26,7 +27,10 @@ from tiny_saved import save_encoder, save_language_model
 
 PAGES = {
     page: page.read_text(encoding="utf-8")
-    for page in (PAGE, PAGE.with_name("data.md"), PAGE.with_name("analysis.md"))
+    for page in (
+        PAGE,
+        *(PAGE.with_name(name) for name in ("data.md", "analysis.md", "inspecting.md")),
+    )
 }
 TEXT = "\n".join(PAGES.values())
 SHORT = ["--set", "training.max_steps=3", "--set", "training.batch_size=2"]
@@ -111,6 +115,12 @@ def test_the_tables_have_every_key_its_default_and_its_meaning() -> None:
     found = tables(TEXT)
     for name, section in SECTIONS.items():
         assert found[name] == table(section), "run: python tests/settings_tables.py"
+
+
+def test_the_table_of_rules_is_the_inspections() -> None:
+    section = TEXT.partition("## What a folder holds")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([\w ]+) \| [✗!] \| (.*) \|$", section, flags=re.MULTILINE))
+    assert rows == {rule: when for rule, when in RULES.items() if rule != "note"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -232,7 +242,7 @@ ERRORS: dict[str, list[str]] = {
     "mixed forms": ["sft.yaml", "data.train=mixed.jsonl", "data.validation_fraction=0"],
     "the tokenizer has no chat template": ["sft.yaml", "data.train=chats.jsonl"],
     "but the model has 512 positions": ["sft.yaml", "data.train=long.jsonl"],
-    "names 'query', but this model has nothing of that name": [
+    "Target modules {'query'} not found in the base model": [
         "sft.yaml",
         "adapter.target_modules=[query]",
     ],

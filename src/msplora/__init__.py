@@ -24,6 +24,8 @@ _PUBLIC = {
     "plan": "planning",
     "factors": "store",
     "hotswap": "swapping",
+    "doctor": "diagnosis.doctoring",
+    "inspect": "inspection.inspecting",
     "singular_values": "spectrum",
     "to_lora": "convert",
     "to_merged": "convert",
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
     from .config import MSPLoraConfig as MSPLoraConfig
     from .convert import to_lora as to_lora
     from .convert import to_merged as to_merged
+    from .diagnosis.doctoring import doctor as doctor
     from .errors import MSPLoraError as MSPLoraError
     from .from_lora import to_msplora as to_msplora
+    from .inspection.inspecting import inspect as inspect
     from .model import MSPLoraModel as MSPLoraModel
     from .planning import plan as plan
     from .pyramid import Level as Level
@@ -64,4 +68,11 @@ def __dir__() -> list[str]:
 
 from . import registering as _registering  # noqa: E402  (needs nothing above, but runs last)
 
-_registering.install()
+
+def _register() -> None:
+    from . import _peft
+
+    _peft.register_method()
+
+
+_registering.install(_register)

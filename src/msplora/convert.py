@@ -241,10 +241,10 @@ def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, di
             f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; there is nothing to "
             f"convert."
         )
-    return load_adapted(folder, base), _other_tensors(read_tensors(folder))
+    return load_adapted(folder, base), other_tensors(read_tensors(folder))
 
 
-def _other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an adapter's file holds besides pairs: a head, biases, trained tokens."""
     return {key: tensor for key, tensor in tensors.items() if f"{STORE_NAME}." not in key}
 

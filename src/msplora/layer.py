@@ -39,7 +39,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _CAST = {torch.float32, *_HALF}
 
 
-class PyramidLayer:
+class PyramidLayer(_peft.OwnLayer):
     """Mixed in before a PEFT LoRA layer class by `make_pyramid_layer`."""
 
     adapter_layer_names = ("borrowed", "lora_magnitude_vector")

@@ -110,7 +110,7 @@ def _kind_row(kind: Kind) -> tuple[str, ...]:
     for level in kind.levels:
         groups = [level.group_of(depth, kind.layers) for depth in range(kind.layers)]
         counts = [groups.count(group) for group in sorted(set(groups))]
-        sizes.append(_repeated(counts))
+        sizes.append(repeated(counts))
     # A name of two stacks carries its stack; the others get it here.
     name = kind.name if ":" in kind.name else f"{kind.stack} … {kind.name}"
     return (
@@ -124,7 +124,8 @@ def _kind_row(kind: Kind) -> tuple[str, ...]:
     )
 
 
-def _repeated(counts: Sequence[int]) -> str:
+def repeated(counts: Sequence[int]) -> str:
+    """Sizes of groups, as ``4×1`` where they are alike, else ``3+2+2``."""
     if len(counts) > 1 and len(set(counts)) == 1:
         return f"{len(counts)}×{counts[0]}"
     return "+".join(map(str, counts))

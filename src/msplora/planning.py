@@ -27,6 +27,7 @@ from .matching import (
     some,
     trained_whole,
 )
+from .parameters import experts_named_as_modules
 from .pyramid import Level, Plan, Site, arrange
 
 
@@ -113,7 +114,7 @@ def make_plan(model: nn.Module, config: MSPLoraConfig) -> Plan:
         levels_of=_levels_of(config, sites),
         use_dora=config.use_dora,
         tied=tied,
-        notes=_notes(sites, tied),
+        notes=[*_notes(sites, tied), *_unadapted_experts(modules, config)],
     )
 
 
@@ -158,6 +159,12 @@ def _tied_sites(
             f"target_modules matches {asked}, whose weight is shared by {[name, *heads]}: adapting "
             f"one would untie them. Set ensure_weight_tying=True to adapt all of them alike, load "
             f"the model with tie_word_embeddings=False, or leave them out."
+        )
+    if getattr(getattr(modules[""], "config", None), "tie_word_embeddings", None) is False:
+        raise TargetError(
+            f"{[name, *heads]} are one weight, but the model's config says tie_word_embeddings="
+            f"False, by which PEFT goes: it would adapt them apart, and merging one would change "
+            f"the others. Set model.config.tie_word_embeddings=True, or give each its own weight."
         )
     if name not in targeted:
         raise TargetError(
@@ -217,6 +224,23 @@ def _notes(sites: list[Site], tied: dict[str, str]) -> list[str]:
     ]
     notes += _gaps(sites)
     return notes
+
+
+def _unadapted_experts(modules: Mapping[str, nn.Module], config: MSPLoraConfig) -> list[str]:
+    """What a regular expression that was written for another release of transformers may mean."""
+    pattern = config.target_modules
+    if not isinstance(pattern, str):
+        return []
+    found = experts_named_as_modules(modules, pattern)
+    found = [
+        its for its in found if not any(its.endswith(t) for t in config.target_parameters or ())
+    ]
+    if not found:
+        return []
+    return [
+        f"target_modules = {pattern!r} matches {some(found, 3)} too: parameters, no modules, and "
+        f"not adapted. Name them in target_parameters to adapt them."
+    ]
 
 
 def _gaps(sites: list[Site]) -> list[str]:

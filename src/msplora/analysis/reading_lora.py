@@ -17,7 +17,8 @@ from msplora.spectrum import as_matrices
 from .base import Base
 from .stored import StoredKind, StoredPair, StoredSite
 
-_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+"""The name of a factor: its site, and which of the two it is."""
 
 
 def lora_kinds(
@@ -26,7 +27,7 @@ def lora_kinds(
     """Sort a LoRA's pairs into kinds; raises as `read_adapter`."""
     matrices: dict[str, tuple[Tensor, Tensor, float]] = {}
     for key, (a, b) in _factors(tensors, where).items():
-        scale = _scale(config, key)
+        scale = scale_of(config, key)
         for name, a_RI, b_OR in _as_sites(key, a, b, config):
             fit = a_RI.ndim == b_OR.ndim == 2 and a_RI.shape[0] == b_OR.shape[1]
             if not fit:
@@ -39,7 +40,7 @@ def lora_kinds(
         _check_fit(matrices, base, where)
     sites = []
     for key, (a_RI, b_OR, _) in matrices.items():
-        stack, block, kind = _place(key, config, base)
+        stack, block, kind = place_of(key, config, base)
         shape = Shape("linear", b_OR.shape[0], a_RI.shape[1])
         sites.append(Site(key, stack, kind, block, shape))
     # The level is only there to have the kinds named and ordered as a plan's are.
@@ -63,7 +64,7 @@ def lora_kinds(
 def _factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
+        match = LORA_TENSOR.fullmatch(name)
         if match:
             found.setdefault(match.group(1), {})[match.group(2)] = tensor
         elif ".lora_" in name and not name.endswith(".bias"):
@@ -80,7 +81,7 @@ def _factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tenso
     return {key: (its["A"], its["B"]) for key, its in found.items()}
 
 
-def _scale(config: Any, key: str) -> Any:
+def scale_of(config: Any, key: str) -> Any:
     """From the rank of a site to its scale: alpha / rank; rank-stabilised, alpha / sqrt(rank)."""
     alpha = config.lora_alpha
     for pattern, value in (config.alpha_pattern or {}).items():
@@ -90,7 +91,8 @@ def _scale(config: Any, key: str) -> Any:
     return lambda rank: alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _rank(config: Any, key: str) -> int:
+def rank_of(config: Any, key: str) -> int:
+    """The rank that a LoRA's config asks for at a site."""
     for pattern, value in (config.rank_pattern or {}).items():
         if pattern_matches(pattern, key):
             return value
@@ -99,7 +101,7 @@ def _rank(config: Any, key: str) -> int:
 
 def _as_sites(key: str, a: Tensor, b: Tensor, config: Any) -> list[tuple[str, Tensor, Tensor]]:
     """A site's factors as matrices; experts, whose weights are one parameter, each as a site."""
-    rank = _rank(config, key)
+    rank = rank_of(config, key)
     experts = len(a) // rank if a.ndim == 2 and getattr(config, "target_parameters", None) else 1
     if experts > 1 and len(a) == experts * rank and b.shape[-1] == len(a):
         stacked = as_matrices(a, b, experts=experts)
@@ -111,7 +113,7 @@ def _as_sites(key: str, a: Tensor, b: Tensor, config: Any) -> list[tuple[str, Te
     return [(key, *as_matrices(a, b, groups=groups))]
 
 
-def _place(key: str, config: Any, base: Base | None) -> tuple[str, int | None, str]:
+def place_of(key: str, config: Any, base: Base | None) -> tuple[str, int | None, str]:
     """The stack, the block's number and the kind; without the base, by the outermost number."""
     if base is not None:
         path = key.partition("[")[0]

@@ -65,7 +65,7 @@ def _kinds_of_plan(
                 wanted = kind.shape.a(pair.rank), kind.shape.b(pair.rank)
                 if (tuple(a.shape), tuple(b.shape)) != wanted:
                     raise _misshapen(where, pair.address, a, b, wanted)
-                a_RI, b_OR = _matrices(a, b, experts, expert)
+                a_RI, b_OR = matrices_of(a, b, experts, expert)
                 matrices.append(StoredPair(pair.level, pair.group, pair.scale, a_RI, b_OR))
             name = kind.name if experts == 1 else f"{kind.name}[expert {expert}]"
             sites = tuple(
@@ -94,7 +94,7 @@ def counted_kinds(
             f"{where} holds no pair of a pyramid. The file is not whole, or not this adapter's; "
             f"save or copy it again."
         )
-    levels = _levels_of(config, list(groups))
+    levels = levels_of(config, list(groups))
     kinds = []
     for kind, found in groups.items():
         layers = _layers(kind, found, levels[kind], where)
@@ -129,7 +129,7 @@ def _counted(
                 wanted = (level.rank * experts, *a.shape[1:]), tuple(b.shape)
                 raise _misshapen(where, address, a, b, wanted)
             for expert in range(experts):
-                a_RI, b_OR = _matrices(a, b, experts, expert)
+                a_RI, b_OR = matrices_of(a, b, experts, expert)
                 if a_RI.shape[0] != b_OR.shape[1]:
                     wanted = tuple(a.shape), (b.shape[0], a.shape[0])
                     raise _misshapen(where, address, a, b, wanted)
@@ -138,10 +138,7 @@ def _counted(
                 if level.group_of(layer, layers) == group:
                     borrowed[layer].append(place)
             place += 1
-    asked: Any = config.layers_to_transform
-    numbers = sorted({asked} if isinstance(asked, int) else set(asked or ()))
-    if len(numbers) != layers:
-        numbers = list(range(layers))
+    numbers = block_numbers(config, layers)
     sites = tuple(
         StoredSite(f"{number}.{kind}", number, tuple(its))
         for number, its in zip(numbers, borrowed, strict=True)
@@ -158,12 +155,26 @@ def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
     """Address of a pair → (A, B); of a pair that is not whole, nothing."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if match:
-            kind = match["kind"].replace("/", ".")
-            address = f"{match['level']}/{match['group']}/{kind}"
-            found.setdefault(address, {})[match["factor"]] = tensor
+        place = address_of(name)
+        if place:
+            found.setdefault(place[0], {})[place[1]] = tensor
     return {address: (its[A], its[B]) for address, its in found.items() if len(its) == 2}
+
+
+def address_of(name: str) -> tuple[str, str] | None:
+    """The pair that a tensor of the file belongs to, and which of its factors it is."""
+    match = _TENSOR.fullmatch(name)
+    if match is None:
+        return None
+    kind = match["kind"].replace("/", ".")
+    return f"{match['level']}/{match['group']}/{kind}", match["factor"]
+
+
+def block_numbers(config: MSPLoraConfig, layers: int) -> list[int]:
+    """The numbers of the adapted blocks; counted from 0 where the config does not list them."""
+    asked: Any = config.layers_to_transform
+    numbers = sorted({asked} if isinstance(asked, int) else set(asked or ()))
+    return numbers if len(numbers) == layers else list(range(layers))
 
 
 def _refuse_missing(
@@ -205,7 +216,7 @@ def _layers(kind: str, found: Mapping[str, set[int]], levels: tuple[Level, ...],
     return max(own)
 
 
-def _levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level, ...]]:
+def levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level, ...]]:
     """Kind → its levels; with patterns, those of the first that matches the kind's name."""
     found = dict.fromkeys(kinds, config.pyramid)
     values: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
@@ -230,7 +241,7 @@ def _path(kind: str) -> str:
     return kind.rpartition(":")[2].partition("[")[0]
 
 
-def _matrices(a: Tensor, b: Tensor, experts: int, expert: int) -> tuple[Tensor, Tensor]:
+def matrices_of(a: Tensor, b: Tensor, experts: int, expert: int) -> tuple[Tensor, Tensor]:
     """A pair as matrices (R, I), (O, R); of experts, those of one."""
     if experts > 1:
         a_ERI, b_EOR = as_matrices(a, b, experts=experts)

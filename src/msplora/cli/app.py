@@ -18,8 +18,10 @@ from . import (
     convert,
     data,
     demo,
+    doctor,
     evaluate,
     generate,
+    inspect,
     plan,
     predict,
     recipes,
@@ -76,6 +78,8 @@ app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
 app.command("analyse")(analyse.analyse)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.recipes_app, name="recipes")

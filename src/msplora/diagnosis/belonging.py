@@ -1,0 +1,112 @@
+"""Were base and adapter made for each other, and is all of the file in the model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from transformers import AutoTokenizer
+
+from msplora.inspection.suspicions import some
+
+from .patient import Patient
+from .results import Check, figures
+
+BASE = "made for this base"
+LOADED = "all of it is loaded"
+
+
+def base_fits(patient: Patient) -> Check:
+    """The base's name, architecture and vocabulary; that the shapes fit is proved by loading."""
+    named = patient.config.base_model_name_or_path
+    model_type = patient.base.config.model_type
+    wanted = getattr(patient.config, "model_type", None)
+    if wanted not in (None, model_type):
+        return Check(
+            BASE,
+            "failed",
+            f"It was made for a {wanted}, and this is a {model_type}.",
+            "Pass the model that the adapter was made for.",
+        )
+    tokens, rows = _vocabulary(patient)
+    numbers = figures(**({"tokens": tokens} if tokens else {}), **({"rows": rows} if rows else {}))
+    if tokens and rows and tokens > rows:
+        return Check(
+            BASE,
+            "failed",
+            f"The tokenizer beside the adapter has {tokens:,} tokens, and the base's embedding "
+            f"{rows:,} rows.",
+            "Pass the base that it was trained on, or resize its embeddings before loading.",
+            numbers,
+        )
+    vocabulary = f", {tokens:,} tokens of {rows:,}" if tokens and rows else ""
+    said = f"Names and shapes fit a {model_type}{vocabulary}."
+    if not named:
+        return Check(BASE, "passed", f"{said} The adapter does not name its base.", "", numbers)
+    if not _same(named, patient.source):
+        return Check(
+            BASE,
+            "warning",
+            f"{said} But the adapter names {named!r}.",
+            "If this is that model in another place, all is well; a different one of the same "
+            "shape gives wrong answers without an error.",
+            numbers,
+        )
+    return Check(BASE, "passed", f"{said} It is the base that the adapter names.", "", numbers)
+
+
+def _same(named: str, source: str) -> bool:
+    one, other = Path(named).expanduser(), Path(source).expanduser()
+    return named == source or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _vocabulary(patient: Patient) -> tuple[int | None, int | None]:
+    """The tokens of the tokenizer that was saved with the adapter, and the embedding's rows."""
+    embedding = patient.base.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if not any((patient.folder / name).is_file() for name in names):
+        return None, rows
+    return len(AutoTokenizer.from_pretrained(str(patient.folder))), rows
+
+
+def everything_is_loaded(patient: Patient) -> Check:
+    """Each tensor of the file is in the model with its numbers, and no pair is without one.
+
+    PEFT leaves out what it finds no place for.
+    """
+    held: dict[str, Any] = dict(
+        get_peft_model_state_dict(patient.model, save_embedding_layers=False)
+    )
+    whole = patient.model.state_dict()
+    lost, changed = [], []
+    for name, its in patient.tensors.items():
+        found = held.get(name, whole.get(name))
+        if found is None:
+            lost.append(name)
+        elif found.shape != its.shape or not torch.equal(found.cpu(), its.to(found.dtype)):
+            changed.append(name)
+    new = [name for name in held if name not in patient.tensors]
+    count = len(patient.tensors)
+    numbers = figures(tensors=count, lost=len(lost), changed=len(changed), new=len(new))
+    if not lost and not changed and not new:
+        return Check(LOADED, "passed", f"All {count} tensors of the file are in it.", "", numbers)
+    parts = [
+        f"{len(names)} {what}: {some(names)}"
+        for names, what in (
+            (lost, "tensor(s) of the file have no place in the model"),
+            (changed, "have other numbers there"),
+            (new, "of the model's are not in the file and have their first numbers"),
+        )
+        if names
+    ]
+    return Check(
+        LOADED,
+        "failed",
+        f"{'; '.join(parts)}.",
+        "The base names its modules otherwise than the one it was trained on; pass that one, or "
+        "the version of transformers it was trained with.",
+        numbers,
+    )

@@ -1,0 +1,155 @@
+"""`msplora.doctor`: load a base with an adapter on it, and check one thing after the other."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+
+from msplora import __version__
+from msplora.errors import UnsupportedError
+from msplora.extras import train_extra
+from msplora.loading import (
+    CONFIG_FILE,
+    BaseOptions,
+    adapter_folder,
+    class_names,
+    load_base_of,
+    loading_errors_explained,
+    read_config,
+    read_tensors,
+    resolve_source,
+)
+from msplora.released import is_released
+from msplora.verifying import probe_inputs
+
+from .belonging import BASE, base_fits, everything_is_loaded
+from .outputs import conversion_is_equal, is_applied, merging_keeps_the_output
+from .patient import Patient
+from .precision import activations_stay_in_range, factors_survive
+from .results import Check, Diagnosis
+from .weights import name_of, rounding_keeps_the_update, unmerging_restores_the_base
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many of its steps are done, and of how many."""
+
+_ROUNDS = 8
+_MOST_SAID = 600
+"""Letters of PEFT's own errors, which list every tensor."""
+
+
+def doctor(
+    model: str | BaseOptions,
+    adapter: str | Path,
+    *,
+    data: str | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Check an adapter on its base: applied, merged, unmerged, rounded, converted.
+
+    Args:
+        model: the base: a folder, an id on the hub, or how to load it.
+        adapter: the folder of an MSPLoRA adapter or of PEFT's plain LoRA, or of a run.
+        data: a file of rows, as `msplora eval` takes them, to run on in place of random inputs.
+        progress: called as the work goes on.
+
+    Returns:
+        Frozen values; `ok` says whether no check failed.
+
+    Raises:
+        MSPLoraError: the base, the adapter or the data cannot be read at all. That the two do not
+            fit each other is a failed check.
+    """
+    options = BaseOptions(model) if isinstance(model, str) else model
+    assert options.source
+    source = resolve_source(options.source)
+    options = replace(options, source=source)
+    folder = adapter_folder(Path(adapter).expanduser())
+    method = _method(folder)
+    tensors = read_tensors(folder)
+    with loading_errors_explained(source):
+        transformers.AutoConfig.from_pretrained(
+            source, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    report = progress or (lambda what, done, total: None)
+    inputs = "random inputs from a fixed seed" if data is None else f"the first rows of {data}"
+    found: list[Check] = []
+    dtype = options.dtype
+
+    def done() -> Diagnosis:
+        names = source, str(adapter), method
+        return Diagnosis(*names, dtype, inputs, tuple(found), __version__)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they warn of is what is checked
+        try:
+            adapted, batch = _load(folder, tensors, options, data)
+        except _Misfit as error:
+            found.append(Check(BASE, "failed", str(error), "Pass the base that it was made for."))
+            return done()
+        patient = Patient(folder, source, adapted, batch, tensors)
+        dtype = name_of(patient.dtype)
+        for step, checks in enumerate(_examine(patient), start=1):
+            found += checks
+            report("examining", step, _ROUNDS)
+    return done()
+
+
+def _examine(patient: Patient) -> Iterator[list[Check]]:
+    yield [base_fits(patient)]
+    yield [everything_is_loaded(patient)]
+    yield [is_applied(patient)]
+    # Without a usable output there is nothing to compare with.
+    finite = bool(patient.adapted.isfinite().all())
+    yield [conversion_is_equal(patient)] if finite else []
+    yield factors_survive(patient)
+    yield [activations_stay_in_range(patient)]
+    yield rounding_keeps_the_update(patient)
+    yield [unmerging_restores_the_base(patient)]
+    yield [merging_keeps_the_output(patient)] if finite else []
+
+
+class _Misfit(Exception):
+    """The adapter cannot be put on the base."""
+
+
+def _load(folder: Path, tensors: Any, options: BaseOptions, data: str | None) -> Any:
+    if data is not None:
+        if options.dtype != "auto":
+            raise UnsupportedError(
+                "--dtype does not go with --data: rows are read by the base as the run had it. "
+                "Give one of them."
+            )
+        with train_extra():
+            from .rows import model_and_rows
+
+            return model_and_rows(folder, str(options.source), data)
+    config = read_config(folder)
+    base = load_base_of(config, tensors, options, class_names(folder))
+    try:
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:  # PEFT's, and our own
+        raise _Misfit(" ".join(str(error).split())[:_MOST_SAID]) from error
+    return model, probe_inputs(model)
+
+
+def _method(folder: Path) -> str:
+    content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if is_released(folder):
+        raise UnsupportedError(
+            f"{str(folder)!r} is a checkpoint of the code released with the paper. Convert it "
+            f"first: msplora convert {folder} OUT --to msplora."
+        )
+    method = str(content.get("peft_type"))
+    if method not in ("LORA", "MSPLORA"):
+        raise UnsupportedError(
+            f"{str(folder)!r} is a {method} adapter. What is examined are adapters of LORA and "
+            f"MSPLORA."
+        )
+    return "MSPLoRA" if method == "MSPLORA" else "LoRA"

@@ -1,0 +1,131 @@
+"""What the model answers: with the adapter, merged, and with the plain LoRA that it is."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from msplora.convert import other_tensors
+from msplora.forms import AsPeft, PlainLora
+from msplora.plain_lora import lora_of
+from msplora.verifying import VerificationError, compare, logits
+
+from .patient import Patient
+from .results import Check, figures, percent
+
+APPLIED = "changes the output"
+MERGED = "merging keeps the output"
+CONVERTED = "the converted LoRA is equal"
+_NOTHING = 8
+"""A change of fewer ulps of the largest logit is none."""
+_MOST = 0.5
+"""More than this share of the adapter's effect is much to lose."""
+
+
+def is_applied(patient: Patient) -> Check:
+    """Whether the logits with the adapter are others than without."""
+    adapted, plain = patient.adapted, patient.plain
+    if not bool(adapted.isfinite().all()):
+        base = "with the adapter" if bool(plain.isfinite().all()) else "without the adapter, too"
+        return Check(
+            APPLIED,
+            "failed",
+            f"The output holds values that are not finite, {base}.",
+            "Load it in float32 (--dtype float32); if it is the same there, training diverged.",
+        )
+    largest = float(plain.abs().max())
+    nothing = _NOTHING * torch.finfo(patient.dtype).eps * largest
+    other = adapted.argmax(-1) != plain.argmax(-1)
+    numbers = figures(
+        effect=patient.effect,
+        relative=patient.effect / largest if largest else 0.0,
+        answers_changed=float(other.float().mean()),
+    )
+    if patient.effect <= nothing:
+        return Check(
+            APPLIED,
+            "failed",
+            f"With and without it the output is the same (largest change {patient.effect:.1e}).",
+            "Look at it with msplora inspect: B may be zero. Was it saved before it was trained?",
+            numbers,
+        )
+    said = f"The output moves by up to {patient.effect:.3g}, where the largest is {largest:.3g}"
+    if adapted.shape[-1] > 1:
+        said += (
+            f"; the first choice changes in {other.float().mean():.0%} of {other.numel()} places"
+        )
+    return Check(APPLIED, "passed", f"{said}.", "", numbers)
+
+
+def merging_keeps_the_output(patient: Patient) -> Check:
+    """The logits of the merged model against the adapted one's. Comes last: it leaves it merged."""
+    if patient.why_not_merged:
+        return Check(MERGED, "skipped", patient.why_not_merged)
+    expected = patient.adapted, patient.plain
+    patient.model.merge_adapter()
+    return _compared(
+        MERGED,
+        patient,
+        expected,
+        logits(patient.model, patient.inputs),
+        {patient.dtype},
+        "Merge into float32 weights (msplora convert --to merged --dtype float32), or serve the "
+        "adapter unmerged.",
+    )
+
+
+def conversion_is_equal(patient: Patient) -> Check:
+    """The logits of the plain LoRA that it is; the patient gets its adapter back."""
+    if not patient.is_pyramid:
+        return Check(CONVERTED, "skipped", "It is a plain LoRA already.")
+    expected = patient.adapted, patient.plain
+    tensors, config = lora_of(patient.model)
+    lora = PlainLora(tensors | other_tensors(patient.tensors), config, patient.base.config)
+    base: Any = patient.model.unload()
+    with tempfile.TemporaryDirectory() as scratch:
+        AsPeft(lora).write(Path(scratch))
+        converted = PeftModel.from_pretrained(base, scratch).eval()
+    found = logits(converted, patient.inputs)
+    base = converted.unload()
+    patient.model = PeftModel.from_pretrained(base, str(patient.folder)).eval()
+    return _compared(
+        CONVERTED,
+        patient,
+        expected,
+        found,
+        {patient.dtype, torch.float32},
+        "Please report this, with the adapter's config.",
+    )
+
+
+def _compared(
+    name: str,
+    patient: Patient,
+    expected: tuple[Tensor, Tensor],
+    found: Tensor,
+    dtypes: set[torch.dtype],
+    advice: str,
+) -> Check:
+    """Compare with the logits `expected`, with the adapter and without it."""
+    adapted, plain = expected
+    try:
+        its = compare(plain, adapted, found, dtypes)
+    except VerificationError:
+        difference = float((found - adapted).abs().max())
+        numbers = figures(difference=difference, effect=patient.effect)
+        said = f"The output differs by up to {difference:.2e}; the adapter's effect is "
+        return Check(name, "failed", f"{said}{patient.effect:.2e}.", advice, numbers)
+    share = its.difference / its.effect if its.effect else 0.0
+    numbers = figures(difference=its.difference, effect=its.effect, tolerance=its.tolerance)
+    said = (
+        f"The output differs by up to {its.difference:.2e} (allowed {its.tolerance:.0e}), "
+        f"{percent(share)} of the adapter's effect."
+    )
+    if share > _MOST:
+        return Check(name, "warning", said, advice, numbers)
+    return Check(name, "passed", said, "", numbers)

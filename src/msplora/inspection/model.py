@@ -1,0 +1,125 @@
+"""A whole model's files, a part of one tensor at a time: merged, whole, finite and in scale?"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from msplora.errors import AdapterFileError
+from msplora.matching import STORE_NAME
+
+from .results import Finding
+from .suspicions import FEWEST, OUTLIER, not_finite, some
+from .tensor_file import TensorFiles
+
+INDEX = "model.safetensors.index.json"
+_OF_AN_ADAPTER = re.compile(rf"\.lora_|\.base_layer\.|{STORE_NAME}|msplora_")
+_AGAIN = "Copy or download it again."
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a whole model's weights.
+
+    Raises:
+        AdapterFileError: it has none in safetensors.
+    """
+    # Some publish a second copy of all weights under another name.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise AdapterFileError(
+            f"{str(folder)!r} is a model without weights in safetensors. One saved as a pickle "
+            f"(.bin) is not read; save it again with safe_serialization=True."
+        )
+    return files
+
+
+def look_at_model(
+    files: TensorFiles, folder: Path, done: Callable[[int, int], None]
+) -> list[Finding]:
+    """Find what is suspicious about a model's weights."""
+    norms: dict[str, float] = {}
+    infinite: list[str] = []
+    for place, name in enumerate(files.headers, start=1):
+        square = sum(float(block.square().sum()) for block in files.blocks(name))
+        # The square of a finite number may overflow; then the numbers themselves are looked at.
+        if math.isfinite(square):
+            norms[name] = math.sqrt(square)
+        elif not files.is_finite(name):
+            infinite.append(name)
+        done(place, len(files.headers))
+    matrices = {
+        name: norm
+        for name, norm in norms.items()
+        if len(files.headers[name].shape) > 1
+        and files.read_dtype(name).is_floating_point
+        and not _OF_AN_ADAPTER.search(name)
+    }
+    return [
+        *_missing(files, folder),
+        *_unmerged(files),
+        *not_finite(infinite),
+        *_zero(matrices),
+        *_exploded(files, matrices),
+    ]
+
+
+def _missing(files: TensorFiles, folder: Path) -> list[Finding]:
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    try:
+        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(
+            f"{str(index)!r} cannot be read ({type(error).__name__}: {error}). {_AGAIN}"
+        ) from error
+    there = {file.name for file in files.files}
+    lost = sorted(set(named.values()) - there)
+    tensors = [name for name, file in named.items() if file in there and name not in files.headers]
+    if not lost and not tensors:
+        return []
+    what = f"file(s): {some(lost)}" if lost else f"tensor(s): {some(tensors)}"
+    text = f"{index.name} names {len(lost) or len(tensors)} missing {what}. {_AGAIN}"
+    return [Finding("missing tensor", "problem", text, tuple(lost or tensors))]
+
+
+def _unmerged(files: TensorFiles) -> list[Finding]:
+    found = [name for name in files.headers if _OF_AN_ADAPTER.search(name)]
+    if not found:
+        return []
+    text = (
+        f"{len(found)} tensor(s) are an adapter's, or of layers that carry one: {some(found)}. It "
+        f"was saved without merging: use merge_and_unload(), or msplora convert --to merged."
+    )
+    return [Finding("unmerged", "problem", text, tuple(found))]
+
+
+def _zero(matrices: dict[str, float]) -> list[Finding]:
+    found = [name for name, norm in matrices.items() if norm == 0]
+    if not found:
+        return []
+    text = f"{len(found)} matrix(es) hold zeros only: {some(found)}. Was it saved half loaded?"
+    return [Finding("zero weight", "warning", text, tuple(found))]
+
+
+def _exploded(files: TensorFiles, matrices: dict[str, float]) -> list[Finding]:
+    alike: dict[tuple[str, tuple[int, ...]], dict[str, float]] = defaultdict(dict)
+    for name, norm in matrices.items():
+        alike[re.sub(r"\d+", "#", name), files.headers[name].shape][name] = norm
+    found = []
+    for its in alike.values():
+        middle = median(its.values())
+        if len(its) >= FEWEST:
+            found += [name for name, norm in its.items() if norm > OUTLIER * middle > 0]
+    if not found:
+        return []
+    text = (
+        f"The norm of {len(found)} matrix(es) is above {OUTLIER:g} times the median of the same "
+        f"place in other blocks: {some(found)}. If an adapter was merged, look at its norms."
+    )
+    return [Finding("exploded weight", "warning", text, tuple(found))]

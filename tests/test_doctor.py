@@ -1,0 +1,252 @@
+"""`msplora doctor`: a sound adapter passes every check, and each check fails where it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import msplora
+from adapted_llama import adapted
+from msplora.diagnosis import outputs
+from msplora.diagnosis.results import Diagnosis
+from msplora.errors import MSPLoraError
+from msplora.loading import BaseOptions
+from oracle import randomise
+from runs import answered_rows, save_decoder, write_jsonl
+from runs import msplora as command
+from tiny import MODELS, llama
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def scale_b(model: Any, by: float) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "msplora_B" in name or "lora_B" in name:
+                parameter.mul_(by)
+    return model
+
+
+def save(folder: Path, name: str = "llama", by: float = 0.1, **changes: Any) -> tuple[str, Path]:
+    """A tiny base and a pyramid of random factors on it, on disk."""
+    tiny = MODELS[name]
+    options = {"target_modules": tiny.targets}
+    model: Any = get_peft_model(tiny.model(), msplora.MSPLoraConfig(**(options | changes)))
+    randomise(model)
+    tiny.model().save_pretrained(folder / "base")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    scale_b(model, by).save_pretrained(folder / "adapter")
+    return str(folder / "base"), folder / "adapter"
+
+
+def save_lora(folder: Path, by: float = 1, **changes: Any) -> tuple[str, Path]:
+    llama_base: Any = MODELS["llama"].model()
+    llama_base.save_pretrained(folder / "base")
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = get_peft_model(llama_base, LoraConfig(**(options | changes)))
+    scale_b(model, by).save_pretrained(folder / "adapter")
+    return str(folder / "base"), folder / "adapter"
+
+
+def edit(folder: Path, change: Any) -> None:
+    tensors = change(load_file(folder / WEIGHTS))
+    save_file({key: its.contiguous() for key, its in tensors.items()}, folder / WEIGHTS)
+
+
+def statuses(found: Diagnosis) -> dict[str, str]:
+    return {check.name: check.status for check in found.checks}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-all-linear", {"task_type": "CAUSAL_LM"}),
+        pytest.param("bert", {"task_type": "SEQ_CLS"}, marks=pytest.mark.slow),
+        pytest.param("t5", {"task_type": "SEQ_2_SEQ_LM"}, marks=pytest.mark.slow),
+        pytest.param("vit", {}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"use_dora": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sound_pyramid_fails_nothing(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    found = msplora.doctor(*save(tmp_path, name, **changes))
+    its = statuses(found)
+    rounding = {its.pop("merged weights in bfloat16"), its.pop("merged weights in float16")}
+    assert rounding == ({"skipped"} if changes.get("use_dora") else {"passed"})
+    assert set(its.values()) == {"passed"}
+    assert found.ok
+    assert found["the converted LoRA is equal"].figures["difference"] < 1e-5  # pyright: ignore
+    assert json.loads(found.to_json())["ok"] is True
+
+
+def test_a_sound_lora_fails_nothing(tmp_path: Path) -> None:
+    found = msplora.doctor(*save_lora(tmp_path))
+    its = statuses(found)
+    assert its.pop("the converted LoRA is equal") == "skipped"
+    assert set(its.values()) == {"passed"}
+
+
+def test_what_rounding_loses_is_what_it_loses(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, by=1e-5, target_modules=["q_proj"], layers_to_transform=[1])
+    found = msplora.doctor(BaseOptions(base, "bfloat16"), adapter)
+    model: Any = peft.PeftModel.from_pretrained(MODELS["llama"].model(), str(adapter))
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    weight = layer.base_layer.weight.detach().bfloat16().float()
+    delta = layer.get_delta_weight("default").detach()
+    kept = (weight + delta).bfloat16().float() - weight
+    check = found["merged weights in bfloat16"]
+    lost = float(delta[kept == 0].square().sum() / delta.square().sum())
+    error = float((kept - delta).norm() / delta.norm())
+    assert 0.5 < lost < 1
+    assert check.figures["lost"] == pytest.approx(lost, rel=1e-4)
+    assert check.figures["error"] == pytest.approx(error, rel=1e-4)
+    assert check.status == "failed"  # the base is in bfloat16: it would be merged so
+    assert "float32" in check.advice
+    assert msplora.doctor(base, adapter)["merged weights in bfloat16"].status == "warning"
+
+
+def test_unmerging_a_large_update_does_not_restore_a_small_weight(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, by=1)
+    found = msplora.doctor(BaseOptions(base, "bfloat16"), adapter)
+    check = found["unmerging restores the base"]
+    assert check.status == "failed"
+    model: Any = peft.PeftModel.from_pretrained(MODELS["llama"].model().bfloat16(), str(adapter))
+    layers = [model.get_base_model().model.layers[place].self_attn for place in range(4)]
+    weights = [its.base_layer.weight for of in layers for its in (of.q_proj, of.v_proj)]
+    before = torch.cat([its.detach().double().flatten() for its in weights])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = torch.cat([its.detach().double().flatten() for its in weights])
+    expected = float((after - before).norm() / before.norm())
+    assert check.figures["error"] == pytest.approx(expected, rel=1e-6)
+    # The drift of one check is not handed on to the next.
+    assert found["the converted LoRA is equal"].status == "passed"
+
+
+def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, by=0)
+    result = command("doctor", base, adapter)
+    assert result.code == 1
+    assert "failed: changes the output" in result.out
+    assert "the output is the same" in " ".join(result.out.split())
+
+
+def test_tensors_that_peft_leaves_out(tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    edit(adapter, lambda its: {k.replace("layers.1", "layrs.1"): t for k, t in its.items()})
+    found = msplora.doctor(base, adapter)
+    check = found["all of it is loaded"]
+    assert check.status == "failed"
+    assert (check.figures["lost"], check.figures["new"], check.figures["changed"]) == (4, 4, 0)
+    assert "layrs.1" in check.said
+    assert found["changes the output"].status == "passed"
+
+
+def test_numbers_beyond_float16(tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    edit(adapter, lambda its: {k: t * (1e6 if "lora_A" in k else 1e-7) for k, t in its.items()})
+    found = msplora.doctor(base, adapter)
+    assert found["factors in float16"].status == "warning"
+    assert found["factors in bfloat16"].status == "passed"
+    edit(adapter, lambda its: {k: t * (1 if "lora_A" in k else 1e6) for k, t in its.items()})
+    check = msplora.doctor(base, adapter)["activations in float16"]
+    assert check.status == "warning"
+    assert "the adapter's doing" in check.said
+    assert check.figures["largest"] > 65504 > check.figures["without"]  # pyright: ignore
+
+
+def test_a_merge_or_a_conversion_that_answers_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = save(tmp_path)
+    right = outputs.lora_of
+
+    def wrong(model: Any) -> Any:
+        tensors, config = right(model)
+        return tensors, config | {"lora_alpha": 2 * config["lora_alpha"]}
+
+    monkeypatch.setattr(outputs, "lora_of", wrong)
+
+    def doubled(self: Any, *_: Any, **__: Any) -> None:
+        self.base_layer.weight.data += 2 * self.get_delta_weight("default")
+        self.merged_adapters.append("default")
+
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "merge", doubled)
+    its = statuses(msplora.doctor(base, adapter))
+    assert its["the converted LoRA is equal"] == "failed"
+    assert its["merging keeps the output"] == "failed"
+
+
+def test_a_base_of_another_shape_name_or_kind(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path)
+    llama(layers=5).save_pretrained(tmp_path / "deeper")  # pyright: ignore
+    result = command("doctor", tmp_path / "deeper", adapter)
+    assert result.code == 1
+    assert "failed: made for this base" in result.out
+    MODELS["llama"].model().save_pretrained(tmp_path / "moved")
+    found = msplora.doctor(str(tmp_path / "moved"), adapter)
+    assert found["made for this base"].status == "warning"
+    assert base in found["made for this base"].said
+    assert found.ok
+    _, lora = save_lora(tmp_path / "lora")
+    llama(hidden_size=64).save_pretrained(tmp_path / "wide")  # pyright: ignore
+    found = msplora.doctor(str(tmp_path / "wide"), lora)
+    assert statuses(found) == {"made for this base": "failed"}
+    assert "size mismatch" in found.checks[0].said
+
+
+def test_more_tokens_than_the_base_has(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path)
+    save_decoder(tmp_path / "other", vocab_size=128)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    assert "53 tokens of 64" in msplora.doctor(base, adapter)["made for this base"].said
+    tokens = json.loads((adapter / "tokenizer.json").read_text())
+    tokens["model"]["vocab"] |= {f"more{place}": 53 + place for place in range(20)}
+    (adapter / "tokenizer.json").write_text(json.dumps(tokens))
+    check = msplora.doctor(base, adapter)["made for this base"]
+    assert check.status == "failed"
+    assert "73 tokens, and the base's embedding 64 rows" in check.said
+
+
+@pytest.mark.slow
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    save_decoder(tmp_path / "base")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base, task_type="CAUSAL_LM")
+    scale_b(model, 0.1).save_pretrained(tmp_path / "adapter")
+    rows = write_jsonl(tmp_path / "rows.jsonl", answered_rows(12))
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter", data=str(rows))
+    assert found.ok
+    assert found.inputs == f"the first rows of {rows}"
+    longest = max(len((row["prompt"] + row["completion"]).split()) for row in answered_rows(8))
+    assert found["changes the output"].said.endswith(f"of {8 * (longest + 2)} places.")
+    options = BaseOptions(str(tmp_path / "base"), "float32")
+    with pytest.raises(MSPLoraError, match="--dtype does not go with --data"):
+        msplora.doctor(options, tmp_path / "adapter", data=str(rows))
+
+
+def test_what_cannot_be_examined(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path)
+
+    def refused(model: str | Path, its: Path, said: str) -> None:
+        result = command("doctor", model, its)
+        assert result.code == 1
+        assert result.out == ""
+        assert said in result.error
+
+    refused(tmp_path / "bas", adapter, "Did you mean")
+    refused(base, tmp_path / "adaptr", "Did you mean")
+    refused(adapter, adapter, "The folder is an adapter: name its base")
+    loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
+    loha.save_pretrained(tmp_path / "loha")
+    refused(base, tmp_path / "loha", "is a LOHA adapter")
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:2000])
+    refused(base, adapter, "cut short or damaged")
