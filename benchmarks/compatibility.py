@@ -27,6 +27,9 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
     yield from _pefts_own(_read("contract.json"))
     for its in _read("plugins.json").get("trainers", []):
         yield from _trained(its)
+    bases = _read("quantised.json").get("bases", [])
+    for scheme in dict.fromkeys(its["scheme"] for its in bases):
+        yield _quantised([its for its in bases if its["scheme"] == scheme])
 
 
 def _tested(suite: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -105,6 +108,35 @@ def _trained(trainer: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     )
     if trainer.get("refused"):
         yield tool, version, ", ".join(trainer["refused"]), "refused with the reason"
+
+
+def _quantised(bases: list[dict[str, Any]]) -> tuple[str, str, str, str]:
+    """One scheme, the worst of its bases."""
+    first = bases[0]
+    versions, library = first["versions"], first["library"]
+    same = max(
+        value for its in bases for value in (
+            its["as_lora"]["differs_by"], its["pyramid"]["reloaded_differs_by"],
+        )
+    )  # fmt: skip
+    logits = f"logits within {same:.0e}" if same else "the same logits, bit for bit"
+    refused = {its[name].get("merge_refused") for its in bases for name in ("pyramid", "lora")}
+    if refused == {None}:
+        worst = max(bases, key=lambda its: its["pyramid"]["merged_differs_by"])
+        merged = (
+            f"merging rounds again: logits move by {worst['pyramid']['merged_differs_by']:.2g} "
+            f"({worst['as_lora']['merged_differs_by']:.2g} as a LoRA) of the adapter's "
+            f"{worst['pyramid']['moved']:.2g}"
+        )
+    else:
+        merged = "PEFT does not merge into it, a LoRA neither"
+    names = " and ".join(its["base"] for its in bases)
+    return (
+        library,
+        f"{versions[library]} (peft {versions['peft']}, transformers {versions['transformers']})",
+        f"{first['scheme']}: trained, saved, loaded on {names}",
+        f"as the LoRA it is and as reloaded: {logits}; {merged}",
+    )
 
 
 def table() -> str:

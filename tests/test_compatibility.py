@@ -69,6 +69,21 @@ def test_what_ran_did_not_fail() -> None:
         assert not [said for said in its.get("refused", {}).values() if "not refused" in said]
 
 
+def test_on_quantised_bases_it_did_what_a_lora_does() -> None:
+    for its in results("quantised.json").get("bases", []):
+        pyramid, as_lora, lora = its["pyramid"], its["as_lora"], its["lora"]
+        assert pyramid["classes"] == as_lora["classes"]
+        for method in (pyramid, lora):
+            first, last = method["losses"]
+            assert last < first
+            assert method["starts_off_by"] == method["reloaded_differs_by"] == 0
+        scale = pyramid["moved"]
+        assert as_lora["differs_by"] < 1e-5 * scale
+        assert as_lora.get("merge_refused") == pyramid.get("merge_refused")
+        for merged in ("merged_differs_by", "unmerged_differs_by"):
+            assert abs(as_lora.get(merged, 0) - pyramid.get(merged, 0)) < 1e-2 * scale
+
+
 def test_the_blocks_are_what_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
     plugins = benchmark("plugins", monkeypatch)
     (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)

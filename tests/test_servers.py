@@ -358,6 +358,9 @@ def test_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "give a folder's name"
         in command("convert", adapter, tmp_path / "adapter.gguf", "--to", "gguf").error
     )
+    with pytest.raises(ConfigError, match="lora, gguf, mlx"):
+        msplora.to_lora(adapter, tmp_path / "out", form="onnx")  # pyright: ignore
+    assert not (tmp_path / "out").exists()
     assert "none, pow2 or a rank" in refused("--to", "lora", "--pad-to", "many")
     assert "rank 7, which cannot be padded to 5" in refused("--to", "lora", "--pad-to", 5)
     assert "LoRAs only" in refused("--to", "merged", "--for", "vllm")

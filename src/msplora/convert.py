@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -107,6 +107,8 @@ def to_lora(
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
+    if form not in (forms := get_args(Form)):
+        raise ConfigError(f"no form {form!r} of a LoRA; there are {', '.join(forms)}.")
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
