@@ -24,6 +24,7 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
     for its in matrix.get("tests", []):
         yield _tested(its)
     yield from _across(matrix)
+    yield from _pefts_own(_read("contract.json"))
     for its in _read("plugins.json").get("trainers", []):
         yield from _trained(its)
 
@@ -63,6 +64,21 @@ def _across(matrix: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             f"adapters it wrote, read by {readers}: {len(numbers)} times",
             f"logits within {max(numbers):.0e}" if max(numbers) else "the same logits, bit for bit",
         )
+
+
+def _pefts_own(contract: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    if not contract:
+        return
+    versions = contract["versions"]
+    with_lora = sum(its["lora"]["passed"] for its in contract["rows"])
+    refused = sum(its["outcome"] == "refused" for its in contract["differing"])
+    yield (
+        "PEFT",
+        f"{versions['peft']} (transformers {versions['transformers']})",
+        f"its own tests of LoRA, {len(contract['rows'])} files ([each](contract.md))",
+        f"of {with_lora:,} that LoRA passes {with_lora - len(contract['differing']):,} pass, "
+        f"{refused:,} are refused, {len(contract['differing']) - refused:,} do not pass",
+    )
 
 
 def _trained(trainer: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

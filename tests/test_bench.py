@@ -335,6 +335,7 @@ def test_the_resident_set_is_this_process_s_own() -> None:
 # does it fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny-roberta", "tiny-llama"])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"checkpointing": "reentrant"}])
 def test_the_estimate_is_near_what_is_measured(shape: str, changes: dict[str, Any]) -> None:

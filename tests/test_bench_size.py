@@ -37,6 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, run("--output", path).output
 
 
+@pytest.mark.slow
 def test_the_file_has_a_row_for_every_method_at_every_point(written: tuple[Path, str]) -> None:
     content = results.read(written[0])
     assert content["kind"] == "size"

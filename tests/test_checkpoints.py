@@ -191,6 +191,7 @@ def result_in(folder: Path) -> str | None:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [None, "old"])
 def test_killed_at_any_moment_a_run_folder_is_taken_up_and_no_result_is_lost(
     tmp_path: Path, old: str | None

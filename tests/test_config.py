@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -86,6 +88,32 @@ def test_a_saved_config_is_read_back_the_same(tmp_path: Path, options: dict) -> 
 
 
 @pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, {"r": 20}),
+        ({"r": 8, "lora_alpha": 32}, {"r": 16, "lora_alpha": 4}),
+        ({"ranks": [6, 2], "groups": [1, 0]}, {"lora_alpha": 3}),
+        ({"split_alpha": True}, {"lora_alpha": 3}),
+        ({"levels": ["z", "a", "m"], "groups": [1, 2, 0]}, {"r": 12}),
+    ],
+)
+def test_replacing_a_field_derives_the_lists_anew(options: dict, changed: dict) -> None:
+    old = copy.deepcopy(msplora.MSPLoraConfig(**options))
+    expected = msplora.MSPLoraConfig(**{**options, **changed})
+    assert dataclasses.replace(old, **changed).to_dict() == expected.to_dict()
+
+
+def test_a_list_that_was_filled_in_and_then_edited_is_the_users() -> None:
+    fields = msplora.MSPLoraConfig(r=8).to_dict()
+    fields["ranks"][2] = 1
+    del fields["alphas"], fields["peft_type"]
+    assert msplora.MSPLoraConfig(**fields).ranks == [8, 4, 1]
+    fields["ranks"][0] = 16
+    with pytest.raises(ConfigError, match="r = 8"):
+        msplora.MSPLoraConfig(**fields)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"r": 3}, r"ranks=\[3, 1, 1\]"),
@@ -149,3 +177,9 @@ def test_the_peft_type_is_a_member_like_any_other() -> None:
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(TypeError, match="rnak"):
         msplora.MSPLoraConfig(rnak=8)  # pyright: ignore[reportCallIssue]
+
+
+def test_its_lists_are_plain_ones_for_whoever_writes_them() -> None:
+    """YAML's safe writer refuses every subclass of a list."""
+    written = msplora.MSPLoraConfig(r=8, target_modules=["q_proj"]).to_dict()
+    assert {type(written[name]) for name in ("levels", "ranks", "groups", "alphas")} == {list}

@@ -278,6 +278,7 @@ def test_a_result_that_cannot_be_put_in_place_leaves_the_old_one(
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "lora"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_by", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_leaves_no_half_written_result(
     adapter: Path, tmp_path: Path, killed_by: signal.Signals

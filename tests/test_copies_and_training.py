@@ -146,6 +146,7 @@ def compiled_agrees(backend: str) -> None:
         assert close(gradients[address], a.grad, 1e-4)
 
 
+@pytest.mark.slow
 def test_torch_compile_without_graph_breaks() -> None:
     compiled_agrees("eager")
 

@@ -130,6 +130,7 @@ def test_the_model_has_learnt_the_corpus(model: Any, tokenizer: Any) -> None:
     assert its < counting / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GAMES)
 def test_the_model_plays_its_games_as_its_card_says(name: str, model: Any, tokenizer: Any) -> None:
     source = random.Random(99)

@@ -156,6 +156,7 @@ def test_resume_takes_nothing_or_auto(bases: Path, tmp_path: Path, words: list[s
     assert "stands alone or takes auto" in refused.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "sft"])
 def test_after_the_last_step_no_other_is_trained(
     bases: Path,

@@ -50,6 +50,7 @@ def test_the_order_depends_on_the_seed_and_the_epoch_alone() -> None:
     assert order(1, 2) != order(2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "sft"])
 def test_a_run_by_length_resumes_within_an_epoch_bit_for_bit(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

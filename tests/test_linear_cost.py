@@ -93,6 +93,7 @@ def reading_singular_values(layers: int, config: MSPLoraConfig) -> Callable[[], 
 PATHS = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=str)
 @pytest.mark.parametrize(
     "prepare",
@@ -179,6 +180,7 @@ def test_planning_allocates_nothing(tmp_path: Path) -> None:
     assert Memory(lambda: msplora.plan(model.config, config), tmp_path).allocated < LARGEST / 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merging_holds_the_delta_of_one_layer(tmp_path: Path, safe_merge: bool) -> None:
     def work(layers: int) -> int:

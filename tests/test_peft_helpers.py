@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_the_state_of_the_base_is_the_bases_own_again() -> None:
     assert same_tensors(tensors_of(model), changed)
 
 
+@pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="new in PEFT 0.19")
 def test_peft_converts_it_to_a_lora() -> None:
     model = adapted()
     rank = sum(level.rank for level in plan_of(model).levels)
@@ -308,3 +310,33 @@ def test_an_adapter_in_a_module_of_its_own() -> None:
     assert_shared(model, plan_of(model))
     expected = Untied(Around().eval(), model, plan_of(model))(**BATCH).logits
     assert close(logits(model), expected)
+
+
+def test_a_layers_factors_are_found_as_in_a_lora() -> None:
+    model = adapted()
+    layer = layer_of(root_of(model), "model.layers.1.self_attn.q_proj")
+    delta = layer.lora_B.default.weight @ layer.lora_A.default.weight
+    assert close(delta, layer.get_delta_weight("default"))
+    for view in (layer.lora_A, copy.deepcopy(layer).lora_B):
+        assert hasattr(view, "default")
+        assert not hasattr(view, "second")
+
+
+def test_a_module_of_the_base_that_is_named_like_an_adapters(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+            self.lora_head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lora_head(self.body(x))
+
+    base, x = Model(), torch.randn(3, 4)
+    options: Any = {"target_modules": r"body\.\d+", "modules_to_save": ["lora_head"]}
+    model: Any = get_peft_model(copy.deepcopy(base), msplora.MSPLoraConfig(**options))
+    randomise(model)
+    model.base_model.model.lora_head.weight.data += 1
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(loaded(x), model(x))

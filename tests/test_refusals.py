@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ def test_a_target_that_matches_nothing(name: str, wrap: Any) -> None:
     wrap(model, config())
 
 
+def test_what_catches_pefts_error_for_no_match_catches_ours() -> None:
+    pefts = getattr(peft, "NoMatchingPeftModuleError", ValueError)  # new in 0.21
+    with pytest.raises(pefts, match=r"Target modules .* not found in the base model"):
+        get_peft_model(LLAMA.model(), config(target_modules=["q_prj"]))
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "says"),
     [
@@ -214,6 +221,28 @@ def test_a_tied_embedding_or_head_is_refused(targets: list[str]) -> None:
         get_peft_model(base, config(target_modules=targets))
     assert snapshot(base) == before
     assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="experts were linear layers")
+def test_a_regular_expression_that_means_experts_too_warns() -> None:
+    pattern = r".*\.(q_proj|gate_up_proj|down_proj)"
+    experts = ["gate_up_proj", "down_proj"]
+    with pytest.warns(UserWarning, match=r"experts.gate_up_proj.*Name them in target_parameters"):
+        get_peft_model(MODELS["mixtral"].model(), config(target_modules=pattern))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "target_modules = ")
+        named = config(target_modules=pattern, target_parameters=experts)
+        get_peft_model(MODELS["mixtral"].model(), named)
+
+
+def test_a_tie_that_the_config_of_the_base_denies_is_refused() -> None:
+    base = llama(2, tie_word_embeddings=True)
+    base.config.tie_word_embeddings = False
+    before = snapshot(base)
+    for targets in (["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]):
+        with pytest.raises(TargetError, match="one weight, but the model's config says"):
+            get_peft_model(base, config(target_modules=targets, ensure_weight_tying=True))
+    assert snapshot(base) == before
 
 
 # The config

@@ -119,10 +119,10 @@ def test_stages_of_several_levels_and_given_shares(tmp_path: Path) -> None:
     ("name", "options"),
     [
         ("linear", {}),
-        ("linear", {"warmup_steps": 3}),
         ("cosine", {"warmup_steps": 3}),
-        ("polynomial", {}),
-        ("constant_with_warmup", {"warmup_steps": 3}),
+        pytest.param("linear", {"warmup_steps": 3}, marks=pytest.mark.slow),
+        pytest.param("polynomial", {}, marks=pytest.mark.slow),
+        pytest.param("constant_with_warmup", {"warmup_steps": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_each_stage_goes_through_the_whole_schedule(

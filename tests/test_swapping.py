@@ -75,6 +75,7 @@ def test_one_of_two_adapters_is_swapped(tmp_path: Path) -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     folder, expected = saved(tmp_path)
     model = adapted(1)

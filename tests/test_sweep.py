@@ -155,6 +155,7 @@ def test_each_run_is_the_one_that_train_makes_and_one_that_diverges_is_recorded(
     assert Path("out/sweep.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_rows(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

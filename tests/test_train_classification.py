@@ -305,6 +305,7 @@ def test_the_model_card_loads_three_classes(
                 assert f"{value:.4f}" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mrpc", "cola", "stsb"])
 def test_glue_by_name(place: Place, tmp_path: Path, task: str) -> None:
     """The official forms, end to end; eval and predict read the task's own files too."""

@@ -174,6 +174,7 @@ def start(folder: Path) -> Path:
     return folder / "start"
 
 
+@pytest.mark.slow
 def test_an_adapter_to_start_from_is_the_reference(folder: Path, start: Path) -> None:
     printed = train(folder, "second", init_from=str(start)).out
     assert f"reference: the base with the adapter {start}" in printed

@@ -89,7 +89,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     [
         ("classification", "msplora", {}, 7),  # in the second of three epochs of 5 steps
         ("sft", "msplora", {"eval_steps": 2, "gradient_accumulation": 2}, 5),
-        ("sft", "full", {}, 12),
+        pytest.param("sft", "full", {}, 12, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(

@@ -385,6 +385,7 @@ def test_other_families_train_and_come_back(folder: Path, tmp_path: Path, family
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_a_dry_run_foresees_what_is_measured(folder: Path) -> None:
     file = write_config(folder / "dry.yaml", config(folder, "dry"))
     result = command("train", file, "--dry-run", "--measure", "--json")

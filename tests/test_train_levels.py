@@ -120,6 +120,7 @@ def test_frozen_levels_stay_what_they_were(bases: Path, monkeypatch: pytest.Monk
     assert read_json("run/plan.json")["trainable"] == trained
 
 
+@pytest.mark.slow
 def test_rates_of_levels_and_of_b(bases: Path) -> None:
     factors = {"level_learning_rate_factors": {"local": 3.0}, "b_learning_rate_factor": 2.0}
     once: dict[str, Any] = {
@@ -140,6 +141,7 @@ def test_rates_of_levels_and_of_b(bases: Path) -> None:
         torch.testing.assert_close(fast[name] - was, factor * moved, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_early_stopping(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a hopeless rate nothing gets better after the first evaluation."""
     options: dict[str, Any] = {

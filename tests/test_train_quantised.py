@@ -94,7 +94,13 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("case", TASKS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("4 bits", "dpo") else pytest.param(case, marks=pytest.mark.slow)
+        for case in TASKS
+    ],
+)
 def test_a_run_on_a_quantised_base_learns_and_comes_back(
     folder: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +173,7 @@ def test_the_numbers_are_those_of_the_whole_weights(folder: Path) -> None:
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_the_other_verbs_and_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

@@ -68,4 +68,11 @@ def __dir__() -> list[str]:
 
 from . import registering as _registering  # noqa: E402  (needs nothing above, but runs last)
 
-_registering.install()
+
+def _register() -> None:
+    from . import _peft
+
+    _peft.register_method()
+
+
+_registering.install(_register)

@@ -24,10 +24,16 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 
+try:
+    from peft.utils import NoMatchingPeftModuleError
+except ImportError:  # before PEFT 0.21
+    NoMatchingPeftModuleError = ValueError
+
 __all__ = [
     "DEFAULT_TARGETS",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
+    "NoMatchingPeftModuleError",
     "check_adapters_to_merge",
 ]
 
@@ -41,14 +47,18 @@ PREFIX = "msplora_"
 """Marks the adapter's tensors in state dicts; transformers derives it from the type's name."""
 
 
-def register_type() -> Any:
-    """Return `PeftType.MSPLORA`, adding the member on the first call.
+class OwnLayer:
+    """Marks the layers of this package, which are mixed in before PEFT's."""
+
+
+def register_type(name: str = NAME) -> Any:
+    """Return the member of `PeftType` for a method's name, adding it on the first call.
 
     `register_peft_method` takes only members of the enum, which is closed; there is no official way
     for a method that lives outside PEFT. The member added here is a real one: look-up by name and
     by value, iteration, pickling and hashing work as for the others.
     """
-    key = NAME.upper()
+    key = name.upper()
     existing = PeftType._member_map_.get(key)
     if existing is not None:
         return existing
@@ -64,16 +74,27 @@ def register_type() -> Any:
     return member
 
 
-def register_method() -> None:
-    """Tell PEFT the config and model classes of `PeftType.MSPLORA`; a second call does nothing."""
+def register(name: str, config_cls: type, model_cls: type) -> bool:
+    """Tell PEFT the config and model classes of a method; a second call does nothing.
+
+    Returns whether it was the first.
+    """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    if register_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
+        return False
+    # transformers derives the prefix from the type's name.
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=f"{name}_")
+    return True
+
+
+def register_method() -> None:
+    """Tell PEFT the config and model classes of `PeftType.MSPLORA`; a second call does nothing."""
     from .config import MSPLoraConfig
     from .model import MSPLoraModel
 
-    if register_type() in PEFT_TYPE_TO_TUNER_MAPPING:
+    if not register(NAME, MSPLoraConfig, MSPLoraModel):
         return
-    register_peft_method(name=NAME, config_cls=MSPLoraConfig, model_cls=MSPLoraModel, prefix=PREFIX)
     _leave_the_store_out_of_the_base()
     if GOES_BY_NAMES:
         from . import _peft_older

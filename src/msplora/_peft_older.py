@@ -21,11 +21,10 @@ from peft.tuners import tuners_utils
 from peft.utils import save_and_load
 from torch import Tensor, nn
 
-from ._peft import PREFIX, VERSION
+from ._peft import PREFIX, VERSION, OwnLayer
 from .config import MSPLoraConfig
 from .layer import PyramidLayer
 from .model import MSPLoraModel
-from .store import find_store
 
 
 def install() -> None:
@@ -102,10 +101,10 @@ def _deleting(original: Callable[..., Any]) -> Callable[..., Any]:
     def delete_adapter(
         model: nn.Module, adapter_name: str, *args: Any, **options: Any
     ) -> list[str] | None:
-        if find_store(model) is None:
+        layers: list[Any] = [its for its in model.modules() if isinstance(its, OwnLayer)]
+        if not layers:
             return original(model, adapter_name, *args, **options)
         active: Any = None  # the first layer speaks for all
-        layers: list[Any] = [its for its in model.modules() if isinstance(its, PyramidLayer)]
         for layer in layers:
             layer.delete_adapter(adapter_name)
             active = active or layer.active_adapters[:]

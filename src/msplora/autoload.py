@@ -1,10 +1,11 @@
 """Opt in to adapters that load anywhere: ``python -m msplora.autoload enable``.
 
-PEFT knows the type of an MSPLoRA adapter only after `import msplora`; programs that load adapters
-by path never do that, and stop with ``KeyError: 'MSPLORA'``. This puts two small files into the
-environment's site-packages: one whose one line Python runs at its start, and `autoload_hook.py`,
-which that line imports: it waits for an import of PEFT, and imports msplora then. Processes that
-import no PEFT notice nothing, and without msplora PEFT is imported as ever.
+PEFT knows the type of an MSPLoRA adapter only after `import msplora` (a sister's: after `import
+msplora.sisters`); programs that load adapters by path never do that, and stop with ``KeyError:
+'MSPLORA'``. This puts two small files into the environment's site-packages: one whose one line
+Python runs at its start, and `autoload_hook.py`, which that line imports: it waits for an import of
+PEFT, and imports msplora and its sisters then. Processes that import no PEFT notice nothing, and
+without msplora PEFT is imported as ever.
 """
 
 from __future__ import annotations

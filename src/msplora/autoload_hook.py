@@ -16,9 +16,10 @@ class _BeforePeft:
             return None
         sys.meta_path.remove(cls)  # pyright: ignore[reportArgumentType]
         try:
-            import msplora  # noqa: F401  (it registers as soon as PEFT is loaded)
+            import msplora.sisters  # noqa: F401  (both register as soon as PEFT is loaded)
         except ModuleNotFoundError:
-            return None  # no longer installed, or not on this path
+            if "msplora" not in sys.modules:  # else it is one that has no sisters yet
+                return None  # no longer installed, or not on this path
         except Exception as error:
             import warnings
 

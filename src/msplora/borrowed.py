@@ -221,6 +221,13 @@ class View(Mapping):
         assembled = getattr(self.borrowed[adapter_name], self.part)
         return assembled.weight if self.as_tensor else assembled
 
+    def __getattr__(self, adapter_name: str) -> Any:
+        """`layer.lora_A.default`, as with the `ModuleDict` that stands there in a LoRA."""
+        borrowed = self.__dict__.get("borrowed")  # not there yet in a copy that is being made
+        if borrowed is None or adapter_name not in borrowed:
+            raise AttributeError(f"there is no adapter {adapter_name!r} in this layer")
+        return self[adapter_name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.borrowed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 PAPER_LEVELS = ("global", "mid", "local")
 PAPER_GROUPS = (1, 3, PER_LAYER)
+_LISTS = ("levels", "ranks", "groups", "alphas")
 
 # What LoraConfig offers that a pyramid refuses: field -> (values that do not ask for it, why not).
 _ADAPT_THE_BASE = "it starts from this layer's own base weight, which shared pairs cannot all do"
@@ -121,6 +123,13 @@ class MSPLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = _peft.register_type()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, which any writer of JSON or YAML takes."""
+        fields = super().to_dict()
+        for name in _LISTS:
+            fields[name] = list(fields[name])
+        return fields
+
     @property
     def pyramid(self) -> tuple[Level, ...]:
         """The levels asked for, first to last."""
@@ -161,6 +170,10 @@ class MSPLoraConfig(LoraConfig):
         )
 
     def _fill_in_levels(self) -> None:
+        for name in _LISTS:
+            its = getattr(self, name)
+            if isinstance(its, _FilledIn) and its.untouched:  # `replace(config, r=16)`
+                setattr(self, name, None)
         if isinstance(self.r, list):
             raise ConfigError(
                 f"r = {self.r}: this is how the code released with the paper writes its ranks. "
@@ -171,7 +184,7 @@ class MSPLoraConfig(LoraConfig):
         if self.ranks is None:
             self.r = DEFAULT_RANK if self.r is None else self.r
             _check_rank("r", self.r)
-            self.ranks = _halved(self.r)
+            self.ranks = _FilledIn(_halved(self.r))
             if min(self.ranks) < 1:
                 raise ConfigError(
                     f"r = {self.r} leaves no rank for the third level of the short form "
@@ -199,7 +212,7 @@ class MSPLoraConfig(LoraConfig):
                     f"ranks = {self.ranks} gives {count} level(s); say with groups how many groups "
                     f"each has (1 = shared by all layers, k = k groups, 0 = one pair per layer)."
                 )
-            self.groups = list(PAPER_GROUPS)
+            self.groups = _FilledIn(PAPER_GROUPS)
         self.groups = _as_list("groups", self.groups)
         for groups in self.groups:
             if not _is_int(groups) or groups < 0:
@@ -209,7 +222,7 @@ class MSPLoraConfig(LoraConfig):
                 )
         self._fill_in_alphas(count)
         if self.levels is None:
-            self.levels = _level_names(self.groups)
+            self.levels = _FilledIn(_level_names(self.groups))
         self.levels = _as_list("levels", self.levels)
 
         lengths = {name: len(getattr(self, name)) for name in ("ranks", *given)}
@@ -230,7 +243,7 @@ class MSPLoraConfig(LoraConfig):
             self.lora_alpha = DEFAULT_ALPHA if self.lora_alpha is None else self.lora_alpha
             _check_alpha("lora_alpha", self.lora_alpha)
             share = self.lora_alpha / count if self.split_alpha else self.lora_alpha
-            self.alphas = [share] * count
+            self.alphas = _FilledIn([share] * count)
             return
         self.alphas = _as_list("alphas", self.alphas)
         for alpha in self.alphas:
@@ -311,6 +324,19 @@ class MSPLoraConfig(LoraConfig):
             )
 
 
+class _FilledIn(list):
+    """A list that nobody gave. `dataclasses.replace` hands on all fields, and must not find one
+    that was derived from the old `r` or `lora_alpha` at odds with the new."""
+
+    def __init__(self, values: Iterable[Any] = ()) -> None:
+        super().__init__(values)
+        self.made = tuple(self)
+
+    @property
+    def untouched(self) -> bool:
+        return tuple(self) == self.made
+
+
 def _halved(rank: int) -> list[int]:
     """The short form's ranks: r, r // 2, r // 4."""
     return [rank, rank // 2, rank // 4]
@@ -329,7 +355,7 @@ def _level_names(groups: list[int]) -> list[str]:
 def _as_list(name: str, value: Any) -> list:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{name} = {value!r}: give a list with one entry per level.")
-    return list(value)
+    return value if isinstance(value, _FilledIn) else list(value)
 
 
 def _is_number(value: object) -> bool:

@@ -39,7 +39,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _CAST = {torch.float32, *_HALF}
 
 
-class PyramidLayer:
+class PyramidLayer(_peft.OwnLayer):
     """Mixed in before a PEFT LoRA layer class by `make_pyramid_layer`."""
 
     adapter_layer_names = ("borrowed", "lora_magnitude_vector")
@@ -190,6 +190,8 @@ class PyramidLayer:
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # pyright: ignore
+        layer: Any = self
+        layer.lora_variant.pop(adapter_name, None)  # which PEFT before 0.21 keeps
         self.store.delete(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(

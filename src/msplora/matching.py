@@ -39,6 +39,10 @@ for _one, _other in _RENAMES:
     _RENAMED.setdefault(_other, []).append(_one)
 
 
+class NoMatchError(TargetError, _peft.NoMatchingPeftModuleError):
+    """Also what callers of PEFT catch where nothing is matched."""
+
+
 @dataclass(frozen=True)
 class Target:
     key: str
@@ -198,14 +202,14 @@ def check_everything_matched(
             )
     _check_tokens(modules, config)
     if not targets and not config.target_modules and not config.target_parameters:
-        raise TargetError(
+        raise NoMatchError(
             f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
             f"of this model's modules, such as {some(linear_names(modules))}; or use 'all-linear'."
         )
     if not targets:
-        raise TargetError(
-            f"target_modules = {_shown(config.target_modules)} matches modules, but every one of "
-            f"them is left out by exclude_modules = {_shown(config.exclude_modules)}, "
+        raise NoMatchError(
+            f"All modules were excluded: what target_modules = {_shown(config.target_modules)} "
+            f"matches is left out by exclude_modules = {_shown(config.exclude_modules)}, "
             f"layers_to_transform = {config.layers_to_transform} or modules_to_save = "
             f"{_shown(config.modules_to_save)}. Nothing would be trained."
         )
@@ -243,7 +247,7 @@ def _check_names(field: str, wanted: Any, modules: Mapping[str, nn.Module]) -> N
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name in names):
             words = [word for word in re.findall(r"\w+", wanted) if not word.isdigit()]
-            raise TargetError(
+            raise NoMatchError(
                 f"{field} = {wanted!r} is a regular expression that matches none of this model's "
                 f"names in full, such as {names[-1]!r}."
                 f"{_instead_of(words[-1] if words else wanted, field, modules)}"
@@ -252,10 +256,10 @@ def _check_names(field: str, wanted: Any, modules: Mapping[str, nn.Module]) -> N
     known = {ending for name in names for ending in endings(name)}
     for entry in sorted(wanted):
         if entry not in known:
-            raise TargetError(
-                f"{field} names {entry!r}, but this model has nothing of that name."
-                f"{_instead_of(entry, field, modules)}"
-            )
+            said = f"{field} names {entry!r}, but this model has nothing of that name."
+            if field == "target_modules":  # as PEFT says it
+                said = f"Target modules {{{entry!r}}} not found in the base model."
+            raise NoMatchError(f"{said}{_instead_of(entry, field, modules)}")
 
 
 def _instead_of(entry: str, field: str, modules: Mapping[str, nn.Module]) -> str:
@@ -360,7 +364,7 @@ def _check_tokens(modules: Mapping[str, nn.Module], config: MSPLoraConfig) -> No
     for name, indices in by_name.items():
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             raise TargetError(
-                f"trainable_token_indices names {name!r}, but this model has nothing of that name."
+                f"trainable_token_indices: Target modules {{{name!r}}} not found in the base model."
                 f"{nearest(name, [*_leaves(paths), *paths])}"
             )
         for path, module in modules.items():

@@ -79,7 +79,7 @@ class MSPLoraModel(LoraModel):
         check_made_for(plan, model, config, made_for[1])
         config.target_modules = spelled_out.target_modules
         for note in plan.notes:
-            if "outside every list" in note:
+            if "outside every list" in note or "Name them in target_parameters" in note:
                 warnings.warn(note, stacklevel=3)
 
         modules_before = dict(model.named_modules())
@@ -331,7 +331,8 @@ class MSPLoraModel(LoraModel):
             to_model.get(key.removeprefix(_WRAPPED), key): value
             for key, value in state_dict.items()
         }
-        known = set(to_model.values())
+        # A module of the base may be named like an adapter's, `lora_head`, and be trained whole.
+        known = {*to_model.values(), *model.state_dict()}
         raise_for(
             [f"{saved} is missing" for saved, key in to_model.items() if key not in remapped]
             + [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,16 @@ def targeted_parameters(
         if any(key == its or key.endswith(f".{its}") for its in wanted):
             _check_that_peft_wraps_it(path, module, name, wanted)
             yield key, _shape(module, key, name)
+
+
+def experts_named_as_modules(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    """The stacked experts that a regular expression for modules matches: they are parameters."""
+    return [
+        f"{path}.{name}"
+        for path, module in modules.items()
+        for name, parameter in _peft.unwrapped(module).named_parameters(recurse=False)
+        if parameter.ndim == 3 and re.fullmatch(pattern, f"{path}.{name}")
+    ]
 
 
 def _check_that_peft_wraps_it(

@@ -27,6 +27,7 @@ from .matching import (
     some,
     trained_whole,
 )
+from .parameters import experts_named_as_modules
 from .pyramid import Level, Plan, Site, arrange
 
 
@@ -96,7 +97,7 @@ def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
             for key in config.target_modules
             if not inside_attention(model, key) and trained_whole(config, key) is None
         }
-    _name_the_embedding(model, config)
+    _name_what_is_tied(model, config)
     return config
 
 
@@ -113,7 +114,7 @@ def make_plan(model: nn.Module, config: MSPLoraConfig) -> Plan:
         levels_of=_levels_of(config, sites),
         use_dora=config.use_dora,
         tied=tied,
-        notes=_notes(sites, tied),
+        notes=[*_notes(sites, tied), *_unadapted_experts(modules, config)],
     )
 
 
@@ -159,6 +160,12 @@ def _tied_sites(
             f"one would untie them. Set ensure_weight_tying=True to adapt all of them alike, load "
             f"the model with tie_word_embeddings=False, or leave them out."
         )
+    if getattr(getattr(modules[""], "config", None), "tie_word_embeddings", None) is False:
+        raise TargetError(
+            f"{[name, *heads]} are one weight, but the model's config says tie_word_embeddings="
+            f"False, by which PEFT goes: it would adapt them apart, and merging one would change "
+            f"the others. Set model.config.tie_word_embeddings=True, or give each its own weight."
+        )
     if name not in targeted:
         raise TargetError(
             f"target_modules matches {sorted(targeted & set(heads))}, tied to {name!r}, which is "
@@ -184,19 +191,24 @@ def _tied_heads(modules: Mapping[str, nn.Module], name: str, weight: torch.Tenso
     ]
 
 
-def _name_the_embedding(model: nn.Module, config: MSPLoraConfig) -> None:
-    """Let who names a tied head mean its embedding too, as PEFT does, in place."""
+def _name_what_is_tied(model: nn.Module, config: MSPLoraConfig) -> None:
+    """Let who names one of the layers that share the embedding's weight mean all, in place.
+
+    PEFT does, but 0.18 adapts what is named only.
+    """
     embedding = input_embedding(model)
     if not config.ensure_weight_tying or not config.target_modules or embedding is None:
         return
     name, weight = embedding
-    heads = _tied_heads(dict(own_modules(model)), name, weight)
-    if _peft.is_target(config, name) or not any(_peft.is_target(config, head) for head in heads):
+    tied = [name, *_tied_heads(dict(own_modules(model)), name, weight)]
+    missing = [key for key in tied if not _peft.is_target(config, key)]
+    if len(missing) == len(tied):
         return
     if isinstance(config.target_modules, str):
-        config.target_modules = f"({config.target_modules})|{re.escape(name)}"
+        wanted = [f"({config.target_modules})", *map(re.escape, missing)]
+        config.target_modules = "|".join(wanted)
     else:
-        config.target_modules = {*config.target_modules, name}
+        config.target_modules = {*config.target_modules, *missing}
 
 
 def _notes(sites: list[Site], tied: dict[str, str]) -> list[str]:
@@ -212,6 +224,23 @@ def _notes(sites: list[Site], tied: dict[str, str]) -> list[str]:
     ]
     notes += _gaps(sites)
     return notes
+
+
+def _unadapted_experts(modules: Mapping[str, nn.Module], config: MSPLoraConfig) -> list[str]:
+    """What a regular expression that was written for another release of transformers may mean."""
+    pattern = config.target_modules
+    if not isinstance(pattern, str):
+        return []
+    found = experts_named_as_modules(modules, pattern)
+    found = [
+        its for its in found if not any(its.endswith(t) for t in config.target_parameters or ())
+    ]
+    if not found:
+        return []
+    return [
+        f"target_modules = {pattern!r} matches {some(found, 3)} too: parameters, no modules, and "
+        f"not adapted. Name them in target_parameters to adapt them."
+    ]
 
 
 def _gaps(sites: list[Site]) -> list[str]:

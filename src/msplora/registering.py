@@ -1,8 +1,9 @@
-"""Register the tuner the moment PEFT is there, without importing PEFT ourselves.
+"""Register tuners the moment PEFT is there, without importing PEFT ourselves.
 
-`import msplora` has to stay quick, and it may run before or after `import peft`, or from the middle
-of either. So a finder watches imports: whenever PEFT, or a module of this package, has finished
-loading, it looks whether the tuner can be registered, and steps aside once it has been.
+`import msplora`, and `import msplora.sisters`, have to stay quick, and they may run before or after
+`import peft`, or from the middle of either. So a finder watches imports: whenever PEFT, or a module
+of this package, has finished loading, it looks whether the tuners can be registered, and steps
+aside once they have been.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 _PACKAGE = __name__.rpartition(".")[0]
 
 
-def install() -> None:
-    """Register now if PEFT is loaded, else when it is."""
-    finder = _AfterImport()
+def install(register: Callable[[], None], asking: str = _PACKAGE) -> None:
+    """Register now if PEFT is loaded, else when it is.
+
+    Args:
+        register: does it; it may import PEFT, and modules of this package.
+        asking: the package that calls, which may be half-way through its own import.
+    """
+    finder = _AfterImport(register, asking)
     if not finder.try_to_register():
         sys.meta_path.insert(0, finder)
 
@@ -29,7 +35,9 @@ def install() -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Runs `try_to_register` after each module that could complete the picture is executed."""
 
-    def __init__(self) -> None:
+    def __init__(self, register: Callable[[], None], asking: str) -> None:
+        self._register = register
+        self._asking = asking
         self._looking = False
 
     def find_spec(
@@ -49,14 +57,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def try_to_register(self) -> bool:
         """Register if PEFT is loaded and nothing of ours is half-way through its import."""
         if not _is_loaded("peft") or any(
-            _is_loading(name) for name in list(sys.modules) if name.startswith(f"{_PACKAGE}.")
+            _is_loading(name)
+            for name in list(sys.modules)
+            if name.startswith(f"{_PACKAGE}.") and name != self._asking
         ):
             return False
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        from . import _peft
-
-        _peft.register_method()
+        self._register()
         return True
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import peft
 import pytest
+from PIL import Image
 
 import msplora
 from msplora.errors import MSPLoraError
@@ -84,6 +85,7 @@ def _stay_off_the_hub() -> None:
         yield
 
     testing_utils.hub_online_once = offline
+    testing_utils.load_cat_image = lambda: Image.linear_gradient("L").convert("RGB")
 
 
 def pytest_make_parametrize_id(config: Any, val: Any, argname: str) -> str | None:

@@ -13,6 +13,7 @@ from explained import NOT_RUN, explain
 
 OUTCOMES = ("passed", "failed", "refused", "skipped")
 _SHOWN = 200
+_METHODS = ("lora", "msplora")
 
 
 def record(folder: Path, file: str, method: str, commit: str) -> Path:
@@ -28,10 +29,18 @@ def outcomes(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def collect(folder: Path, files: Iterable[str], commit: str) -> dict[str, Any]:
-    """Counts per file and method, and every test that passes with LoRA and does not with ours."""
+    """Counts per file and method, and every test that passes with LoRA and does not with ours.
+
+    Of files that both have been through; the others are named.
+    """
     rows: list[dict[str, Any]] = []
     differing: list[dict[str, Any]] = []
+    not_run: list[str] = []
     for file in files:
+        paths = [record(folder, file, method, commit) for method in _METHODS]
+        if not all(its.with_suffix(".finished").exists() for its in paths):
+            not_run.append(file)
+            continue
         lora = {
             name: its
             for name, its in outcomes(record(folder, file, "lora", commit)).items()
@@ -44,15 +53,11 @@ def collect(folder: Path, files: Iterable[str], commit: str) -> dict[str, Any]:
         for name in sorted(lora):
             its = ours[name]
             if lora[name]["outcome"] == "passed" and its["outcome"] != "passed":
-                differing.append(
-                    {
-                        "test": name.removeprefix("tests/"),
-                        "outcome": its["outcome"],
-                        "error": _without_folders(its["why"])[:_SHOWN],
-                        "reason": explain(name, its["why"]),
-                    }
-                )
-    return {"rows": rows, "differing": differing}
+                reason = explain(name, its["why"])
+                line = {"test": name.removeprefix("tests/"), "outcome": its["outcome"]}
+                error = {} if reason else {"error": _without_folders(its["why"])[:_SHOWN]}
+                differing.append({**line, **error, "reason": reason})
+    return {"rows": rows, "differing": differing, "not_run": not_run}
 
 
 def _without_folders(text: str) -> str:
@@ -75,11 +80,10 @@ def show(found: dict[str, Any]) -> None:
         counts = ["/".join(f"{row[method][its]}" for its in OUTCOMES) for method in _METHODS]
         print(f"{row['file']:34} LoRA {counts[0]:>18}  MSPLoRA {counts[1]:>18}")
     print(f"({'/'.join(OUTCOMES)})")
+    if found["not_run"]:
+        print(f"not run to the end: {', '.join(found['not_run'])}")
     for its in unexplained(found):
         print(f"unexplained, {its['outcome']}: {its['test']}\n    {its['error']}")
-
-
-_METHODS = ("lora", "msplora")
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,7 +138,10 @@ def page(result: dict[str, Any]) -> str:
         lines += _reasons(
             [its for its in result["differing"] if its["outcome"] == outcome], heading
         )
-    lines += ["## Not run", "", *(f"- {line}" for line in NOT_RUN)]
+    lines += ["## Not run", ""]
+    if result["not_run"]:
+        lines.append(f"- Not yet: {', '.join(f'`{file}`' for file in result['not_run'])}.")
+    lines += [f"- {line}" for line in NOT_RUN]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,91 @@
+"""A layer of ElaLoRA: factors whose rank can change, with a diagonal between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msplora.sisters.layer import SisterLayer
+
+from .config import ElaLoraConfig
+from .ranks import scaling_of
+
+RANK_DIMENSION = {"elalora_A": 0, "elalora_E": 0, "elalora_B": 1}
+"""Container -> the dimension of its tensors that counts ranks."""
+
+
+class ElaLoraLayer(SisterLayer):
+    """Mixed in before a PEFT LoRA layer class."""
+
+    method = "ElaLoRA"
+    containers = tuple(RANK_DIMENSION)
+    records: dict[str, tuple[ElaLoraConfig, str]]
+    """Adapter -> the config in which its ranks are recorded, and this layer's key there."""
+
+    def make_containers(self) -> None:
+        layer: Any = self
+        for name in self.containers:
+            layer.add_module(name, nn.ParameterDict())
+        layer.records = {}
+
+    def add(self, adapter_name: str, config: Any, key: str) -> None:
+        layer: Any = self
+        rank = (config.rank_pattern or {}).get(key, config.r)
+        a = torch.randn(rank, layer.in_features) * 0.02
+        b = torch.randn(layer.out_features, rank) * 0.02
+        e = torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1)
+        for name, tensor in zip(self.containers, (a, e, b), strict=True):
+            getattr(layer, name)[adapter_name] = nn.Parameter(tensor)
+        self.records[adapter_name] = config, key
+        self.settle(adapter_name, rank, scaling_of(config), config)
+
+    def a_RI(self, adapter_name: str) -> Tensor:
+        layer: Any = self
+        return layer.elalora_E[adapter_name] * layer.elalora_A[adapter_name]
+
+    def b_OR(self, adapter_name: str) -> Tensor:
+        layer: Any = self
+        return layer.elalora_B[adapter_name]
+
+    def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Container -> this adapter's parameter in it."""
+        return {name: getattr(self, name)[adapter_name] for name in self.containers}
+
+    def replace(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Put tensors of another rank in the places of an adapter's. The parameters stay, so that
+        whoever holds them (an optimiser, above all) holds the new numbers."""
+        layer: Any = self
+        for name, parameter in self.factors(adapter_name).items():
+            parameter.grad = None
+            parameter.data = tensors[name]
+        rank = len(tensors["elalora_E"])
+        layer.r[adapter_name] = rank
+        config, key = self.records[adapter_name]
+        pattern: dict[str, int] = dict(config.rank_pattern or {})
+        pattern.pop(key, None)
+        config.rank_pattern = pattern if rank == config.r else {**pattern, key: rank}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)  # pyright: ignore[reportAttributeAccessIssue]
+        self.records.pop(adapter_name, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Before the containers load: take on the ranks of what is loaded, such as a checkpoint of
+        # an earlier step.
+        for adapter_name in self.records:
+            saved = state_dict.get(f"{prefix}elalora_E.{adapter_name}")
+            factors = self.factors(adapter_name)
+            if saved is None or len(saved) == len(factors["elalora_E"]):
+                continue
+            resized = {}
+            for name, parameter in factors.items():
+                shape = list(parameter.shape)
+                shape[RANK_DIMENSION[name]] = len(saved)
+                resized[name] = parameter.data.new_zeros(shape)
+            self.replace(adapter_name, resized)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True

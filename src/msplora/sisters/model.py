@@ -1,0 +1,136 @@
+"""What the sisters' tuners have in common: PEFT's `LoraModel` with another kind of layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from msplora import _peft
+from msplora.errors import AdapterFileError, ConfigError, UnsupportedError
+
+from .layer import SisterLayer, change_class
+
+
+class SisterModel(LoraModel):
+    """The tuner of a sister; `layer_mixin` is its kind of layer, `config_class` its config."""
+
+    layer_mixin: type[SisterLayer]
+    config_class: type[LoraConfig]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Check what is asked for, then let PEFT replace the layers."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, self.config_class):
+            raise UnsupportedError(
+                f"a model with {self._method} adapters takes a {self.config_class.__name__}, not a "
+                f"{type(config).__name__}; PEFT cannot mix methods in one model."
+            )
+        if adapter_name in self.prefix or "." in adapter_name:
+            raise ConfigError(
+                f"the adapter's name {adapter_name!r} contains a dot or is part of "
+                f"{self.prefix!r}, which marks its tensors: PEFT would not find them again. Choose "
+                f"another name."
+            )
+        return super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @property
+    def _method(self) -> str:
+        return self.layer_mixin.method
+
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **options: Any,
+    ) -> None:
+        layer: Any = target
+        if not isinstance(target, SisterLayer):
+            self._check_target(target, current_key)
+            super()._create_and_replace(
+                _bare_config(lora_config, target),
+                adapter_name,
+                target,
+                target_name,
+                parent,
+                current_key,
+                **options,
+            )
+            layer = change_class(getattr(parent, target_name), self.layer_mixin)
+        layer.add(adapter_name, lora_config, current_key)
+
+    def _check_target(self, target: nn.Module, key: str) -> None:
+        if isinstance(target, _peft.BaseTunerLayer):
+            raise UnsupportedError(
+                f"{key!r} already carries a {type(target).__name__} adapter of another method; "
+                f"merge or unload that one first."
+            )
+        other = (nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        if isinstance(target, other) or _peft.in_out_features(target)[0] is None:
+            raise UnsupportedError(
+                f"{self._method} adapts linear layers, and {key!r} is a {type(target).__name__}. "
+                f"Leave it out of target_modules."
+            )
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(
+                f"{self._method} does not run batches whose rows have different adapters "
+                f"(adapter_names). Choose one with set_adapter."
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"{self._method} adapters cannot be added up in a new one: the sum is none of its kind."
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # New in PEFT 0.21: it only warns of what a file lacks, and leaves it as it was made.
+        remapped: Any = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        expected = {
+            name
+            for name in model.state_dict()
+            if cls.prefix in name
+            and name.split(".")[-1 if _is_leaf(name, cls.prefix) else -2] == adapter_name
+        }
+        missing = sorted(expected - set(remapped))
+        left_over = sorted(name for name in remapped if cls.prefix in name and name not in expected)
+        if missing or left_over:
+            told = [f"{name} is missing" for name in missing]
+            told += [f"{name} is not one of this adapter's" for name in left_over]
+            raise AdapterFileError(
+                f"the adapter's file does not fit the model: {'; '.join(told[:5])}"
+                f"{f' and {len(told) - 5} more' if len(told) > 5 else ''}. Load the base it was "
+                f"made for."
+            )
+        return remapped
+
+
+def _is_leaf(name: str, prefix: str) -> bool:
+    """Whether the adapter's name is the last part of a tensor's name (else the last but one)."""
+    return name.split(".")[-2].startswith(prefix)
+
+
+def _bare_config(config: LoraConfig, target: nn.Module) -> LoraConfig:
+    """A config by which PEFT builds its layer with the least of factors: they are replaced."""
+    return LoraConfig(
+        r=1,
+        lora_alpha=1,
+        init_lora_weights=False,
+        fan_in_fan_out=isinstance(target, Conv1D) or config.fan_in_fan_out,
+        inference_mode=config.inference_mode,
+        runtime_config=config.runtime_config,
+    )
