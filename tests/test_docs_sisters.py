@@ -14,6 +14,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/sisters.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block", BLOCKS, ids=["hydra", "elalora"])
 def test_every_block(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_language_model(tmp_path / "Qwen/Qwen3-0.6B")

@@ -182,10 +182,16 @@ assert not {"torch", "peft"} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-def test_importing_the_sisters_before_peft_registers_them() -> None:
-    code = """
-import sys, msplora.sisters, peft
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("msplora.sisters", marks=pytest.mark.slow),
+        pytest.param("msplora.loading", marks=pytest.mark.thorough),  # the command line's
+    ],
+)
+def test_importing_the_sisters_before_peft_registers_them(first: str) -> None:
+    code = f"""
+import {first}, peft
 for name in ("HYDRA", "ELALORA"):
     assert peft.PeftType(name) in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 """

@@ -60,6 +60,7 @@ def adapter_config(here: Path) -> dict[str, Any]:
     return json.loads((here / "run/adapter/adapter_config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_with_moving_ranks(bases: Path, tmp_path: Path) -> None:
     """The quickest proof that a method beside LoRA trains, saves, and is what was measured."""
     result = train(tmp_path, content(bases, "elalora", "sft"))
@@ -126,6 +127,7 @@ def test_what_converts_and_what_does_not(bases: Path, tmp_path: Path) -> None:
             assert method.upper() in result.error, verb
 
 
+@pytest.mark.thorough
 def test_adalora_prunes_as_it_is_told(bases: Path, tmp_path: Path) -> None:
     assert train(tmp_path, content(bases, "adalora", "sft")).code == 0
     saved = adapter_config(tmp_path)

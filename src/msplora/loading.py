@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import sisters as sisters  # makes their adapters' types known to PEFT, as ours is
 from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest
 
 CONFIG_FILE = "adapter_config.json"
