@@ -213,7 +213,7 @@ class PyramidLayer(_peft.OwnLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle could not find it by name.
-        return _empty_layer, (type(self).__mro__[2],), self.__dict__
+        return _empty_layer, (type(self).__bases__[1],), self.__dict__
 
 
 def _few_tokens(x: Tensor) -> bool:
