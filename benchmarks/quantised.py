@@ -23,7 +23,7 @@ import torch
 from environments import environment, run_in, versions_in
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from msplora.bench.provenance import provenance
+from msplora.bench.provenance import commit, provenance
 
 OURS = (
     "--constraint", "constraints.txt", "peft", "transformers", "accelerate", "typer", "rich",
@@ -106,7 +106,7 @@ def of_library(name: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]
                 )  # fmt: skip
                 found = json.loads(done.stdout.splitlines()[-1])
                 about = {"library": name, "scheme": scheme, "base": base, "versions": versions}
-                yield about | found
+                yield about | found | {"commit": commit()}
 
 
 def tiny_llama(folder: Path, tokenizer: Path) -> Path:
