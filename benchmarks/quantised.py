@@ -23,7 +23,7 @@ import torch
 from environments import environment, run_in, versions_in
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from msplora.bench.provenance import commit, provenance
+from msplora.bench.provenance import provenance
 
 OURS = (
     "--constraint", "constraints.txt", "peft", "transformers", "accelerate", "typer", "rich",
@@ -74,14 +74,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(LIBRARIES), help="Run these alone.")
     given = parser.parse_args()
+    about = provenance("cpu")  # before the results change what is tracked
     before = json.loads(given.output.read_text()) if given.output.is_file() else {"bases": []}
     rows = [its for its in before["bases"] if its["library"] not in given.only]
     for name in given.only:
         for row in of_library(name, given):
             print(json.dumps(row, indent=1), flush=True)
-            rows.append(row)
+            rows.append(row | {"commit": about["commit"]})
             rows.sort(key=lambda its: list(LIBRARIES).index(its["library"]))
-            content = {**provenance("cpu"), "bases": rows}
+            content = {**about, "bases": rows}
             given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -106,7 +107,7 @@ def of_library(name: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]
                 )  # fmt: skip
                 found = json.loads(done.stdout.splitlines()[-1])
                 about = {"library": name, "scheme": scheme, "base": base, "versions": versions}
-                yield about | found | {"commit": commit()}
+                yield about | found
 
 
 def tiny_llama(folder: Path, tokenizer: Path) -> Path:
