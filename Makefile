@@ -52,7 +52,6 @@ bench: $(VENV)/.installed
 ENGINES ?= peft=$(BIN)/python
 engines: $(VENV)/.installed
 	@test -n "$(MODEL)" || { echo "say where stories260K is: make engines MODEL=stories260K/hf"; false; }
-	rm -f benchmarks/results/engines.jsonl
 	$(BIN)/python benchmarks/engines.py --model $(MODEL) $(ENGINES:%=--engine %) $(LLAMA_CPP:%=--llama-cpp %) \
 		--output benchmarks/results/engines.jsonl
 	$(BIN)/python benchmarks/engines.py --render docs/serving.md

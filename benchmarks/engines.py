@@ -303,7 +303,7 @@ def cases_of(engine: Engine, families: list[str]) -> list[Case]:
 
 
 def main() -> None:
-    """Run what is asked for, and append a row for each case."""
+    """Run what is asked for; an engine's rows take the place of those it had."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="the folder of stories260K")
     parser.add_argument("--engine", action="append", default=[], metavar="NAME=PYTHON")
@@ -317,6 +317,7 @@ def main() -> None:
         return
     from msplora.bench.provenance import provenance
 
+    about = provenance("cpu")  # before the results change what is tracked
     pythons = dict(word.split("=", 1) for word in asked.engine)
     for name in ENGINES.keys() - pythons.keys():
         print(f"{ENGINES[name].title}: not run, since no --engine {name}=PYTHON is given")
@@ -332,11 +333,22 @@ def main() -> None:
                     base = folder / "base"
                     save_family(case.base.removeprefix("tiny "), base, engine.head)
                 prepared.append(prepare(engine, case, base, folder))
+            rows = []
             for row in run(engine, python, prepared, Path(scratch), asked.llama_cpp):
                 print(json.dumps(row), flush=True)
-                if asked.output:
-                    with asked.output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row | provenance("cpu"), ensure_ascii=False) + "\n")
+                rows.append(row | about)
+        if asked.output:
+            replace_rows(asked.output, engine, rows)
+
+
+def replace_rows(results: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
+    """Write an engine's rows among those of the others, in the table's order."""
+    lines = results.read_text("utf-8").splitlines() if results.is_file() else []
+    others = [row for row in map(json.loads, lines) if row["engine"] != engine.title]
+    titles = [its.title for its in ENGINES.values()]
+    ordered = sorted([*others, *rows], key=lambda row: titles.index(row["engine"]))
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in ordered)
+    results.write_text(text, encoding="utf-8")
 
 
 START, END = "<!-- engines: made by benchmarks/engines.py --render -->", "<!-- /engines -->"

@@ -74,14 +74,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(LIBRARIES), help="Run these alone.")
     given = parser.parse_args()
+    about = provenance("cpu")  # before the results change what is tracked
     before = json.loads(given.output.read_text()) if given.output.is_file() else {"bases": []}
     rows = [its for its in before["bases"] if its["library"] not in given.only]
     for name in given.only:
         for row in of_library(name, given):
             print(json.dumps(row, indent=1), flush=True)
-            rows.append(row)
+            rows.append(row | {"commit": about["commit"]})
             rows.sort(key=lambda its: list(LIBRARIES).index(its["library"]))
-            content = {**provenance("cpu"), "bases": rows}
+            content = {**about, "bases": rows}
             given.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
