@@ -136,7 +136,8 @@ def merged(model: Any, ids: Tensor) -> dict[str, Any]:
     try:
         model.merge_adapter()
     except (NotImplementedError, ValueError, AttributeError) as error:
-        return {"merge_refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        first, *_ = str(error).splitlines() or ["without words"]
+        return {"merge_refused": f"{type(error).__name__}: {first}"}
     found = {"merged_differs_by": distance(logits(model, ids), expected)}
     model.unmerge_adapter()
     return found | {"unmerged_differs_by": distance(logits(model, ids), expected)}
