@@ -138,6 +138,34 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     assert "the output is the same" in " ".join(result.out.split())
 
 
+@pytest.mark.parametrize("pad", [0, None])
+def test_a_trained_head_is_not_the_adapters_effect(pad: int | None, tmp_path: Path) -> None:
+    MODELS["llama"].model().save_pretrained(tmp_path / "base")
+    base: Any = hf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, pad_token_id=pad
+    )
+    base.config.save_pretrained(tmp_path / "base")  # with or without a token for padding
+    config = msplora.MSPLoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")  # B is zero
+    found = [msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter") for _ in range(2)]
+    assert found[0] == found[1]
+    check = found[0]["changes the output"]
+    assert (check.status, check.figures["effect"]) == ("failed", 0)
+
+
+def test_numbers_beyond_float32_pass_no_check(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, target_modules=["q_proj"])
+    edit(adapter, lambda its: {key: t * 1e30 for key, t in its.items()})
+    found = msplora.doctor(base, adapter)
+    its = statuses(found)
+    assert its["changes the output"] == its["unmerging restores the base"] == "failed"
+    assert its["the converted LoRA is equal"] == its["merging keeps the output"] == "skipped"
+    for name in ("factors in {}", "merged weights in {}"):
+        assert its[name.format("float16")] == "warning"
+    assert its["merged weights in bfloat16"] == "warning"
+    json.loads(found.to_json())
+
+
 def test_tensors_that_peft_leaves_out(tmp_path: Path) -> None:
     base, adapter = save_lora(tmp_path)
     edit(adapter, lambda its: {k.replace("layers.1", "layrs.1"): t for k, t in its.items()})

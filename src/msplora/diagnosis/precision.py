@@ -19,7 +19,7 @@ from msplora.verifying import logits
 
 from .patient import Patient
 from .results import Check, figures, percent
-from .weights import name_of
+from .weights import magnitude, name_of
 
 FACTORS = "factors in {}"
 ACTIVATIONS = "activations in float16"
@@ -37,7 +37,7 @@ def _factors(patient: Patient, dtype: torch.dtype) -> Check:
     errors, total, largest = 0.0, 0.0, 0.0
     for entry in entries_of(files, patient.config).pairs:
         a, b = files.read(entry.a), files.read(entry.b)
-        largest = max(largest, float(a.abs().max()), float(b.abs().max()))
+        largest = max(largest, magnitude(a), magnitude(b))
         if largest > torch.finfo(dtype).max:
             continue
         exact, found = matrices_of(a, b, entry), matrices_of(a.to(dtype), b.to(dtype), entry)
@@ -62,7 +62,7 @@ def _factors(patient: Patient, dtype: torch.dtype) -> Check:
     error = math.sqrt(errors / total) if total else 0.0
     numbers = figures(error=error, largest=largest)
     said = f"Rounding the factors changes the update by {percent(error)} of its norm."
-    if error > _ERROR:
+    if not error <= _ERROR:  # nor a NaN
         return Check(name, "warning", said, "Keep the adapter in float32.", numbers)
     return Check(name, "passed", said, "", numbers)
 
@@ -71,7 +71,7 @@ def activations_stay_in_range(patient: Patient) -> Check:
     """The largest number that any module puts out, against float16's end."""
     with _largest(patient.base) as adapted:
         logits(patient.model, patient.inputs)
-    with _largest(patient.base) as plain, patient.model.disable_adapter():
+    with _largest(patient.base) as plain, patient.without_adapter():
         logits(patient.model, patient.inputs)
     where = max(adapted, key=adapted.__getitem__)
     largest, before = adapted[where], max(plain.values())
@@ -103,9 +103,7 @@ def _largest(model: nn.Module) -> Iterator[dict[str, float]]:
             if isinstance(output, (tuple, Mapping)):
                 output = next(iter(output.values() if isinstance(output, Mapping) else output))
             if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-                most = float(output.abs().max())
-                most = most if math.isfinite(most) else math.inf
-                found[name] = max(found.get(name, 0.0), most)
+                found[name] = max(found.get(name, 0.0), magnitude(output))
 
         return hook
 
