@@ -393,6 +393,31 @@ def refused(path: Path, said: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"r": its} for its in ("8", None, 0, True)),
+        *({"lora_alpha": its} for its in ("16", None, math.nan)),
+        *({"rank_pattern": its} for its in ([1], {"q_proj": "x"}, {"(": 4})),
+        *({"alpha_pattern": its} for its in ("x", {"(": 4}, {"q_proj": math.inf})),
+        *({"base_model_name_or_path": its} for its in (5, ["a"])),
+        *({"layers_to_transform": its} for its in ("a", ["0"])),
+        *({"task_type": 7}, {"target_modules": 5}, {"target_parameters": 5}, {"model_type": [1]}),
+    ],
+)
+@pytest.mark.parametrize("method", ["LORA", "MSPLORA"])
+def test_fields_of_a_wrong_type_are_named(
+    method: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {"peft_type": method, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content | changes))
+    ((name, value),) = changes.items()
+    if method == "MSPLORA" and value is None:
+        return  # which a pyramid derives
+    with pytest.raises(MSPLoraError, match=f"{name} is "):
+        msplora.inspect(tmp_path)
+
+
 def test_what_cannot_be_inspected(pyramid: Path, tmp_path: Path) -> None:
     refused(tmp_path / "adaptr", "Did you mean")
     refused(pyramid / WEIGHTS, "is a file; give the folder")
@@ -401,6 +426,8 @@ def test_what_cannot_be_inspected(pyramid: Path, tmp_path: Path) -> None:
     loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(tmp_path / "loha", "is a LOHA adapter")
+    set_config(tmp_path / "loha", peft_type=None)
+    refused(tmp_path / "loha", "peft_type is None")
     set_config(tmp_path / "loha", peft_type="BRAND_NEW")
     refused(tmp_path / "loha", "is a BRAND_NEW adapter")
     set_config(tmp_path / "loha", peft_type="MSPLORA", r=[8, 4, 2])

@@ -125,7 +125,7 @@ def read_config(folder: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(folder))
     except MSPLoraError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterFileError(
             f"{str(folder / CONFIG_FILE)!r} cannot be read: {type(error).__name__}: {error}"
         ) from error

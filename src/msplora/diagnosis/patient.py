@@ -30,6 +30,8 @@ class Patient:
     inputs: dict[str, Tensor]
     tensors: dict[str, Tensor]
     """Of the adapter's file."""
+    is_whole: bool = True
+    """Whether that file holds what its config asks for."""
 
     @property
     def config(self) -> Any:
