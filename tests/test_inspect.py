@@ -20,7 +20,7 @@ from msplora.errors import MSPLoraError
 from msplora.inspection.results import Finding, Inspection
 from msplora.inspection.suspicions import RULES
 from msplora.inspection.tensor_file import TensorFiles
-from msplora.loading import BaseOptions
+from msplora.loading import BaseOptions, check_finite
 from runs import msplora as command
 from runs import tree
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, llama
@@ -282,6 +282,35 @@ def test_factors_that_do_not_fit(pyramid: Path, tmp_path: Path) -> None:
     assert the(msplora.inspect(plain), "misshapen").where == ("model.layers.1.self_attn.v_proj",)
     edit(plain, lambda its: {key: t for key, t in its.items() if lost not in key})
     assert the(msplora.inspect(plain), "missing pair").where == ("model.layers.1.self_attn.v_proj",)
+
+
+@pytest.mark.parametrize("is_pyramid", [True, False])
+def test_factors_of_unusual_types(is_pyramid: bool, pyramid: Path, tmp_path: Path) -> None:
+    folder = pyramid if is_pyramid else lora(tmp_path / "lora")
+    whole = load_file(folder / WEIGHTS)
+    first = next(iter(whole))
+    edit(folder, lambda its: its | {first: torch.tensor(1.0)})
+    assert the(msplora.inspect(folder), "misshapen").where
+    small = {key: its.to(torch.float8_e4m3fn) for key, its in whole.items()}
+    edit(folder, lambda _: small)
+    found = msplora.inspect(folder)
+    assert not found.suspicious
+    edit(folder, lambda _: {key: its.float() for key, its in small.items()})
+    assert found.pairs == msplora.inspect(folder).pairs
+    check_finite(small, "the file")
+    edit(folder, lambda _: {key: its.double() * 1e160 for key, its in whole.items()})
+    found = msplora.inspect(folder)
+    assert len(the(found, "exploded norm").where) == len(found.pairs)
+    assert {pair.norm for pair in found.pairs} == {math.inf}
+    assert json.loads(found.to_json())["pairs"][0]["norm"] is None
+    assert command("inspect", folder).code == 0
+
+
+def test_a_group_of_a_huge_number_is_left_over(pyramid: Path) -> None:
+    huge = f"local/{10**12}"
+    edit(pyramid, lambda its: {k.replace("local/3", huge): t for k, t in its.items()})
+    finding = the(msplora.inspect(pyramid), "unused pair")
+    assert finding.where[0] == f"{huge}/self_attn.q_proj"
 
 
 def test_without_a_level_per_layer_the_layers_are_not_known(tmp_path: Path) -> None:
