@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,34 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     assert "the output is the same" in " ".join(result.out.split())
 
 
+@pytest.mark.parametrize("pad", [0, None])
+def test_a_trained_head_is_not_the_adapters_effect(pad: int | None, tmp_path: Path) -> None:
+    MODELS["llama"].model().save_pretrained(tmp_path / "base")
+    base: Any = hf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, pad_token_id=pad
+    )
+    base.config.save_pretrained(tmp_path / "base")  # with or without a token for padding
+    config = msplora.MSPLoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")  # B is zero
+    found = [msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter") for _ in range(2)]
+    assert found[0] == found[1]
+    check = found[0]["changes the output"]
+    assert (check.status, check.figures["effect"]) == ("failed", 0)
+
+
+def test_numbers_beyond_float32_pass_no_check(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, target_modules=["q_proj"])
+    edit(adapter, lambda its: {key: t * 1e30 for key, t in its.items()})
+    found = msplora.doctor(base, adapter)
+    its = statuses(found)
+    assert its["changes the output"] == its["unmerging restores the base"] == "failed"
+    assert its["the converted LoRA is equal"] == its["merging keeps the output"] == "skipped"
+    for name in ("factors in {}", "merged weights in {}"):
+        assert its[name.format("float16")] == "warning"
+    assert its["merged weights in bfloat16"] == "warning"
+    json.loads(found.to_json())
+
+
 def test_tensors_that_peft_leaves_out(tmp_path: Path) -> None:
     base, adapter = save_lora(tmp_path)
     edit(adapter, lambda its: {k.replace("layers.1", "layrs.1"): t for k, t in its.items()})
@@ -198,8 +227,8 @@ def test_a_base_of_another_shape_name_or_kind(tmp_path: Path) -> None:
     _, lora = save_lora(tmp_path / "lora")
     llama(hidden_size=64).save_pretrained(tmp_path / "wide")  # pyright: ignore
     found = msplora.doctor(str(tmp_path / "wide"), lora)
-    assert statuses(found) == {"made for this base": "failed"}
-    assert "size mismatch" in found.checks[0].said
+    assert statuses(found) == {"the file is whole": "passed", "made for this base": "failed"}
+    assert "size mismatch" in found.checks[1].said
 
 
 def test_more_tokens_than_the_base_has(tmp_path: Path) -> None:
@@ -228,9 +257,51 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     assert found.inputs == f"the first rows of {rows}"
     longest = max(len((row["prompt"] + row["completion"]).split()) for row in answered_rows(8))
     assert found["changes the output"].said.endswith(f"of {8 * (longest + 2)} places.")
-    options = BaseOptions(str(tmp_path / "base"), "float32")
-    with pytest.raises(MSPLoraError, match="--dtype does not go with --data"):
-        msplora.doctor(options, tmp_path / "adapter", data=str(rows))
+    save_decoder(tmp_path / "narrow", hidden_size=16)
+    found = msplora.doctor(str(tmp_path / "narrow"), tmp_path / "adapter", data=str(rows))
+    assert statuses(found)["made for this base"] == "failed"
+
+
+def test_a_file_at_fault_is_blamed_before_the_base(tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    whole = load_file(adapter / WEIGHTS)
+    edit(adapter, lambda its: {k: t for k, t in its.items() if "layers.2." not in k})
+    check = msplora.doctor(base, adapter)["all of it is loaded"]
+    assert (check.status, check.figures["new"]) == ("failed", 4)
+    assert "The file lacks them" in check.advice
+    save_file(whole, adapter / WEIGHTS)
+    edit(adapter, lambda its: {k: t[:2] if "lora_A" in k else t[:, :2] for k, t in its.items()})
+    found = msplora.doctor(base, adapter)
+    assert statuses(found) == {"the file is whole": "failed", "made for this base": "skipped"}
+    assert "where its rank is 4" in found.checks[0].said
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (BaseOptions("", dtype="float32"), "--dtype"),
+        (BaseOptions("", revision="main"), "--revision"),
+        (BaseOptions("", trust_remote_code=True), "--trust-remote-code"),
+    ],
+)
+def test_what_does_not_go_with_rows(options: BaseOptions, name: str, tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    with pytest.raises(MSPLoraError, match=f"{name} does not go with --data"):
+        msplora.doctor(replace(options, source=base), adapter, data="rows.jsonl")
+
+
+def test_damaged_files_beside_the_tensors(tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    (adapter / "tokenizer.json").write_text("{bad")
+    check = msplora.doctor(base, adapter)["made for this base"]
+    assert check.status == "failed"
+    assert "tokenizer beside the adapter cannot be read" in check.said
+    with pytest.raises(MSPLoraError, match="no base is given"):
+        msplora.doctor("", adapter)
+    for text, said in (('{"peft', "cannot be read"), ('{"peft_type": "LORA", "r": 0}', "r is 0")):
+        (adapter / "adapter_config.json").write_text(text)
+        with pytest.raises(MSPLoraError, match=said):
+            msplora.doctor(base, adapter)
 
 
 def test_what_cannot_be_examined(tmp_path: Path) -> None:

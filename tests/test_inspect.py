@@ -20,7 +20,7 @@ from msplora.errors import MSPLoraError
 from msplora.inspection.results import Finding, Inspection
 from msplora.inspection.suspicions import RULES
 from msplora.inspection.tensor_file import TensorFiles
-from msplora.loading import BaseOptions
+from msplora.loading import BaseOptions, check_finite
 from runs import msplora as command
 from runs import tree
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, llama
@@ -284,6 +284,35 @@ def test_factors_that_do_not_fit(pyramid: Path, tmp_path: Path) -> None:
     assert the(msplora.inspect(plain), "missing pair").where == ("model.layers.1.self_attn.v_proj",)
 
 
+@pytest.mark.parametrize("is_pyramid", [True, False])
+def test_factors_of_unusual_types(is_pyramid: bool, pyramid: Path, tmp_path: Path) -> None:
+    folder = pyramid if is_pyramid else lora(tmp_path / "lora")
+    whole = load_file(folder / WEIGHTS)
+    first = next(iter(whole))
+    edit(folder, lambda its: its | {first: torch.tensor(1.0)})
+    assert the(msplora.inspect(folder), "misshapen").where
+    small = {key: its.to(torch.float8_e4m3fn) for key, its in whole.items()}
+    edit(folder, lambda _: small)
+    found = msplora.inspect(folder)
+    assert not found.suspicious
+    edit(folder, lambda _: {key: its.float() for key, its in small.items()})
+    assert found.pairs == msplora.inspect(folder).pairs
+    check_finite(small, "the file")
+    edit(folder, lambda _: {key: its.double() * 1e160 for key, its in whole.items()})
+    found = msplora.inspect(folder)
+    assert len(the(found, "exploded norm").where) == len(found.pairs)
+    assert {pair.norm for pair in found.pairs} == {math.inf}
+    assert json.loads(found.to_json())["pairs"][0]["norm"] is None
+    assert command("inspect", folder).code == 0
+
+
+def test_a_group_of_a_huge_number_is_left_over(pyramid: Path) -> None:
+    huge = f"local/{10**12}"
+    edit(pyramid, lambda its: {k.replace("local/3", huge): t for k, t in its.items()})
+    finding = the(msplora.inspect(pyramid), "unused pair")
+    assert finding.where[0] == f"{huge}/self_attn.q_proj"
+
+
 def test_without_a_level_per_layer_the_layers_are_not_known(tmp_path: Path) -> None:
     scaled(adapted(ranks=[4, 2], groups=[1, 2])).save_pretrained(tmp_path)
     found = msplora.inspect(tmp_path)
@@ -393,6 +422,31 @@ def refused(path: Path, said: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"r": its} for its in ("8", None, 0, True)),
+        *({"lora_alpha": its} for its in ("16", None, math.nan)),
+        *({"rank_pattern": its} for its in ([1], {"q_proj": "x"}, {"(": 4})),
+        *({"alpha_pattern": its} for its in ("x", {"(": 4}, {"q_proj": math.inf})),
+        *({"base_model_name_or_path": its} for its in (5, ["a"])),
+        *({"layers_to_transform": its} for its in ("a", ["0"])),
+        *({"task_type": 7}, {"target_modules": 5}, {"target_parameters": 5}, {"model_type": [1]}),
+    ],
+)
+@pytest.mark.parametrize("method", ["LORA", "MSPLORA"])
+def test_fields_of_a_wrong_type_are_named(
+    method: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    content = {"peft_type": method, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content | changes))
+    ((name, value),) = changes.items()
+    if method == "MSPLORA" and value is None:
+        return  # which a pyramid derives
+    with pytest.raises(MSPLoraError, match=f"{name} is "):
+        msplora.inspect(tmp_path)
+
+
 def test_what_cannot_be_inspected(pyramid: Path, tmp_path: Path) -> None:
     refused(tmp_path / "adaptr", "Did you mean")
     refused(pyramid / WEIGHTS, "is a file; give the folder")
@@ -401,6 +455,8 @@ def test_what_cannot_be_inspected(pyramid: Path, tmp_path: Path) -> None:
     loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(tmp_path / "loha", "is a LOHA adapter")
+    set_config(tmp_path / "loha", peft_type=None)
+    refused(tmp_path / "loha", "peft_type is None")
     set_config(tmp_path / "loha", peft_type="BRAND_NEW")
     refused(tmp_path / "loha", "is a BRAND_NEW adapter")
     set_config(tmp_path / "loha", peft_type="MSPLORA", r=[8, 4, 2])

@@ -99,13 +99,18 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     bad = [
         key
         for key, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        if tensor.is_floating_point() and not bool(torch.isfinite(_readable(tensor)).all())
     ]
     if bad:
         raise AdapterFileError(
             f"{where}: {len(bad)} tensor(s) hold values that are not finite, such as {bad[0]}. The "
             f"training diverged, or the dtype is too small; train again with a lower learning rate."
         )
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """A tensor that torch can compare: of 8-bit floats it only converts."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
@@ -126,7 +131,7 @@ def read_config(folder: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(folder))
     except MSPLoraError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterFileError(
             f"{str(folder / CONFIG_FILE)!r} cannot be read: {type(error).__name__}: {error}"
         ) from error

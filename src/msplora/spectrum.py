@@ -74,6 +74,18 @@ def singular_values_of(a_RI: Tensor, b_OR: Tensor) -> Tensor:
     return torch.linalg.svdvals(r_B @ r_A.mT)
 
 
+def norm_of(a_RI: Tensor, b_OR: Tensor) -> float:
+    """The Frobenius norm of ``B A``: ``(… R, I), (… O, R)``, over all leading dimensions.
+
+    Infinite where float64 ends; factors near that end would else have no singular values.
+    """
+    sizes = [float(its.detach().double().abs().max()) if its.numel() else 0 for its in (a_RI, b_OR)]
+    if not all(sizes):
+        return 0.0
+    scaled = singular_values_of(a_RI.double() / sizes[0], b_OR.double() / sizes[1])
+    return float(scaled.norm()) * sizes[0] * sizes[1]
+
+
 def site_factors(model: Any, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield every adapted site's key, A and B as matrices, the scaling in B; one site at a time.
 

@@ -9,13 +9,30 @@ import torch
 from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer
 
-from msplora.inspection.suspicions import some
+from msplora.inspection.adapter import look_at_adapter
+from msplora.inspection.suspicions import NOT_WHOLE, some
+from msplora.inspection.tensor_file import TensorFiles
+from msplora.loading import WEIGHTS_FILE
 
 from .patient import Patient
 from .results import Check, figures
 
+FILE = "the file is whole"
 BASE = "made for this base"
 LOADED = "all of it is loaded"
+_MOST_SAID = 300
+"""Letters of an error that is not ours."""
+
+
+def file_is_whole(folder: Path, config: Any) -> Check:
+    """What `msplora inspect` finds of the file alone, before a base can be blamed for it."""
+    found = look_at_adapter(TensorFiles([folder / WEIGHTS_FILE]), config, lambda done, total: None)
+    wrong = [its for its in found.findings if its.rule in NOT_WHOLE]
+    numbers = figures(pairs=len(found.pairs), wrong=sum(len(its.where) for its in wrong))
+    if wrong:
+        said = " ".join(its.text for its in wrong)
+        return Check(FILE, "failed", said, "See msplora inspect.", numbers)
+    return Check(FILE, "passed", f"It holds {len(found.pairs)} pairs that fit.", "", numbers)
 
 
 def base_fits(patient: Patient) -> Check:
@@ -30,7 +47,16 @@ def base_fits(patient: Patient) -> Check:
             f"It was made for a {wanted}, and this is a {model_type}.",
             "Pass the model that the adapter was made for.",
         )
-    tokens, rows = _vocabulary(patient)
+    try:
+        tokens, rows = _vocabulary(patient)
+    except Exception as error:  # the readers of tokenizers raise whatever they like
+        return Check(
+            BASE,
+            "failed",
+            f"The tokenizer beside the adapter cannot be read: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:_MOST_SAID]}",
+            "Copy its files again, or take them away to use the base's tokenizer.",
+        )
     numbers = figures(**({"tokens": tokens} if tokens else {}), **({"rows": rows} if rows else {}))
     if tokens and rows and tokens > rows:
         return Check(
@@ -106,7 +132,20 @@ def everything_is_loaded(patient: Patient) -> Check:
         LOADED,
         "failed",
         f"{'; '.join(parts)}.",
-        "The base names its modules otherwise than the one it was trained on; pass that one, or "
-        "the version of transformers it was trained with.",
+        _advice(patient, places=bool(lost), numbers=bool(changed)),
         numbers,
     )
+
+
+def _advice(patient: Patient, places: bool, numbers: bool) -> str:
+    """By what is wrong: places that are missing, or numbers that are others."""
+    if not patient.is_whole:
+        return "It is the file that is not whole, as said above; save or copy it again."
+    if places:
+        return (
+            "The base names its modules otherwise than the one it was trained on, or has fewer; "
+            "pass that one, or the version of transformers it was trained with."
+        )
+    if numbers:
+        return "Please report this, with the adapter's config."
+    return "The file lacks them: save or copy it again, or pass the base that it was trained on."

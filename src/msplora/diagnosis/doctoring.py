@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,28 +10,34 @@ from typing import Any
 
 import transformers
 from peft import PeftModel
+from torch import Tensor
 
 from msplora import __version__
-from msplora.errors import UnsupportedError
+from msplora.config import MSPLoraConfig
+from msplora.errors import BaseModelError, UnsupportedError
 from msplora.extras import train_extra
+from msplora.inspection.config_file import lora_or_pyramid
 from msplora.loading import (
-    CONFIG_FILE,
     BaseOptions,
     adapter_folder,
     class_names,
     load_base_of,
     loading_errors_explained,
-    read_config,
     read_tensors,
     resolve_source,
 )
-from msplora.released import is_released
 from msplora.verifying import probe_inputs
 
-from .belonging import BASE, base_fits, everything_is_loaded
+from .belonging import (
+    BASE,
+    base_fits,
+    everything_is_loaded,
+    file_is_whole,
+)
 from .outputs import conversion_is_equal, is_applied, merging_keeps_the_output
 from .patient import Patient
 from .precision import activations_stay_in_range, factors_survive
+from .putting_on import Misfit, put_on
 from .results import Check, Diagnosis
 from .weights import name_of, rounding_keeps_the_update, unmerging_restores_the_base
 
@@ -40,8 +45,6 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of its steps are done, and of how many."""
 
 _ROUNDS = 8
-_MOST_SAID = 600
-"""Letters of PEFT's own errors, which list every tensor."""
 
 
 def doctor(
@@ -67,11 +70,13 @@ def doctor(
             fit each other is a failed check.
     """
     options = BaseOptions(model) if isinstance(model, str) else model
-    assert options.source
+    if not options.source:
+        raise BaseModelError("no base is given. Give its folder, or its id on the hub.")
     source = resolve_source(options.source)
     options = replace(options, source=source)
     folder = adapter_folder(Path(adapter).expanduser())
-    method = _method(folder)
+    config = lora_or_pyramid(folder, "examined")
+    method = "MSPLoRA" if isinstance(config, MSPLoraConfig) else "LoRA"
     tensors = read_tensors(folder)
     with loading_errors_explained(source):
         transformers.AutoConfig.from_pretrained(
@@ -79,7 +84,8 @@ def doctor(
         )
     report = progress or (lambda what, done, total: None)
     inputs = "random inputs from a fixed seed" if data is None else f"the first rows of {data}"
-    found: list[Check] = []
+    whole = file_is_whole(folder, config)
+    found = [whole]
     dtype = options.dtype
 
     def done() -> Diagnosis:
@@ -89,11 +95,11 @@ def doctor(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they warn of is what is checked
         try:
-            adapted, batch = _load(folder, tensors, options, data)
-        except _Misfit as error:
-            found.append(Check(BASE, "failed", str(error), "Pass the base that it was made for."))
+            adapted, batch = _load(folder, config, tensors, options, data)
+        except Misfit as error:
+            found.append(_misfit(error, whole))
             return done()
-        patient = Patient(folder, source, adapted, batch, tensors)
+        patient = Patient(folder, source, adapted, batch, tensors, whole.status == "passed")
         dtype = name_of(patient.dtype)
         for step, checks in enumerate(_examine(patient), start=1):
             found += checks
@@ -105,51 +111,39 @@ def _examine(patient: Patient) -> Iterator[list[Check]]:
     yield [base_fits(patient)]
     yield [everything_is_loaded(patient)]
     yield [is_applied(patient)]
-    # Without a usable output there is nothing to compare with.
-    finite = bool(patient.adapted.isfinite().all())
-    yield [conversion_is_equal(patient)] if finite else []
+    yield [conversion_is_equal(patient)]
     yield factors_survive(patient)
     yield [activations_stay_in_range(patient)]
     yield rounding_keeps_the_update(patient)
     yield [unmerging_restores_the_base(patient)]
-    yield [merging_keeps_the_output(patient)] if finite else []
+    yield [merging_keeps_the_output(patient)]
 
 
-class _Misfit(Exception):
-    """The adapter cannot be put on the base."""
+def _misfit(error: Misfit, whole: Check) -> Check:
+    if whole.status == "passed":
+        return Check(BASE, "failed", str(error), "Pass the base that it was made for.")
+    return Check(BASE, "skipped", f"The file is not whole, and cannot be put on a base: {error}")
 
 
-def _load(folder: Path, tensors: Any, options: BaseOptions, data: str | None) -> Any:
-    if data is not None:
-        if options.dtype != "auto":
+def _load(
+    folder: Path, config: Any, tensors: Any, options: BaseOptions, data: str | None
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    if data is None:
+        base = load_base_of(config, tensors, options, class_names(folder))
+        model = put_on(base, folder)
+        return model, probe_inputs(model)
+    asked = {
+        "--dtype": options.dtype != "auto",
+        "--revision": options.revision is not None,
+        "--trust-remote-code": options.trust_remote_code,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
             raise UnsupportedError(
-                "--dtype does not go with --data: rows are read by the base as the run had it. "
-                "Give one of them."
+                f"{name} does not go with --data: rows are read by the base as the run had it. "
+                f"Give one of them."
             )
-        with train_extra():
-            from .rows import model_and_rows
+    with train_extra():
+        from .rows import model_and_rows
 
-            return model_and_rows(folder, str(options.source), data)
-    config = read_config(folder)
-    base = load_base_of(config, tensors, options, class_names(folder))
-    try:
-        model = PeftModel.from_pretrained(base, str(folder)).eval()
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:  # PEFT's, and our own
-        raise _Misfit(" ".join(str(error).split())[:_MOST_SAID]) from error
-    return model, probe_inputs(model)
-
-
-def _method(folder: Path) -> str:
-    content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if is_released(folder):
-        raise UnsupportedError(
-            f"{str(folder)!r} is a checkpoint of the code released with the paper. Convert it "
-            f"first: msplora convert {folder} OUT --to msplora."
-        )
-    method = str(content.get("peft_type"))
-    if method not in ("LORA", "MSPLORA"):
-        raise UnsupportedError(
-            f"{str(folder)!r} is a {method} adapter. What is examined are adapters of LORA and "
-            f"MSPLORA."
-        )
-    return "MSPLoRA" if method == "MSPLORA" else "LoRA"
+        return model_and_rows(folder, str(options.source), data)

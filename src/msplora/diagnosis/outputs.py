@@ -30,7 +30,7 @@ _MOST = 0.5
 def is_applied(patient: Patient) -> Check:
     """Whether the logits with the adapter are others than without."""
     adapted, plain = patient.adapted, patient.plain
-    if not bool(adapted.isfinite().all()):
+    if patient.why_not_compared:
         base = "with the adapter" if bool(plain.isfinite().all()) else "without the adapter, too"
         return Check(
             APPLIED,
@@ -46,7 +46,7 @@ def is_applied(patient: Patient) -> Check:
         relative=patient.effect / largest if largest else 0.0,
         answers_changed=float(other.float().mean()),
     )
-    if patient.effect <= nothing:
+    if not patient.effect > nothing:
         return Check(
             APPLIED,
             "failed",
@@ -64,8 +64,9 @@ def is_applied(patient: Patient) -> Check:
 
 def merging_keeps_the_output(patient: Patient) -> Check:
     """The logits of the merged model against the adapted one's. Comes last: it leaves it merged."""
-    if patient.why_not_merged:
-        return Check(MERGED, "skipped", patient.why_not_merged)
+    reason = patient.why_not_merged or patient.why_not_compared
+    if reason:
+        return Check(MERGED, "skipped", reason)
     expected = patient.adapted, patient.plain
     patient.model.merge_adapter()
     return _compared(
@@ -83,6 +84,8 @@ def conversion_is_equal(patient: Patient) -> Check:
     """The logits of the plain LoRA that it is; the patient gets its adapter back."""
     if not patient.is_pyramid:
         return Check(CONVERTED, "skipped", "It is a plain LoRA already.")
+    if patient.why_not_compared:
+        return Check(CONVERTED, "skipped", patient.why_not_compared)
     expected = patient.adapted, patient.plain
     tensors, config = lora_of(patient.model)
     lora = PlainLora(tensors | other_tensors(patient.tensors), config, patient.base.config)
@@ -126,6 +129,6 @@ def _compared(
         f"The output differs by up to {its.difference:.2e} (allowed {its.tolerance:.0e}), "
         f"{percent(share)} of the adapter's effect."
     )
-    if share > _MOST:
+    if not share <= _MOST:
         return Check(name, "warning", said, advice, numbers)
     return Check(name, "passed", said, "", numbers)

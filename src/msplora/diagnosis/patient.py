@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from msplora.config import MSPLoraConfig
@@ -27,6 +30,8 @@ class Patient:
     inputs: dict[str, Tensor]
     tensors: dict[str, Tensor]
     """Of the adapter's file."""
+    is_whole: bool = True
+    """Whether that file holds what its config asks for."""
 
     @property
     def config(self) -> Any:
@@ -58,9 +63,32 @@ class Patient:
 
     @cached_property
     def plain(self) -> Tensor:
-        """The logits without it."""
-        with self.model.disable_adapter():
+        """The logits without it, and with the head that was trained beside it."""
+        with self.without_adapter():
             return logits(self.model, self.inputs)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Switch the adapter's layers off, and only them.
+
+        `disable_adapter()` also swaps a trained head (modules_to_save) for the base's own, which of
+        a classifier is newly initialised: that would compare two heads.
+        """
+        layers = [its for its in self.model.modules() if isinstance(its, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    @property
+    def why_not_compared(self) -> str | None:
+        """Why outputs are not compared, if they are not."""
+        if bool(self.adapted.isfinite().all()) and bool(self.plain.isfinite().all()):
+            return None
+        return "The output holds values that are not finite: there is nothing to compare with."
 
     @property
     def effect(self) -> float:

@@ -16,6 +16,8 @@ from msplora.train.quiet import quiet_libraries
 from msplora.train.saved_run import SavedRun, open_run
 from msplora.train.sft import padding_id
 
+from .putting_on import put_on
+
 ROWS = 8
 """Rows that are looked at."""
 
@@ -24,10 +26,11 @@ def model_and_rows(adapter: Path, base: str, data: str) -> tuple[PeftModel, dict
     """The adapted model as its run had it, and the first rows of a file.
 
     Raises:
+        Misfit: the adapter does not fit the base.
         MSPLoraError: the model or the rows cannot be read, or it was trained on preferences.
     """
     with quiet_libraries():
-        run = open_run(adapter, base)
+        run = open_run(adapter, base, put_on)
         inputs = _inputs(run, data)
     device = next(run.model.parameters()).device
     return run.model, {name: its.to(device) for name, its in inputs.items() if name != "labels"}

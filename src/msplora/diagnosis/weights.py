@@ -5,6 +5,7 @@ One layer at a time: besides the model, one layer's weight and its update are he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,12 @@ the base's own dtype is a failure."""
 def name_of(dtype: torch.dtype) -> str:
     """The name of a dtype, as users write it."""
     return str(dtype).removeprefix("torch.")
+
+
+def magnitude(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor; infinite if any number is not finite."""
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    return largest if math.isfinite(largest) else math.inf
 
 
 def rounded(dtype: torch.dtype) -> str:
@@ -63,7 +70,7 @@ def unmerging_restores_the_base(patient: Patient) -> Check:
         f"{exact} of {count} weights come back bit by bit; the rest to {error:.1e} of their norm."
     )
     advice = "Keep a copy of the base, or use disable_adapter() in place of merging back and forth."
-    if error > allowed:
+    if not error <= allowed:  # nor a NaN
         return Check(UNMERGED, "failed", said, advice, numbers)
     return Check(UNMERGED, "passed", said, "", numbers)
 
@@ -94,7 +101,7 @@ def rounding_keeps_the_update(patient: Patient) -> list[Check]:
             kept = (weight + delta).to(dtype).float() - weight.to(dtype).float()
             its.error += float((kept - delta).double().square().sum())
             its.lost += float(delta[kept == 0].double().square().sum())
-            its.largest = max(its.largest, float((weight + delta).abs().max()))
+            its.largest = max(its.largest, magnitude(weight + delta))
     if not total:
         return [Check(rounded(dtype), "skipped", "The update is zero.") for dtype in _HALVES]
     return [_rounding(patient, dtype, its, total) for dtype, its in sums.items()]
@@ -115,9 +122,9 @@ def _rounding(patient: Patient, dtype: torch.dtype, its: _Rounding, total: float
         f"{percent(lost)} of the update is lost (weights that do not change at all); rounding adds "
         f"an error of {percent(error)} of its norm."
     )
-    if lost > _LOST and dtype == patient.dtype:
+    if not lost <= _LOST and dtype == patient.dtype:
         return Check(rounded(dtype), "failed", said, advice, numbers)
-    if error > _ERROR:
+    if not error <= _ERROR:  # nor a NaN
         return Check(rounded(dtype), "warning", said, advice, numbers)
     return Check(rounded(dtype), "passed", said, "", numbers)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
 from msplora.loading import resolve_source
-from msplora.spectrum import as_matrices, singular_values_of
+from msplora.spectrum import as_matrices, norm_of
 
 from .entries import Entries, Entry, entries_of
 from .results import Finding, KindReport, LevelReport, PairReport
@@ -84,7 +84,8 @@ def _measured(
     files: TensorFiles, entry: Entry, infinite: list[str], unfit: dict[str, str]
 ) -> PairReport:
     """One pair; what is wrong with it goes into the lists."""
-    a, b = files.read(entry.a), files.read(entry.b)
+    # Of 8-bit floats torch only converts.
+    a, b = files.read(entry.a).double(), files.read(entry.b).double()
     bad = [name for name, its in ((entry.a, a), (entry.b, b)) if not bool(its.isfinite().all())]
     infinite += bad
     matrices = matrices_of(a, b, entry)
@@ -95,7 +96,7 @@ def _measured(
         )
     elif not bad:
         a_RI, b_OR = matrices
-        norm = abs(entry.level.scale) * float(singular_values_of(a_RI, b_OR).norm())
+        norm = abs(entry.level.scale) * norm_of(a_RI, b_OR)
         size = min(b_OR.shape[-2], a_RI.shape[-1]) * entry.experts
         relative = norm / math.sqrt(size)
     return PairReport(
@@ -119,9 +120,9 @@ def matrices_of(a: Tensor, b: Tensor, entry: Entry) -> tuple[Tensor, Tensor] | N
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rows or b.shape[1] != rows:
             return None
         return as_matrices(a, b, experts=entry.experts)
-    if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != entry.level.rank:
+    if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != entry.level.rank or not b.shape[1]:
         return None
-    groups, rest = divmod(a.shape[0], b.shape[1]) if a.ndim > 2 and b.shape[1] else (1, 0)
+    groups, rest = divmod(a.shape[0], b.shape[1]) if a.ndim > 2 else (1, 0)
     if rest or groups < 1 or (a.ndim == 2 and b.shape[1] != a.shape[0]) or b.shape[0] % groups:
         return None
     return as_matrices(a, b, groups=groups)
@@ -131,7 +132,7 @@ def _levels(entries: Entries, pairs: Sequence[PairReport]) -> tuple[LevelReport,
     squares: dict[str, float] = {}
     for level in entries.levels:
         squares[level.name] = sum(
-            (pair.norm or 0) ** 2 * entry.weights
+            (pair.norm or 0) * (pair.norm or 0) * entry.weights  # ** 2 raises where it overflows
             for entry, pair in zip(entries.pairs, pairs, strict=True)
             if pair.level == level.name
         )
@@ -151,7 +152,7 @@ def _levels(entries: Entries, pairs: Sequence[PairReport]) -> tuple[LevelReport,
                 len(its),
                 sum(pair.parameters for pair in its),
                 math.sqrt(squares[level.name] / weights) if measured else None,
-                squares[level.name] / whole if whole else None,
+                squares[level.name] / whole if 0 < whole < math.inf else None,
                 max((p.relative_norm for p in its if p.relative_norm is not None), default=None),
             )
         )
@@ -172,8 +173,8 @@ def _kinds(files: TensorFiles, entries: Entries) -> tuple[KindReport, ...]:
         found.append(
             KindReport(
                 kind,
-                files.headers[first.b].shape[0],
-                math.prod(files.headers[first.a].shape[1:]),
+                files.headers[first.b].rows,
+                files.headers[first.a].columns,
                 layers or (len(of_kind) if entries.levels[0].name == "lora" else None),
                 tuple(its[0].level.rank if its else 0 for its in by_level),
                 tuple(tuple(len(entry.layers) for entry in its) for its in by_level),
@@ -190,7 +191,13 @@ def _of_base(config: Any) -> list[Finding]:
     try:
         resolve_source(name, "the base")
     except BaseModelError as error:
-        return [Finding("base not found", "warning", f"{error} Was it moved? Pass it by --base.")]
+        return [
+            Finding(
+                "base not found",
+                "warning",
+                f"{error} Was it moved? Whoever loads the adapter has to name it then.",
+            )
+        ]
     return []
 
 

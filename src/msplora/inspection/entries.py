@@ -91,7 +91,11 @@ def _of_kind(
     files: TensorFiles,
 ) -> tuple[list[Entry], list[str]]:
     """The pairs of a kind, and the addresses of those that are missing or halved."""
-    groups = {level.name: _groups(level.name, kind, stored) for level in levels}
+    # A file of T tensors has fewer than T groups: a greater number is left over, not counted to.
+    groups = {
+        level.name: [its for its in _groups(level.name, kind, stored) if its < len(files.headers)]
+        for level in levels
+    }
     # As many layers as a level of one pair each has; any such level will do if one is lost.
     own = [
         max(groups[its.name]) + 1 for its in levels if its.groups == PER_LAYER if groups[its.name]
@@ -115,7 +119,7 @@ def _of_kind(
                 for depth, number in enumerate(numbers)
                 if layers and level.group_of(depth, layers) == group
             )
-            rows = files.headers[names[A]].shape[0]
+            rows = files.headers[names[A]].rows
             experts = rows // level.rank if getattr(config, "target_parameters", None) else 1
             found.append(
                 Entry(
@@ -154,9 +158,8 @@ def _of_lora(files: TensorFiles, config: Any) -> Entries:
     for key, names in stored.items():
         if key not in lacking:
             stack, block, kind = place_of(key, config, None)
-            shape = Shape(
-                "linear", files.headers[names["B"]].shape[0], files.headers[names["A"]].shape[-1]
-            )
+            columns = (files.headers[names["A"]].shape or (1,))[-1]
+            shape = Shape("linear", files.headers[names["B"]].rows, columns)
             sites.append(Site(key, stack, kind, block, shape))
     # The level is only there to have the kinds named and ordered as a plan's are.
     kinds = arrange(sites, [Level("lora", rank=1, groups=PER_LAYER, alpha=1)]).kinds
@@ -165,7 +168,7 @@ def _of_lora(files: TensorFiles, config: Any) -> Entries:
         for site in kind.sites:
             names = stored[site.key]
             rank = rank_of(config, site.key)
-            rows = files.headers[names["A"]].shape[0]
+            rows = files.headers[names["A"]].rows
             several = getattr(config, "target_parameters", None) and rows % rank == 0
             level = Level("lora", rank, PER_LAYER, scale_of(config, site.key)(rank) * rank)
             pairs.append(

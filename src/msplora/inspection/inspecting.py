@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from msplora import __version__
 from msplora.analysis.history import checkpoint_folders
 from msplora.errors import AdapterFileError, UnsupportedError
 from msplora.folders import MARK
-from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, read_config
-from msplora.released import is_released
+from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from msplora.serving import GGUF_FILE
-from msplora.to_mlx import MLX_FILE
 
 from .adapter import look_at_adapter
+from .config_file import lora_or_pyramid, read_json
 from .model import look_at_model, weight_files
 from .results import Inspection
 from .tensor_file import TensorFiles
@@ -42,7 +39,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspection
         progress: called as the work goes on.
 
     Returns:
-        Frozen values; `to_dict()` and `to_json()` give them away.
+        Frozen values; `to_dict()` and `toread_json()` give them away.
 
     Raises:
         MSPLoraError: there is nothing that can be read, or it is an adapter of another method.
@@ -56,7 +53,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspection
 
     if place.is_model:
         return _model(path, place, done)
-    config = _config(place.folder)
+    config = lora_or_pyramid(place.folder, "inspected")
     files = TensorFiles([_adapter_file(place.folder)])
     found = look_at_adapter(files, config, done)
     is_pyramid = str(getattr(config.peft_type, "value", config.peft_type)) == "MSPLORA"
@@ -82,7 +79,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspection
 
 
 def _model(path: str | Path, place: _Place, done: Callable[[int, int], None]) -> Inspection:
-    config = _json(place.folder / "config.json")
+    config = read_json(place.folder / "config.json")
     files = TensorFiles(weight_files(place.folder))
     findings = look_at_model(files, place.folder, done)
     dtypes = files.dtypes()
@@ -151,29 +148,7 @@ def _converted(folder: Path) -> str | None:
     """What the folder was converted from, where msplora converted it."""
     if not (folder / MARK).is_file():
         return None
-    return f"converted from {_json(folder / MARK).get('from', 'an adapter')}"
-
-
-def _config(folder: Path) -> Any:
-    """PEFT's config of a LoRA or a pyramid; refuses what is another method's."""
-    content = _json(folder / CONFIG_FILE)
-    if (folder / MLX_FILE).is_file() or "fine_tune_type" in content:
-        raise UnsupportedError(
-            f"{str(folder)!r} holds a LoRA for mlx-lm ({MLX_FILE}), which is not read here. "
-            f"Inspect what it was converted from."
-        )
-    if is_released(folder):
-        raise UnsupportedError(
-            f"{str(folder)!r} is a checkpoint of the code released with the paper: its pairs do "
-            f"not all act. Convert it first: msplora convert {folder} OUT --to msplora."
-        )
-    method = str(content.get("peft_type"))
-    if method not in ("LORA", "MSPLORA"):
-        raise UnsupportedError(
-            f"{str(folder)!r} is a {method} adapter. What is inspected are adapters of LORA and "
-            f"MSPLORA, and whole models."
-        )
-    return read_config(folder)
+    return f"converted from {read_json(folder / MARK).get('from', 'an adapter')}"
 
 
 def _adapter_file(folder: Path) -> Path:
@@ -184,16 +159,6 @@ def _adapter_file(folder: Path) -> Path:
             f"read; save it again with safe_serialization=True."
         )
     return file
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{str(file)!r} cannot be read: {error}") from error
-    return content
 
 
 def _sizes(files: TensorFiles) -> dict[str, int]:

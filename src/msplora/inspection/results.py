@@ -6,6 +6,7 @@ docs/inspecting.md says what each figure means and by which rule something is su
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -125,9 +126,17 @@ class Inspection:
         return any(its.severity != "note" for its in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can write it."""
-        return asdict(self) | {"suspicious": self.suspicious}
+        """Everything, as JSON can write it: what is not finite as None."""
+        return _finite(asdict(self)) | {"suspicious": self.suspicious}
 
     def to_json(self) -> str:
         """Everything, as text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(its) for name, its in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,6 +20,9 @@ FEWEST = 4
 _SHOWN = 3
 _AGAIN = "The file is not whole, or not this config's; save or copy it again."
 
+NOT_WHOLE = ("missing pair", "unused pair", "misshapen")
+"""The rules by which a file is not what its config asks for."""
+
 RULES = {
     "missing pair": "the config's pyramid has a pair that the file lacks, or holds half of",
     "unused pair": "the file holds a pair that no layer borrows",

@@ -31,6 +31,16 @@ class Header:
     def numbers(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def rows(self) -> int:
+        """The first dimension; of a single number 1."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """All other dimensions."""
+        return math.prod(self.shape[1:])
+
 
 class TensorFiles:
     """All tensors of some files, none of which is held.

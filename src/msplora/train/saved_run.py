@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ class SavedRun:
         return self.record.settings
 
 
-def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
+def open_run(
+    path: Path | str,
+    base_override: str | None = None,
+    put_on: Callable[[Any, Path], Any] = load_adapter,
+) -> SavedRun:
     """Load the model of a run folder, of an adapter folder or of a saved model's folder.
 
-    `base_override` is the base to put the adapter on, where the recorded one has moved.
+    `base_override` is the base to put the adapter on, where the recorded one has moved; `put_on`
+    does so.
     """
     path = Path(path).expanduser()
     weights = _weights(path)
@@ -74,7 +80,7 @@ def open_run(path: Path | str, base_override: str | None = None) -> SavedRun:
         with warnings.catch_warnings():
             if base_override:  # that it is not the recorded path is what was asked for
                 warnings.filterwarnings("ignore", message="the adapter names")
-            model = load_adapter(model, weights)
+            model = put_on(model, weights)
     if not is_quantised(base.model):  # which is where it shall be already, and may not be moved
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     return SavedRun(path, base, model.eval(), record)
