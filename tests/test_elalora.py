@@ -359,6 +359,9 @@ def test_what_cannot_move_is_refused() -> None:
     adapted.requires_grad_(False)
     with pytest.raises(MSPLoraError, match="is_trainable=True"):
         RankMover(adapted, torch.optim.AdamW(parameters), 12)
+    for penalty in (float("nan"), float("inf"), -0.1):
+        with pytest.raises(ConfigError, match="orthogonal_penalty"):
+            ElaLoraConfig(orthogonal_penalty=penalty)
     with pytest.raises(ConfigError, match="beta1 = 1"):
         ElaLoraConfig(beta1=1)
     with pytest.raises(ConfigError, match="interval = 0"):
