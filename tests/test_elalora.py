@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from adapted_llama import BATCH, LLAMA, logits
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
@@ -35,6 +35,30 @@ def model(**changes: Any) -> Any:
     return get_peft_model(LLAMA.model(), ElaLoraConfig(**options))
 
 
+class TwoLayers(nn.Module):
+    """The least that ranks can move in; `unused` has no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x))).square().sum()
+
+
+X = torch.linspace(-1, 1, 32).reshape(4, 8)
+
+
+def small(*targets: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    options = MOVING | {"r": 3, "target_modules": list(targets or ("first", "second"))} | changes
+    return get_peft_model(TwoLayers(), ElaLoraConfig(**options))
+
+
+def adamw(adapted: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([its for its in adapted.parameters() if its.requires_grad], lr=0.01)
+
+
 def ranks(adapted: nn.Module) -> list[int]:
     return [
         its.r["default"]
@@ -47,14 +71,17 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found.double(), expected.double(), rtol=1e-10, atol=1e-14)
 
 
-def train(adapted: Any, steps: int = 12, optimizer: Any = None) -> tuple[Any, list[Moves]]:
-    optimizer = optimizer or torch.optim.AdamW(
-        [its for its in adapted.parameters() if its.requires_grad], lr=0.01
-    )
+def train(
+    adapted: Any, steps: int = 12, optimizer: Any = None, batch: Any = None
+) -> tuple[Any, list[Moves]]:
+    optimizer = optimizer or adamw(adapted)
     mover = RankMover(adapted, optimizer, steps)
     moved = []
     for step in range(1, steps + 1):
-        adapted(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+        if batch:
+            adapted(**batch).backward()
+        else:
+            adapted(**BATCH, labels=BATCH["input_ids"]).loss.backward()
         mover.before_step()
         optimizer.step()
         moves = mover.after_step(step)
@@ -101,6 +128,78 @@ def test_ranks_move_and_their_sum_stays() -> None:
         if hasattr(layer, "elalora_E"):
             for name, parameter in layer.factors("default").items():
                 assert layer.r["default"] == parameter.shape[name == "elalora_B"], name
+
+
+def test_ranks_move_in_any_loop() -> None:
+    # One holds its losses, and with them the graphs, which remember the shapes that there were.
+    found = []
+    for holds in (False, True):
+        adapted = small()
+        optimizer, held = adamw(adapted), []
+        mover = RankMover(adapted, optimizer, 12)
+        for step in range(1, 13):
+            loss = adapted(X)
+            loss.backward()
+            mover.before_step()
+            optimizer.step()
+            mover.after_step(step)
+            optimizer.zero_grad()
+            held += [loss] if holds else []
+            del loss
+        found.append(adapted.state_dict())
+        assert len(set(ranks(adapted))) > 1
+    assert same(*found)
+
+
+@pytest.mark.parametrize("skipped", [1, 4])
+def test_a_step_that_a_scaler_skips_counts_for_nothing(skipped: int) -> None:
+    adapted = small()
+    optimizer, scaler = adamw(adapted), torch.amp.GradScaler("cpu")
+    mover = RankMover(adapted, optimizer, 12)
+    for step in range(1, 13):
+        scaler.scale(adapted(X) * (1e38 if step == skipped else 1)).backward()
+        scaler.unscale_(optimizer)
+        mover.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        moves = mover.after_step(step)
+        assert (moves is not None) == (step in (4, 6, 8) and step != skipped)
+        optimizer.zero_grad()
+    assert all(its.isfinite().all() for its in mover.scores())
+    assert len(set(ranks(adapted))) > 1
+
+
+def test_a_step_that_accelerate_skipped_counts_for_nothing() -> None:
+    adapted = small()
+    optimizer: Any = adamw(adapted)
+    callback = MoveRanks()
+    callback.mover = RankMover(adapted, optimizer, 12)
+    adapted(X).backward()
+    optimizer.step_was_skipped = True
+    callback.on_optimizer_step(None, TrainerState(), None)
+    assert not optimizer.state
+    optimizer.step_was_skipped = False
+    callback.on_optimizer_step(None, TrainerState(), None)
+    assert optimizer.state
+
+
+def test_a_layer_that_no_loss_depends_on_is_worth_nothing() -> None:
+    adapted = small("first", "second", "unused", orthogonal_penalty=0.0)
+    mover, moved = train(adapted, batch={"x": X})
+    assert mover.scores()[-1].tolist() == [0.0] * ranks(adapted)[-1]
+    assert moved[0].pruned[2]
+
+
+def test_pefts_scaling_holds_after_moves() -> None:
+    adapted = small()
+    mover, _ = train(adapted, batch={"x": X})
+    assert len(set(ranks(adapted))) > 1
+    for layer in mover.layers.values():
+        scale = layer.scaling["default"]
+        layer.set_scale("default", 2.0)
+        assert layer.scaling["default"] == pytest.approx(2 * scale)
+        layer.unscale_layer()
+        assert layer.scaling["default"] == pytest.approx(scale)
 
 
 def test_growing_changes_nothing_yet_and_points_elsewhere() -> None:
@@ -179,6 +278,7 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"input_ids": its, "labels": its} for its in ids]
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     def trainer(folder: Path, **changes: Any) -> Trainer:
         return Trainer(
@@ -227,6 +327,7 @@ def test_orthogonal() -> None:
     square = torch.linalg.qr(torch.randn(6, 6)).Q
     assert orthogonality([square[:3], square[:4]]) < 1e-5
     assert torch.isclose(orthogonality([2 * square[:3], square]), torch.tensor(27**0.5 / 2))
+    assert orthogonality([square.to("meta"), square]).is_meta  # of layers on several devices
     direction = new_direction(square[:5] * 7, torch.Generator().manual_seed(0))
     assert torch.isclose((direction @ square[5]).abs(), torch.tensor(1.0), atol=1e-5)
 
@@ -249,6 +350,18 @@ def test_what_cannot_move_is_refused() -> None:
         train(adapted, optimizer=torch.optim.Adafactor(parameters, lr=0.01))
     with pytest.raises(MSPLoraError, match="no ElaLoRA adapter 'other'"):
         RankMover(adapted, None, 12, adapter_name="other")
+    adapted.zero_grad()
+    mover = RankMover(adapted, adamw(adapted), 12)
+    with pytest.raises(MSPLoraError, match="after_step before zero_grad"):
+        mover.after_step(1)
+    with pytest.raises(MSPLoraError, match="does not hold base_model"):
+        RankMover(adapted, torch.optim.AdamW(parameters[1:]), 12)
+    adapted.requires_grad_(False)
+    with pytest.raises(MSPLoraError, match="is_trainable=True"):
+        RankMover(adapted, torch.optim.AdamW(parameters), 12)
+    for penalty in (float("nan"), float("inf"), -0.1):
+        with pytest.raises(ConfigError, match="orthogonal_penalty"):
+            ElaLoraConfig(orthogonal_penalty=penalty)
     with pytest.raises(ConfigError, match="beta1 = 1"):
         ElaLoraConfig(beta1=1)
     with pytest.raises(ConfigError, match="interval = 0"):

@@ -101,6 +101,16 @@ def test_two_merged_adapters_are_two_active_ones_and_come_out_again(transposed: 
         assert close(model(x), base)
 
 
+def test_what_is_merged_into_a_bias_follows_the_model() -> None:
+    model = layer().to(torch.float32)
+    model.add_adapter("second", model.peft_config["default"])
+    model.merge_adapter(["default"])
+    model.to("meta")
+    model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    assert model.base_model.model[0].base_layer.bias.is_meta
+
+
 def test_a_bias_that_has_no_place_is_not_merged() -> None:
     model = layer(bias=False, branch_bias=True)
     before = model.base_model.model[0].base_layer.weight.clone()

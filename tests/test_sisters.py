@@ -168,6 +168,14 @@ def test_what_it_cannot_do_is_refused(config_of: Any) -> None:
         model(**BATCH, adapter_names=["default", "__base__"])
     with pytest.raises(UnsupportedError, match="added up"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
+    for other in CONFIGS.values():
+        if other is not config_of:
+            with pytest.raises(
+                UnsupportedError, match=f"carries an adapter of {model.base_model._method}"
+            ):
+                peft.inject_adapter_in_model(
+                    other(target_modules=TARGETS), model.base_model.model, "second"
+                )
     with pytest.raises(ConfigError, match="Choose another name"):
         get_peft_model(LLAMA.model(), config_of(target_modules=TARGETS), adapter_name="a.b")
 
@@ -178,6 +186,18 @@ import sys, msplora
 assert "msplora.sisters" not in sys.modules
 import msplora.sisters
 assert not {"torch", "peft"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_reading_a_config_registers_the_sisters(tmp_path: Path) -> None:
+    """Also where PEFT and msplora came first, and no import follows that could."""
+    HydraConfig().save_pretrained(str(tmp_path))
+    code = f"""
+import peft, msplora, pathlib
+from msplora.loading import read_config
+assert type(read_config(pathlib.Path({str(tmp_path)!r}))).__name__ == "HydraConfig"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -198,6 +198,12 @@ def test_what_a_method_cannot_do_is_refused(
     assert "trains with an adapter that has layers" in refused(
         tmp_path, content(bases, "lily", quantization="4bit")
     )
+    if hasattr(peft, "GraloraConfig"):
+        uneven = content(bases, "gralora", "sft", gralora={"gralora_k": 3})
+        uneven["adapter"]["r"] = 6
+        assert "'gralora' cannot be put on LlamaForCausalLM: in_features" in refused(
+            tmp_path, uneven
+        )
     monkeypatch.delattr(peft, "GraloraConfig", raising=False)
     error = refused(tmp_path, content(bases, "gralora"))
     assert "is PEFT's from version 0.19 on" in error

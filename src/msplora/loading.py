@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import sisters as sisters  # makes their adapters' types known to PEFT, as ours is
+from . import sisters
 from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest
 
 CONFIG_FILE = "adapter_config.json"
@@ -127,6 +127,7 @@ def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
 
 def read_config(folder: Path) -> PeftConfig:
     """The adapter's PEFT config."""
+    sisters.register()  # so that PEFT knows their types, as it does ours
     try:
         return PeftConfig.from_pretrained(str(folder))
     except MSPLoraError:

@@ -1,7 +1,8 @@
 """Systems that MSPLoRA is compared with and that PEFT does not have: Hydra and ElaLoRA.
 
 Importing this package registers them with PEFT, as importing msplora registers MSPLoRA: at once
-where PEFT is loaded, else at the moment it is. `import msplora` alone does not.
+where PEFT is loaded, else at the moment it is. `import msplora` alone does not. Code that reads a
+config calls `register`, for it may be imported while another module is half-way through its import.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PUBLIC = {
     "RankMover": "elalora.moving",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "register"])
 
 if TYPE_CHECKING:
     from .elalora.config import ElaLoraConfig as ElaLoraConfig
@@ -44,7 +45,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _register() -> None:
+def register() -> None:
+    """Tell PEFT both methods now; a second call does nothing."""
     from msplora import _peft
 
     from .elalora.config import ElaLoraConfig
@@ -56,4 +58,4 @@ def _register() -> None:
     _peft.register("elalora", ElaLoraConfig, ElaLoraModel)
 
 
-_registering.install(_register, asking=__name__)
+_registering.install(register, asking=__name__)

@@ -52,7 +52,7 @@ class SisterModel(LoraModel):
         **options: Any,
     ) -> None:
         layer: Any = target
-        if not isinstance(target, SisterLayer):
+        if not isinstance(target, self.layer_mixin):
             self._check_target(target, current_key)
             super()._create_and_replace(
                 _bare_config(lora_config, target),
@@ -68,9 +68,11 @@ class SisterModel(LoraModel):
 
     def _check_target(self, target: nn.Module, key: str) -> None:
         if isinstance(target, _peft.BaseTunerLayer):
+            # A sister's layer goes by the name of PEFT's class.
+            its = target.method if isinstance(target, SisterLayer) else type(target).__name__
             raise UnsupportedError(
-                f"{key!r} already carries a {type(target).__name__} adapter of another method; "
-                f"merge or unload that one first."
+                f"{key!r} already carries an adapter of {its}, and {self._method} does not go on "
+                f"top of another method; merge or unload that one first."
             )
         other = (nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         if isinstance(target, other) or _peft.in_out_features(target)[0] is None:

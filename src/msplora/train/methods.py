@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import msplora
+from msplora import sisters
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetError, nearest
 from msplora.loading import adapter_folder, read_config
 
@@ -79,7 +80,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         try:
             model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=_on_meta(base.model))
         except ValueError as error:
-            raise _explain(error, base.model, config) from error
+            raise _explain(error, base.model, config, settings.method) from error
     if is_adalora(model):
         penalise_training_only(model)
     if plan:
@@ -226,6 +227,7 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
     Raises:
         MSPLoraError: a tensor of the adapter, or of its head, is missing or misshapen.
     """
+    sisters.register()  # before PEFT looks the adapter's type up
     try:
         with warnings.catch_warnings():
             # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
@@ -318,10 +320,12 @@ def _count(model: nn.Module, modules_to_save: bool = False) -> int:
     )
 
 
-def _explain(error: ValueError, model: nn.Module, config: Any) -> Exception:
+def _explain(error: ValueError, model: nn.Module, config: Any, method: str) -> Exception:
     """PEFT names what it did not find, not what there is; our own errors say it already."""
-    if not str(error).startswith(("Target modules", "No modules were targeted", "Please specify")):
+    if isinstance(error, MSPLoraError):
         return error
+    if not str(error).startswith(("Target modules", "No modules were targeted", "Please specify")):
+        return ConfigError(f"method {method!r} cannot be put on {type(model).__name__}: {error}")
     leaves = _linear_names(model)
     wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())

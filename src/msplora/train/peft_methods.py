@@ -134,6 +134,7 @@ def config_class(method: str) -> Any:
 
     wanted = METHODS[method]
     if wanted.config in sisters.__all__:
+        sisters.register()
         return getattr(sisters, wanted.config)
     import peft  # not above: settings are read, and recipes listed, without it
 

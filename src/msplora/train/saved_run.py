@@ -11,9 +11,8 @@ from typing import Any
 import peft
 import torch
 
-import msplora.sisters  # noqa: F401  (makes adapters' types known to PEFT)
 from msplora.errors import MSPLoraError
-from msplora.loading import TASK_FILE
+from msplora.loading import TASK_FILE, read_config
 
 from .base_model import Base, load_base
 from .methods import load_adapter
@@ -106,7 +105,7 @@ def _record_of_foreign_adapter(weights: Path, base_override: str | None) -> Task
     """What can be known of an adapter that another program made: causal language models only."""
     if not (weights / "adapter_config.json").is_file():
         raise SavedRunError(f"{weights} holds no task.json, and is not an adapter.")
-    config = peft.PeftConfig.from_pretrained(str(weights))
+    config: Any = read_config(weights)
     base = base_override or config.base_model_name_or_path
     if not base:
         raise SavedRunError(f"{weights} does not name its base model; give it with --base.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -74,10 +75,9 @@ class ElaLoraConfig(LoraConfig):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), least)
         check_positive("lora_alpha", self.lora_alpha)
-        if not is_number(self.orthogonal_penalty) or self.orthogonal_penalty < 0:
-            raise ConfigError(
-                f"orthogonal_penalty = {self.orthogonal_penalty!r}: a number, 0 or above."
-            )
+        penalty = self.orthogonal_penalty
+        if not is_number(penalty) or not math.isfinite(penalty) or penalty < 0:
+            raise ConfigError(f"orthogonal_penalty = {penalty!r}: a finite number, 0 or above.")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < 1:

@@ -59,10 +59,17 @@ class ElaLoraLayer(SisterLayer):
         layer: Any = self
         for name, parameter in self.factors(adapter_name).items():
             parameter.grad = None
+            # While a graph is alive (its loss in a variable) the parameter keeps the node that
+            # takes in its gradients, and that node the old shape, which the next backward would
+            # be refused for. A change of type is what makes torch drop it.
+            other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+            parameter.data = parameter.data.new_empty(0, dtype=other)
             parameter.data = tensors[name]
         rank = len(tensors["elalora_E"])
-        layer.r[adapter_name] = rank
         config, key = self.records[adapter_name]
+        layer.r[adapter_name] = rank
+        # PEFT's set_scale and unscale_layer compute the scale anew, as alpha / r.
+        layer.lora_alpha[adapter_name] = scaling_of(config) * rank
         pattern: dict[str, int] = dict(config.rank_pattern or {})
         pattern.pop(key, None)
         config.rank_pattern = pattern if rank == config.r else {**pattern, key: rank}

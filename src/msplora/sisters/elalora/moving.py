@@ -56,7 +56,8 @@ class RankMover:
         seed: of the new directions; they depend on it and on the step alone.
 
     Raises:
-        MSPLoraError: the model has no such adapter, or ranks cannot move in this run.
+        MSPLoraError: the model has no such adapter, it does not train or is not the optimiser's, or
+            ranks cannot move in this run.
     """
 
     def __init__(
@@ -80,8 +81,25 @@ class RankMover:
         if not self.layers:
             raise MSPLoraError(f"the model has no ElaLoRA adapter {adapter_name!r}.")
         self.optimizer, self.adapter_name, self.seed = optimizer, adapter_name, seed
+        self._check_factors()
         self.config = next(iter(self.layers.values())).records[adapter_name][0]
         self.phases = Phases.of(self.config, steps)
+
+    def _check_factors(self) -> None:
+        held = {id(its) for its in self._parameters()}
+        for path, layer in self.layers.items():
+            for name, parameter in layer.factors(self.adapter_name).items():
+                if not parameter.requires_grad:
+                    raise MSPLoraError(
+                        f"{path}.{name} of the adapter {self.adapter_name!r} does not train, so no "
+                        f"ranks can move. Load the adapter with is_trainable=True, or make it the "
+                        f"active one (set_adapter)."
+                    )
+                if id(parameter) not in held:
+                    raise MSPLoraError(
+                        f"the optimiser does not hold {path}.{name}. Make it after the adapter, "
+                        f"of all parameters that train."
+                    )
 
     def before_step(self) -> None:
         """Add the gradient of the penalty on factors that are not orthogonal."""
@@ -98,14 +116,18 @@ class RankMover:
     def after_step(self, step: int) -> Moves | None:
         """Take in the gradients of a step (counted from 1), and move ranks where that is due.
 
+        A step whose gradients are not all finite counts for nothing: one that `GradScaler` skips.
+
         Returns:
             What moved; sites are numbered in the order of `layers`.
 
         Raises:
+            MSPLoraError: there are no gradients.
             UnsupportedError: the optimiser keeps something that cannot follow.
         """
-        if step < self.phases.end:
-            self._update_importance()
+        if step >= self.phases.end or not self._gradients_are_finite():
+            return None
+        self._update_importance()
         if not self.phases.due(step):
             return None
         room = [
@@ -123,7 +145,7 @@ class RankMover:
         return moves
 
     def scores(self) -> list[Tensor]:
-        """What each rank of each site is worth so far."""
+        """What each rank of each site is worth so far; zero where there was no gradient."""
         return [
             rank_scores(*(self._worth(its) for its in layer.factors(self.adapter_name).values()))
             for layer in self.layers.values()
@@ -133,12 +155,29 @@ class RankMover:
         return list(self.layers.values())
 
     def _worth(self, parameter: nn.Parameter) -> Tensor:
-        state = self.optimizer.state[parameter]
+        state = self.optimizer.state.get(parameter, {})
+        if IMPORTANCE not in state:
+            return torch.zeros_like(parameter)
         return state[IMPORTANCE] * state[UNCERTAINTY]
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return [its for group in self.optimizer.param_groups for its in group["params"]]
+
+    def _gradients_are_finite(self) -> bool:
+        # All of the optimiser's: for any one of them GradScaler leaves out the whole step.
+        gradients = [its.grad for its in self._parameters() if its.grad is not None]
+        found = [torch.isfinite(its).all() for its in gradients]
+        return not found or bool(torch.stack([its.to(found[0].device) for its in found]).all())
+
     def _update_importance(self) -> None:
-        for layer in self.layers.values():
-            for parameter in layer.factors(self.adapter_name).values():
+        factors = [its.factors(self.adapter_name) for its in self.layers.values()]
+        if all(its.grad is None for group in factors for its in group.values()):
+            raise MSPLoraError(
+                "no factor of the adapter has a gradient: call after_step before zero_grad, and "
+                "after backward."
+            )
+        for group in factors:
+            for parameter in group.values():
                 if parameter.grad is None:
                     continue
                 state = self.optimizer.state[parameter]
@@ -251,6 +290,8 @@ class MoveRanks(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take in the step's gradients, and move ranks where that is due."""
         assert self.mover is not None
+        if getattr(self.mover.optimizer, "step_was_skipped", False):  # accelerate's, in float16
+            return
         step = state.global_step + 1
         moves = self.mover.after_step(step)
         if moves is not None and moves.count:

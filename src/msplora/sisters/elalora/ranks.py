@@ -112,7 +112,7 @@ def orthogonality(factors_RX: Sequence[Tensor]) -> Tensor:
     for factor in factors_RX:
         gram = factor @ factor.T
         norms.append(torch.linalg.norm(gram - torch.eye(len(gram)).to(gram)))
-    return torch.stack(norms).mean()
+    return torch.stack([its.to(norms[0].device) for its in norms]).mean()
 
 
 @dataclass(frozen=True)

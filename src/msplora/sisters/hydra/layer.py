@@ -109,7 +109,9 @@ class HydraLayer(SisterLayer):
             if name not in layer.hydra_parallel_A:
                 continue
             parallel, sequential = self.branches(name)
-            bias = None if base.bias is None else base.bias - sum(self.merged_bias.values())
+            bias = base.bias
+            for its in self.merged_bias.values():
+                bias = bias - its.to(bias)  # the model may have been moved since
             added = bias_delta(parallel, sequential, layer.scaling[name], bias)
             if added is not None and base.bias is None:
                 raise UnsupportedError(
@@ -138,7 +140,8 @@ class HydraLayer(SisterLayer):
         layer: Any = self
         super().unmerge()  # pyright: ignore
         for added in self.merged_bias.values():
-            layer.get_base_layer().bias -= added
+            bias = layer.get_base_layer().bias
+            bias -= added.to(bias)
         self.merged_bias.clear()
         self.projected.clear()
 
