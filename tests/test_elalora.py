@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,34 @@ def test_a_layer_that_no_loss_depends_on_is_worth_nothing() -> None:
     mover, moved = train(adapted, batch={"x": X})
     assert mover.scores()[-1].tolist() == [0.0] * ranks(adapted)[-1]
     assert moved[0].pruned[2]
+
+
+def test_a_rank_pattern_means_what_it_means_in_peft(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"first": nn.Linear(8, 8), "a": nn.ModuleDict({"first": nn.Linear(8, 8)})})
+    found = []
+    for config in (peft.LoraConfig, ElaLoraConfig):
+        options: Any = {"r": 3, "target_modules": ["first"], "rank_pattern": {"first": 1}}
+        adapted: Any = get_peft_model(copy.deepcopy(base), config(**options))
+        model = adapted.base_model.model
+        found.append([model["first"].r["default"], model["a"]["first"].r["default"]])
+    assert found == [[1, 1], [1, 1]]
+    # What moves write is meant for one layer, though its key could be the pattern of others.
+    site = model["first"]
+    site.replace("default", moved_to(site, 3))
+    adapted.save_pretrained(tmp_path)
+    again: Any = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert ranks(again) == ranks(adapted) == [3, 1]
+    with pytest.raises(ConfigError, match=r"matches none of the 2 layers.*Did you mean 'first'"):
+        small(rank_pattern={"frist": 2})
+
+
+def moved_to(site: Any, rank: int) -> dict[str, Tensor]:
+    return {
+        "elalora_A": torch.zeros(rank, site.in_features),
+        "elalora_E": torch.zeros(rank, 1),
+        "elalora_B": torch.zeros(site.out_features, rank),
+    }
 
 
 def test_pefts_scaling_holds_after_moves() -> None:

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType, register_peft_method
 
 try:
@@ -35,6 +35,7 @@ __all__ = [
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",
     "check_adapters_to_merge",
+    "get_pattern_key",
 ]
 
 VERSION = Version(importlib.metadata.version("peft"))

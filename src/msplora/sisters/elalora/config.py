@@ -25,8 +25,8 @@ class ElaLoraConfig(LoraConfig):
     ``y = W0 x + s B diag(E) A x`` with ``s = lora_alpha / r``. Ranks move while `MoveRanks` is
     among the trainer's callbacks, or a `RankMover` is called in a loop of one's own; the sum over
     all layers stays what it was. `target_modules`, `exclude_modules`, `layers_to_transform`,
-    `layers_pattern`, `modules_to_save`, `lora_dropout` and `init_lora_weights` mean what they mean
-    in PEFT's `LoraConfig`; everything else of LoRA's is refused.
+    `layers_pattern`, `modules_to_save`, `lora_dropout`, `init_lora_weights` and `rank_pattern` mean
+    what they mean in PEFT's `LoraConfig`; everything else of LoRA's is refused.
 
     Raises:
         ConfigError: the fields contradict each other.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from msplora import _peft
 from msplora.sisters.layer import SisterLayer
 
 from .config import ElaLoraConfig
@@ -16,13 +18,40 @@ RANK_DIMENSION = {"elalora_A": 0, "elalora_E": 0, "elalora_B": 1}
 """Container -> the dimension of its tensors that counts ranks."""
 
 
+@dataclass
+class Record:
+    """Where a layer's rank is written down; the layers of an adapter share `ranks`."""
+
+    config: ElaLoraConfig
+    key: str
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Key -> rank, of every layer of the adapter."""
+
+    def write(self, rank: int) -> None:
+        """Take a new rank down, in the config too.
+
+        All layers are named there: else a layer that has `r` could be taken for what the pattern of
+        another one's key, or one of the user's, matches.
+        """
+        self.ranks[self.key] = rank
+        self.config.rank_pattern = dict(self.ranks)
+
+
+def rank_of(config: ElaLoraConfig, key: str) -> int:
+    """The rank of a layer: its own entry's, which moves write, or that of PEFT's look-up."""
+    pattern = config.rank_pattern or {}
+    if key not in pattern:
+        key = _peft.get_pattern_key(list(pattern), key)
+    return pattern.get(key, config.r)
+
+
 class ElaLoraLayer(SisterLayer):
     """Mixed in before a PEFT LoRA layer class."""
 
     method = "ElaLoRA"
     containers = tuple(RANK_DIMENSION)
-    records: dict[str, tuple[ElaLoraConfig, str]]
-    """Adapter -> the config in which its ranks are recorded, and this layer's key there."""
+    records: dict[str, Record]
+    """Adapter -> where its rank is written down."""
 
     def make_containers(self) -> None:
         layer: Any = self
@@ -32,13 +61,13 @@ class ElaLoraLayer(SisterLayer):
 
     def add(self, adapter_name: str, config: Any, key: str) -> None:
         layer: Any = self
-        rank = (config.rank_pattern or {}).get(key, config.r)
+        rank = rank_of(config, key)
         a = torch.randn(rank, layer.in_features) * 0.02
         b = torch.randn(layer.out_features, rank) * 0.02
         e = torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1)
         for name, tensor in zip(self.containers, (a, e, b), strict=True):
             getattr(layer, name)[adapter_name] = nn.Parameter(tensor)
-        self.records[adapter_name] = config, key
+        self.records[adapter_name] = Record(config, key)
         self.settle(adapter_name, rank, scaling_of(config), config)
 
     def a_RI(self, adapter_name: str) -> Tensor:
@@ -66,13 +95,11 @@ class ElaLoraLayer(SisterLayer):
             parameter.data = parameter.data.new_empty(0, dtype=other)
             parameter.data = tensors[name]
         rank = len(tensors["elalora_E"])
-        config, key = self.records[adapter_name]
+        record = self.records[adapter_name]
         layer.r[adapter_name] = rank
         # PEFT's set_scale and unscale_layer compute the scale anew, as alpha / r.
-        layer.lora_alpha[adapter_name] = scaling_of(config) * rank
-        pattern: dict[str, int] = dict(config.rank_pattern or {})
-        pattern.pop(key, None)
-        config.rank_pattern = pattern if rank == config.r else {**pattern, key: rank}
+        layer.lora_alpha[adapter_name] = scaling_of(record.config) * rank
+        record.write(rank)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # pyright: ignore[reportAttributeAccessIssue]

@@ -82,7 +82,7 @@ class RankMover:
             raise MSPLoraError(f"the model has no ElaLoRA adapter {adapter_name!r}.")
         self.optimizer, self.adapter_name, self.seed = optimizer, adapter_name, seed
         self._check_factors()
-        self.config = next(iter(self.layers.values())).records[adapter_name][0]
+        self.config = next(iter(self.layers.values())).records[adapter_name].config
         self.phases = Phases.of(self.config, steps)
 
     def _check_factors(self) -> None:
