@@ -257,6 +257,23 @@ def test_a_lost_last_layer_shows_as_kinds_of_unequal_depth(pyramid: Path) -> Non
     edit(pyramid, lambda its: {key: t for key, t in its.items() if lost not in key})
     notes = [its.text for its in msplora.inspect(pyramid).findings]
     assert any("self_attn.q_proj 3, self_attn.v_proj 4" in its for its in notes)
+    assert "Nothing suspicious" not in command("inspect", pyramid).out
+
+
+def test_a_file_that_misses_whole_targets_or_layers(pyramid: Path, tmp_path: Path) -> None:
+    edit(pyramid, lambda its: {k: t for k, t in its.items() if "q_proj" not in k})
+    assert the(msplora.inspect(pyramid), "missing target").where == ("q_proj",)
+    scaled(adapted(layers_to_transform=[0, 1, 2, 3])).save_pretrained(tmp_path / "listed")
+    assert not msplora.inspect(tmp_path / "listed").suspicious
+    edit(tmp_path / "listed", lambda its: {k: t for k, t in its.items() if "local/3/" not in k})
+    assert "lists 4 block(s)" in the(msplora.inspect(tmp_path / "listed"), "missing layer").text
+    plain = lora(tmp_path / "lora")
+    assert not msplora.inspect(plain).suspicious
+    whole = load_file(plain / WEIGHTS)
+    edit(plain, lambda its: {k: t for k, t in its.items() if "layers.2." not in k})
+    assert "lacks block 2" in the(msplora.inspect(plain), "missing layer").text
+    edit(plain, lambda _: {k: t for k, t in whole.items() if "v_proj" not in k})
+    assert the(msplora.inspect(plain), "missing target").where == ("v_proj",)
 
 
 def test_pairs_that_no_layer_borrows(pyramid: Path) -> None:
@@ -323,7 +340,7 @@ def test_without_a_level_per_layer_the_layers_are_not_known(tmp_path: Path) -> N
 
 
 def test_what_else_a_reader_should_know(tmp_path: Path) -> None:
-    model = get_peft_model(
+    model: Any = get_peft_model(
         MODELS["bert"].model(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     )
     randomise_lora(model)
