@@ -99,7 +99,13 @@ def expected(plan: Plan) -> tuple[list[int], list[int], int, int]:
     return of_levels, of_kinds, plan.parameters, plan.lora_parameters
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case not in ("convolution", "dora")))
+        for case in CASES
+    ],
+)
 def test_what_is_embedded_counts_as_the_plan(case: str) -> None:
     ranks, groups = SETTINGS[0]
     made = CASES[case](ranks=ranks, groups=groups, **same_names(case))
