@@ -119,7 +119,7 @@ def test_the_tables_have_every_key_its_default_and_its_meaning() -> None:
 
 def test_the_table_of_rules_is_the_inspections() -> None:
     section = TEXT.partition("## What a folder holds")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| ([\w ]+) \| [✗!] \| (.*) \|$", section, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| ([\w ]+) \| [✗!·] \| (.*) \|$", section, flags=re.MULTILINE))
     assert rows == {rule: when for rule, when in RULES.items() if rule != "note"}
 
 

@@ -94,6 +94,7 @@ def test_a_sound_lora_fails_nothing(tmp_path: Path) -> None:
     assert set(its.values()) == {"passed"}
 
 
+@pytest.mark.slow
 def test_what_rounding_loses_is_what_it_loses(tmp_path: Path) -> None:
     base, adapter = save(tmp_path, by=1e-5, target_modules=["q_proj"], layers_to_transform=[1])
     found = msplora.doctor(BaseOptions(base, "bfloat16"), adapter)
@@ -113,6 +114,7 @@ def test_what_rounding_loses_is_what_it_loses(tmp_path: Path) -> None:
     assert msplora.doctor(base, adapter)["merged weights in bfloat16"].status == "warning"
 
 
+@pytest.mark.slow
 def test_unmerging_a_large_update_does_not_restore_a_small_weight(tmp_path: Path) -> None:
     base, adapter = save(tmp_path, by=1)
     found = msplora.doctor(BaseOptions(base, "bfloat16"), adapter)
@@ -139,7 +141,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     assert "the output is the same" in " ".join(result.out.split())
 
 
-@pytest.mark.parametrize("pad", [0, None])
+@pytest.mark.parametrize("pad", [pytest.param(0, marks=pytest.mark.slow), None])
 def test_a_trained_head_is_not_the_adapters_effect(pad: int | None, tmp_path: Path) -> None:
     MODELS["llama"].model().save_pretrained(tmp_path / "base")
     base: Any = hf.AutoModelForSequenceClassification.from_pretrained(
@@ -147,7 +149,8 @@ def test_a_trained_head_is_not_the_adapters_effect(pad: int | None, tmp_path: Pa
     )
     base.config.save_pretrained(tmp_path / "base")  # with or without a token for padding
     config = msplora.MSPLoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")  # B is zero
+    model: Any = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")  # B is zero
     found = [msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter") for _ in range(2)]
     assert found[0] == found[1]
     check = found[0]["changes the output"]
@@ -178,6 +181,7 @@ def test_tensors_that_peft_leaves_out(tmp_path: Path) -> None:
     assert found["changes the output"].status == "passed"
 
 
+@pytest.mark.slow
 def test_numbers_beyond_float16(tmp_path: Path) -> None:
     base, adapter = save_lora(tmp_path)
     edit(adapter, lambda its: {k: t * (1e6 if "lora_A" in k else 1e-7) for k, t in its.items()})
@@ -191,6 +195,7 @@ def test_numbers_beyond_float16(tmp_path: Path) -> None:
     assert check.figures["largest"] > 65504 > check.figures["without"]  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_a_merge_or_a_conversion_that_answers_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +218,7 @@ def test_a_merge_or_a_conversion_that_answers_otherwise(
     assert its["merging keeps the output"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_base_of_another_shape_name_or_kind(tmp_path: Path) -> None:
     base, adapter = save(tmp_path)
     llama(layers=5).save_pretrained(tmp_path / "deeper")  # pyright: ignore
@@ -231,6 +237,7 @@ def test_a_base_of_another_shape_name_or_kind(tmp_path: Path) -> None:
     assert "size mismatch" in found.checks[1].said
 
 
+@pytest.mark.slow
 def test_more_tokens_than_the_base_has(tmp_path: Path) -> None:
     base, adapter = save(tmp_path)
     save_decoder(tmp_path / "other", vocab_size=128)
@@ -316,7 +323,7 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     refused(tmp_path / "bas", adapter, "Did you mean")
     refused(base, tmp_path / "adaptr", "Did you mean")
     refused(adapter, adapter, "The folder is an adapter: name its base")
-    loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
+    loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(base, tmp_path / "loha", "is a LOHA adapter")
     (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:2000])

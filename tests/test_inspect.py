@@ -38,7 +38,8 @@ def scaled(model: Any, by: float = 0.1) -> Any:
 
 def lora(folder: Path, model: Any = None, **changes: Any) -> Path:
     options = {"r": 3, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    get_peft_model(model or llama(), LoraConfig(**(options | changes))).save_pretrained(folder)
+    adapter: Any = get_peft_model(model or llama(), LoraConfig(**(options | changes)))
+    adapter.save_pretrained(folder)
     return folder
 
 
@@ -71,9 +72,13 @@ def the(found: Inspection, rule: str) -> Finding:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama-all-linear", {}),
-        ("gemma", {"rank_pattern": {"q_proj": 12}, "alpha_pattern": {"down_proj": 3}}),
-        ("vit", {"target_modules": ".*projection|.*query"}),
+        pytest.param("llama-all-linear", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "gemma",
+            {"rank_pattern": {"q_proj": 12}, "alpha_pattern": {"down_proj": 3}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("vit", {"target_modules": ".*projection|.*query"}, marks=pytest.mark.slow),
         ("gpt2", {"ranks": [4, 2], "groups": [2, 0], "use_rslora": True}),
     ],
 )
@@ -85,6 +90,7 @@ def test_a_pyramid_has_the_figures_of_its_analysis(
     same_as_analysed(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="before transformers 5 they are layers")
 @pytest.mark.parametrize("config", [msplora.MSPLoraConfig, LoraConfig])
 def test_experts_are_measured_together(config: Any, tmp_path: Path) -> None:
@@ -158,6 +164,7 @@ def test_a_run_its_checkpoints_and_a_model_are_known(tmp_path: Path) -> None:
     assert found.findings == ()
 
 
+@pytest.mark.slow
 def test_conversions_name_their_source(pyramid: Path, tmp_path: Path) -> None:
     MODELS["llama"].model().save_pretrained(tmp_path / "base")
     set_config(pyramid, base_model_name_or_path=str(tmp_path / "base"))
@@ -171,6 +178,7 @@ def test_conversions_name_their_source(pyramid: Path, tmp_path: Path) -> None:
     assert not merged.suspicious
 
 
+@pytest.mark.slow
 def test_a_lora_padded_for_servers_is_not_suspicious(tmp_path: Path) -> None:
     model = scaled(adapted(MODELS["llama"].model(), layers_to_transform=[1, 2, 3]))
     model.save_pretrained(tmp_path / "adapter")
@@ -257,6 +265,23 @@ def test_a_lost_last_layer_shows_as_kinds_of_unequal_depth(pyramid: Path) -> Non
     edit(pyramid, lambda its: {key: t for key, t in its.items() if lost not in key})
     notes = [its.text for its in msplora.inspect(pyramid).findings]
     assert any("self_attn.q_proj 3, self_attn.v_proj 4" in its for its in notes)
+    assert "Nothing suspicious" not in command("inspect", pyramid).out
+
+
+def test_a_file_that_misses_whole_targets_or_layers(pyramid: Path, tmp_path: Path) -> None:
+    edit(pyramid, lambda its: {k: t for k, t in its.items() if "q_proj" not in k})
+    assert the(msplora.inspect(pyramid), "missing target").where == ("q_proj",)
+    scaled(adapted(layers_to_transform=[0, 1, 2, 3])).save_pretrained(tmp_path / "listed")
+    assert not msplora.inspect(tmp_path / "listed").suspicious
+    edit(tmp_path / "listed", lambda its: {k: t for k, t in its.items() if "local/3/" not in k})
+    assert "lists 4 block(s)" in the(msplora.inspect(tmp_path / "listed"), "missing layer").text
+    plain = lora(tmp_path / "lora")
+    assert not msplora.inspect(plain).suspicious
+    whole = load_file(plain / WEIGHTS)
+    edit(plain, lambda its: {k: t for k, t in its.items() if "layers.2." not in k})
+    assert "lacks block 2" in the(msplora.inspect(plain), "missing layer").text
+    edit(plain, lambda _: {k: t for k, t in whole.items() if "v_proj" not in k})
+    assert the(msplora.inspect(plain), "missing target").where == ("v_proj",)
 
 
 def test_pairs_that_no_layer_borrows(pyramid: Path) -> None:
@@ -322,8 +347,9 @@ def test_without_a_level_per_layer_the_layers_are_not_known(tmp_path: Path) -> N
     assert "?" in command("inspect", tmp_path).out
 
 
+@pytest.mark.slow
 def test_what_else_a_reader_should_know(tmp_path: Path) -> None:
-    model = get_peft_model(
+    model: Any = get_peft_model(
         MODELS["bert"].model(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     )
     randomise_lora(model)
@@ -368,9 +394,8 @@ def edit_model(folder: Path, change: Any) -> None:
 
 
 def test_a_model_that_was_not_merged(model_folder: Path) -> None:
-    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).get_base_model().save_pretrained(
-        model_folder
-    )
+    model: Any = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    model.get_base_model().save_pretrained(model_folder)
     finding = the(msplora.inspect(model_folder), "unmerged")
     assert "merge_and_unload" in finding.text
 
@@ -452,7 +477,7 @@ def test_what_cannot_be_inspected(pyramid: Path, tmp_path: Path) -> None:
     refused(pyramid / WEIGHTS, "is a file; give the folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither an adapter nor a run nor a model")
-    loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
+    loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(tmp_path / "loha", "is a LOHA adapter")
     set_config(tmp_path / "loha", peft_type=None)

@@ -82,14 +82,14 @@ def counted(found: dict[str, Any], asked: dict[str, Any]) -> tuple[list[int], li
         return kind["a"] * rank + kind["b"] * (rank // kind["splits"])
 
     for kind in found["kinds"]:
-        layers, own = len(kind["blocks"]), kind["own"]
+        layers, own = len(kind["blocks"]), kind["ranks"]
         of_kinds.append(0)
         for place, level in enumerate(asked["levels"]):
             pairs = min(level["groups"], layers) if level["groups"] else layers
-            rank = own[place][0] if own else level["rank"]
+            rank = own[place] if own else level["rank"]
             of_levels[place] += level["on"] * pairs * numbers(kind, rank)
             of_kinds[-1] += level["on"] * pairs * numbers(kind, rank)
-        lora += layers * numbers(kind, own[0][0] if own else asked["r"])
+        lora += layers * numbers(kind, own[0] if own else asked["r"])
     return of_levels, of_kinds, sum(of_kinds) + found["magnitudes"], lora
 
 
@@ -99,7 +99,13 @@ def expected(plan: Plan) -> tuple[list[int], list[int], int, int]:
     return of_levels, of_kinds, plan.parameters, plan.lora_parameters
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case not in ("convolution", "dora")))
+        for case in CASES
+    ],
+)
 def test_what_is_embedded_counts_as_the_plan(case: str) -> None:
     ranks, groups = SETTINGS[0]
     made = CASES[case](ranks=ranks, groups=groups, **same_names(case))
@@ -119,7 +125,14 @@ def same_names(case: str, *names: str) -> dict[str, Any]:
 def test_a_pattern_keeps_its_ranks() -> None:
     patterns = {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 8}}
     found = content(plan_of("llama", **patterns))
-    assert [kind["own"] for kind in found["kinds"]] == [None, [[4, 8.0], [2, 8.0], [1, 8.0]]]
+    assert [kind["ranks"] for kind in found["kinds"]] == [None, [4, 2, 1]]
+    assert [kind["alphas"] for kind in found["kinds"]] == [None, [8.0, 8.0, 8.0]]
+    plan = plan_of("llama", r=16, **patterns)
+    assert counted(found, setting([16, 8, 4], [1, 3, 0])) == expected(plan)
+    # An alpha of its own leaves the ranks to the sliders.
+    patterns = {"alpha_pattern": {"v_proj": 8}}
+    found = content(plan_of("llama", **patterns))
+    assert [kind["alphas"] for kind in found["kinds"]] == [None, [8.0, 8.0, 8.0]]
     plan = plan_of("llama", r=16, **patterns)
     assert counted(found, setting([16, 8, 4], [1, 3, 0])) == expected(plan)
 
@@ -261,7 +274,7 @@ document.body.dataset.seen = JSON.stringify(seen);
     ("scheme", "ground", "width"), [(0, "rgb(13, 17, 23)", 500), (1, "rgb(255, 255, 255)", 1400)]
 )
 def test_it_works_in_a_browser(scheme: int, ground: str, width: int, tmp_path: Path) -> None:
-    made = plan_of("llama")
+    made = plan_of("llama", use_rslora=bool(scheme))
     text = render(made).replace("</body>", _USE)
     text = text.replace("<head>", "<head><script>window.onerror = () => window.failed = 1</script>")
     (body,) = browser(text, tmp_path, scheme, width).all("body")
@@ -270,6 +283,7 @@ def test_it_works_in_a_browser(scheme: int, ground: str, width: int, tmp_path: P
     parameters, lora, config, told, shared = seen["moved"]
     assert (parameters, lora) == (f"{moved.parameters:,}", f"{moved.lora_parameters:,}")
     assert "ranks=[16, 8, 4],\n    groups=[1, 2, 3],\n    alphas=[16, 16, 16]" in config
+    assert ("use_rslora=True" in config) == bool(scheme)
     share = f"{moved.parameters / moved.lora_parameters:.1%}"
     assert told == f"{parameters} parameters, {share} of LoRA's {lora}."
     assert shared == "3 groups"
@@ -279,7 +293,10 @@ def test_it_works_in_a_browser(scheme: int, ground: str, width: int, tmp_path: P
     assert seen["last"] is True
     assert seen["reset"] == [f"{made.parameters:,}", f"{made.lora_parameters:,}", "8"]
     pair = next(its for its in made.pairs if its.address == "mid/1/self_attn.q_proj")
-    assert seen["pair"].startswith("mid/1/self_attn.q_proj. Rank 4, scale 4. Used by layer 2.")
+    scale = 8 if scheme else 4
+    assert seen["pair"].startswith(
+        f"mid/1/self_attn.q_proj. Rank 4, scale {scale}. Used by layer 2."
+    )
     assert f"{pair.parameters:,} parameters" in seen["pair"]
     assert [its.partition(",")[0] for its in seen["lit"]] == list(pair.sites)
     assert seen["site"].startswith("model.layers.3.self_attn.q_proj, 32x32. Uses global/0 (rank 8)")

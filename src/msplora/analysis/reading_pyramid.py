@@ -222,7 +222,7 @@ def levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level,
     values: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for what in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (getattr(config, what) or {}).items():
-            of = [kind for kind in kinds if pattern_matches(pattern, _path(kind))]
+            of = [kind for kind in kinds if pattern_matches(pattern, path_of(kind))]
             if not of:
                 raise BaseModelError(
                     f"{what} names {pattern!r}, which the file alone does not tell apart. Pass "
@@ -236,7 +236,7 @@ def levels_of(config: MSPLoraConfig, kinds: list[str]) -> dict[str, tuple[Level,
     return found
 
 
-def _path(kind: str) -> str:
+def path_of(kind: str) -> str:
     """The path inside the block: a kind's name may hold its list of blocks and its shape too."""
     return kind.rpartition(":")[2].partition("[")[0]
 

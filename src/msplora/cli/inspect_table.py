@@ -19,6 +19,8 @@ def print_inspection(found: Inspection) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from msplora.inspection.suspicions import UNEVEN
+
     console = Console()
     console.print(_summary(found))
     if found.levels:
@@ -28,7 +30,8 @@ def print_inspection(found: Inspection) -> None:
         mark = _MARKS[finding.severity]
         rule = "" if finding.rule == "note" else f"[bold]{escape(finding.rule)}[/]: "
         console.print(f"{mark} {rule}{escape(finding.text)}", soft_wrap=True, highlight=False)
-    if not found.suspicious:
+    # A note that pairs may be missing is no word of comfort.
+    if not found.suspicious and not any(its.rule == UNEVEN for its in found.findings):
         console.print("[green]✓[/] Nothing suspicious.")
 
 

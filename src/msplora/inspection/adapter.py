@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from msplora.analysis.reading_pyramid import path_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
 from msplora.loading import resolve_source
 from msplora.spectrum import as_matrices, norm_of
 
+from .blocks import absent_layers, absent_targets, gaps
 from .entries import Entries, Entry, entries_of
 from .results import Finding, KindReport, LevelReport, PairReport
 from .suspicions import exploded, misshapen, not_finite, note, uneven, without_effect
@@ -68,8 +70,16 @@ def look_at_adapter(
         *_notes(config, others),
     ]
     kinds = _kinds(files, entries)
-    if isinstance(config, MSPLoraConfig):
-        findings += uneven({kind.kind: kind.layers for kind in kinds if kind.layers})
+    layers = {kind.kind: kind.layers for kind in kinds if kind.layers}
+    is_pyramid = isinstance(config, MSPLoraConfig)
+    if is_pyramid:
+        findings += uneven(layers)
+    # A pair that is known to be missing is named already.
+    if all(its.severity == "note" for its in entries.findings):
+        paths = [path_of(its.kind) if is_pyramid else its.address for its in entries.pairs]
+        findings += absent_targets(config, paths)
+        findings += absent_layers(config, layers)
+        findings += [] if is_pyramid else gaps(config, _blocks(entries))
     return AdapterReport(
         _levels(entries, pairs),
         kinds,
@@ -126,6 +136,14 @@ def matrices_of(a: Tensor, b: Tensor, entry: Entry) -> tuple[Tensor, Tensor] | N
     if rest or groups < 1 or (a.ndim == 2 and b.shape[1] != a.shape[0]) or b.shape[0] % groups:
         return None
     return as_matrices(a, b, groups=groups)
+
+
+def _blocks(entries: Entries) -> dict[str, list[int]]:
+    """Kind → the numbers of the blocks that have it."""
+    found: dict[str, list[int]] = {}
+    for entry in entries.pairs:
+        found.setdefault(entry.kind, []).extend(entry.layers)
+    return found
 
 
 def _levels(entries: Entries, pairs: Sequence[PairReport]) -> tuple[LevelReport, ...]:

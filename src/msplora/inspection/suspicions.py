@@ -20,12 +20,16 @@ FEWEST = 4
 _SHOWN = 3
 _AGAIN = "The file is not whole, or not this config's; save or copy it again."
 
+UNEVEN = "uneven kinds"
 NOT_WHOLE = ("missing pair", "unused pair", "misshapen")
 """The rules by which a file is not what its config asks for."""
 
 RULES = {
     "missing pair": "the config's pyramid has a pair that the file lacks, or holds half of",
     "unused pair": "the file holds a pair that no layer borrows",
+    "missing target": "the config's target_modules list a name that no pair of the file is for",
+    "missing layer": "a kind has not as many layers as layers_to_transform lists, or a LoRA lacks "
+    "a block in the middle",
     "misshapen": "A and B have no product, or not the config's rank",
     "not finite": "a tensor holds a NaN or an infinity",
     "no effect": "every pair's product is zero: the adapter changes nothing",
@@ -39,6 +43,7 @@ RULES = {
     "zero weight": "a matrix of a model holds zeros only",
     "exploded weight": f"a matrix's norm is above {OUTLIER:g} times the median of the same place "
     f"in all blocks ({FEWEST} or more)",
+    UNEVEN: "kinds have different numbers of layers",
     "note": "what the figures do not say",
 }
 """The rules by name."""
@@ -111,7 +116,7 @@ def uneven(layers: Mapping[str, int]) -> list[Finding]:
         f"Kinds have different numbers of layers ({fewest} {layers[fewest]}, {most} "
         f"{layers[most]}). If the model's blocks are all alike, the file lacks pairs."
     )
-    return [note(text, *layers)]
+    return [Finding(UNEVEN, "note", text, tuple(layers))]
 
 
 def without_effect(pairs: Sequence[PairReport]) -> list[Finding]:

@@ -45,7 +45,6 @@ def _level(level: Level, most: int) -> dict[str, Any]:
 def _kind(kind: Kind, plan: Plan) -> dict[str, Any]:
     shape = kind.shape
     splits = shape.blocks if shape.layout == "conv" else 1
-    own = kind.levels != plan.levels
     return {
         "name": kind.name,
         "stack": kind.stack,
@@ -54,10 +53,17 @@ def _kind(kind: Kind, plan: Plan) -> dict[str, Any]:
         "a": math.prod(shape.a(splits)) // splits,
         "b": math.prod(shape.b(splits)),
         "splits": splits,
-        # A pattern's ranks and alphas stay as they are.
-        "own": [[level.rank, level.alpha] for level in kind.levels] if own else None,
+        # A pattern's ranks and alphas stay as they are, each without the other.
+        "ranks": _own("rank", kind, plan),
+        "alphas": _own("alpha", kind, plan),
         "blocks": [0 if site.block is None else site.block for site in kind.sites],
         "inBlocks": kind.sites[0].block is not None,
         "shown": ranges([site.block for site in kind.sites]),
         "sites": [site.key for site in kind.sites],
     }
+
+
+def _own(name: str, kind: Kind, plan: Plan) -> list[float] | None:
+    """A kind's values, level by level, where they are not the plan's."""
+    its = [getattr(level, name) for level in kind.levels]
+    return None if its == [getattr(level, name) for level in plan.levels] else its

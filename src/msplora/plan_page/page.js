@@ -35,7 +35,8 @@ function ranges(numbers) {
 const spelled = (numbers) => ranges(numbers).map(([a, b]) => (a === b ? `${a}` : `${a}–${b}`)).join(", ");
 
 function scale(level, kind) {
-  const [rank, alpha] = kind.own ? kind.own[level] : [setting.levels[level].rank, plan.levels[level].alpha];
+  const rank = Pyramid.rank(kind, setting, level);
+  const alpha = (kind.alphas ?? plan.levels.map(({ alpha }) => alpha))[level];
   return +(alpha / (plan.levels[level].rslora ? Math.sqrt(rank) : rank)).toPrecision(4);
 }
 
@@ -214,7 +215,7 @@ function spell() {
   put(
     "config",
     `msplora.MSPLoraConfig(\n    levels=[${used.map(({ name }) => `"${name}"`).join(", ")}],\n    ranks=[${list("rank")}],\n` +
-      `    groups=[${list("groups")}],\n    alphas=[${list("alpha")}],\n    …\n)`,
+      `    groups=[${list("groups")}],\n    alphas=[${list("alpha")}],\n${plan.levels[0].rslora ? "    use_rslora=True,\n" : ""}    …\n)`,
   );
 }
 

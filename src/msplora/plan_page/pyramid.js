@@ -10,7 +10,7 @@ const Pyramid = {
   parameters: (kind, rank) => kind.a * rank + kind.b * Math.floor(rank / kind.splits),
 
   // The rank of a level at a kind: a pattern's own ranks stay.
-  rank: (kind, setting, level) => (kind.own ? kind.own[level][0] : setting.levels[level].rank),
+  rank: (kind, setting, level) => (kind.ranks ? kind.ranks[level] : setting.levels[level].rank),
 
   // The ranks that follow from the first: halved as in the short form, else in proportion.
   ranksFrom(plan, r) {
@@ -43,7 +43,7 @@ const Pyramid = {
         levels[place].parameters += numbers;
         parameters += numbers;
       });
-      const loraRank = kind.own ? kind.own[0][0] : setting.r;
+      const loraRank = kind.ranks ? kind.ranks[0] : setting.r;
       return { parameters, lora: layers * Pyramid.parameters(kind, loraRank) };
     });
     const sum = (name) => kinds.reduce((total, kind) => total + kind[name], 0) + plan.magnitudes;
