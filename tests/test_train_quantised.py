@@ -253,7 +253,7 @@ def test_a_method_without_an_adapter_is_refused(folder: Path, method: str) -> No
     file = write_config(folder / "c.yaml", config(folder, "never", **changes))
     result = command("train", file)
     assert result.code == 1
-    assert "a base in 4bit trains with an adapter only" in result.error
+    assert "a base in 4bit trains with an adapter that has layers for it" in result.error
 
 
 def test_a_missing_library_is_named_with_its_extra(
