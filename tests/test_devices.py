@@ -95,8 +95,13 @@ def assert_alike(one: str, several: str) -> None:
     assert Path(several, file).stat().st_size == Path(one, file).stat().st_size
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["sft", "classification"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param("sft", marks=pytest.mark.slow),
+        pytest.param("classification", marks=pytest.mark.thorough),
+    ],
+)
 def test_two_processes_train_what_one_trains(bases: Path, task: str) -> None:
     assert command("train", config(bases, task, "one", 1)).code == 0
     done = subprocess.run(
@@ -162,7 +167,7 @@ def test_stages_under_ddp(bases: Path) -> None:
     assert_alike("one", "two")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_mistake_is_told_once_without_a_traceback(bases: Path) -> None:
     file = config(bases, "sft", "two", 2, stages=["top"])
     done = subprocess.run(

@@ -202,11 +202,12 @@ assert type(read_config(pathlib.Path({str(tmp_path)!r}))).__name__ == "HydraConf
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "first",
     [
-        pytest.param("msplora.sisters", marks=pytest.mark.slow),
-        pytest.param("msplora.loading", marks=pytest.mark.thorough),  # the command line's
+        "msplora.sisters",
+        "msplora.loading",  # the command line's
     ],
 )
 def test_importing_the_sisters_before_peft_registers_them(first: str) -> None:
