@@ -56,7 +56,11 @@ class Computed(Mapping[str, Factor]):
 
 
 class SisterLayer(_peft.OwnLayer):
-    """Mixed in before a PEFT LoRA layer class by `change_class`; each method has its own."""
+    """Mixed in before a PEFT LoRA layer class by `change_class`; each method has its own.
+
+    What raises `NotImplementedError` here is what a method has to say of itself. It is not abstract
+    in `abc`'s sense, whose metaclass PEFT's layers do not have.
+    """
 
     containers: tuple[str, ...]
     """The attributes that hold its tensors by adapter, each with the method's prefix."""
