@@ -302,7 +302,7 @@ def _content_of(bake_off: BakeOff, name: str) -> dict[str, Any]:
         ({"learning_rates": [0.0]}, r"learning_rates.0 = 0.0: it should be greater than 0"),
         ({"tasks": {"a b": {}}}, r"tasks.a b: a name becomes part of a folder's"),
         ({"base": {**SPEC["base"], "seed": 1}}, r"base has 'seed': it is among the `seeds`"),
-        ({"seeds": [1, 1]}, r"seeds = \[1, 1\] has a seed twice"),
+        ({"seeds": [1, 1]}, r"seeds = \[1, 1\] has 1 twice"),
         (
             {"methods": {"a": {"method": "lora", "budget": "pyramyd"}, "pyramid": {}}},
             r"methods.a: budget = 'pyramyd' names no other method. Did you mean 'pyramid'",
@@ -310,7 +310,20 @@ def _content_of(bake_off: BakeOff, name: str) -> dict[str, Any]:
         ({"methods": {"a": {"method": "lora", "budget": -1}}}, r"it should be a number of param"),
         (
             {"methods": {"a": {"method": "lora", "learning_rates": [1, 1]}}},
-            r"methods.a: learning_rates = \[1, 1\]: it should be a list of different numbers",
+            r"methods.a: learning_rates = \[1, 1\]: it should be a list of numbers above 0",
+        ),
+        ({"learning_rates": [1e-3, 1.0000001e-3]}, r"that differ in their first six digits"),
+        ({"learning_rates": [math.inf]}, r"learning_rates.0 = inf: it should be a finite number"),
+        ({"seeds": [0, -1]}, r"seeds.1 = -1: it should be greater than or equal to 0"),
+        ({"choose": {"tasks": ["one", "one"]}}, r"choose.tasks = .* has 'one' twice"),
+        ({"methods": {"a": {"method": "lora", "budget": []}}}, r"a list should hold at least one"),
+        (
+            {"methods": {"a": {"method": "lora", "budget": [9, 9]}}},
+            r"budget = \[9, 9\]: .* and none twice",
+        ),
+        (
+            {"methods": {"a": {"method": "lora", "training": {"learning_rate": 1e-3}}}},
+            r"methods.a has 'training.learning_rate': each method chooses it",
         ),
         (
             {"base": {**SPEC["base"], "data": {"validation_fraction": 0}}},

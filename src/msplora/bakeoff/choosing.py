@@ -10,7 +10,7 @@ from msplora.sweep.rows import Row
 from msplora.train.metric_order import sign_of
 
 from .folder import BakeOffFolder
-from .reading import BakeOff, Run
+from .reading import BakeOff, Run, rounded
 
 Rivals = list[Row]
 Chain = Generator[tuple[Run, Rivals | None], Row, None]
@@ -87,12 +87,7 @@ def _beyond(
     if best is None or len(given) < 2 or extended >= bake_off.settings.choose.extend:
         return None
     if best is tried[-1]:
-        return _rounded(best.rate * given[-1] / given[-2])
+        return rounded(best.rate * given[-1] / given[-2])
     if best is tried[0]:
-        return _rounded(best.rate * given[0] / given[1])
+        return rounded(best.rate * given[0] / given[1])
     return None
-
-
-def _rounded(rate: float) -> float:
-    """As a person would write it: it becomes part of a name, which has to give it back."""
-    return float(f"{rate:.6g}")

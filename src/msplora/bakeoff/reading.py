@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ _RATE = "training.learning_rate"
 _RESERVED = {
     "output": "each run gets its own folder below the output of the bake-off",
     "seed": "it is among the `seeds`",
+    _RATE: "each method chooses it from `learning_rates`",
 }
 """Keys of a run that a bake-off decides itself."""
 
@@ -158,6 +160,11 @@ def _entrants(settings: BakeOffSettings, source: str) -> Iterable[Entrant]:
         if not isinstance(budgets, list):
             yield Entrant(name, content, rates, _budget(budgets, name, settings, source))
             continue
+        if not budgets or len({str(its) for its in budgets}) < len(budgets):
+            raise ConfigError(
+                f"in {source}: methods.{name}: budget = {budgets!r}: a list should hold at least "
+                f"one, and none twice."
+            )
         for budget in budgets:
             its = _budget(budget, name, settings, source)
             yield Entrant(f"{name}@{its}", content, rates, its)
@@ -165,15 +172,21 @@ def _entrants(settings: BakeOffSettings, source: str) -> Iterable[Entrant]:
 
 def _rates(given: Any, name: str, source: str) -> tuple[float, ...]:
     try:
-        rates = [float(its) for its in given]
-        if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+        rates = [rounded(float(its)) for its in given]
+        are_rates = all(0 < its < math.inf for its in rates)
+        if not rates or not are_rates or len(set(rates)) < len(rates):
             raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(
             f"in {source}: methods.{name}: learning_rates = {given!r}: it should be a list of "
-            f"different numbers above 0."
+            f"numbers above 0 that differ in their first six digits."
         ) from None
     return tuple(rates)
+
+
+def rounded(rate: float) -> float:
+    """As a person would write it: it becomes part of a name, which has to give it back."""
+    return float(f"{rate:.6g}")
 
 
 def _budget(given: Any, name: str, settings: BakeOffSettings, source: str) -> int | str | None:
@@ -211,15 +224,20 @@ def _check(bake_off: BakeOff) -> None:
     for task in settings.choose.tasks or []:
         _check_known("choose.tasks", task, settings.tasks, source)
     _check_known("baseline", bake_off.baseline, bake_off.entrants, source)
-    for what, values in (("seeds", settings.seeds), ("choose.seeds", settings.choose.seeds or [])):
-        if len(set(values)) < len(values):
-            raise ConfigError(f"in {source}: {what} = {values} has a seed twice.")
+    for what, values in (
+        ("seeds", settings.seeds),
+        ("choose.seeds", settings.choose.seeds or []),
+        ("choose.tasks", settings.choose.tasks or []),
+    ):
+        twice = next((its for its in values if values.count(its) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"in {source}: {what} = {values} has {twice!r} twice. Leave one out.")
     for key, why in _RESERVED.items():
         parts = {"base": settings.base}
         parts |= {f"tasks.{name}": its for name, its in settings.tasks.items()}
         parts |= {f"methods.{name}": its for name, its in settings.methods.items()}
         for where, content in parts.items():
-            if key in content:
+            if _has(content, key):
                 raise ConfigError(f"in {source}: {where} has {key!r}: {why}. Leave it out.")
     for entrant in bake_off.entrants.values():
         for task in settings.tasks:
@@ -230,6 +248,15 @@ def _check(bake_off: BakeOff) -> None:
                     f"none: set data.validation, data.validation_split or "
                     f"data.validation_fraction above 0."
                 )
+
+
+def _has(content: Any, key: str) -> bool:
+    """Whether a dotted key is set."""
+    for part in key.split("."):
+        if not isinstance(content, Mapping) or part not in content:
+            return False
+        content = content[part]
+    return True
 
 
 def _check_known(key: str, name: str, known: Iterable[str], source: str) -> None:

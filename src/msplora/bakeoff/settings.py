@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+Rates = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class ChooseSettings(BaseModel):
@@ -20,9 +21,7 @@ class ChooseSettings(BaseModel):
     tasks: list[str] | None = Field(
         None, min_length=1, description="Names of the tasks; all of them if unset."
     )
-    seeds: list[int] | None = Field(
-        None, min_length=1, description="The seeds; the first of `seeds` if unset."
-    )
+    seeds: Seeds | None = Field(None, description="The seeds; the first of `seeds` if unset.")
     extend: int = Field(
         1,
         ge=0,
@@ -75,9 +74,8 @@ class BakeOffSettings(BaseModel):
         default_factory=ChooseSettings,  # pyright: ignore[reportArgumentType]
         description="What the rate of each method is [chosen on](#choosing-the-rate).",
     )
-    seeds: list[int] = Field(
+    seeds: Seeds = Field(
         [0, 1, 2],
-        min_length=1,
         description="Every method runs on every task with each of these, at its chosen rate.",
     )
     reject: RejectSettings | None = Field(
