@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from msplora.bakeoff import engines
-from msplora.bakeoff.bake_off import Outcome, outcome_so_far, run_bake_off
+from msplora.bakeoff import engines, running
+from msplora.bakeoff.bake_off import Outcome, _Running, outcome_so_far, run_bake_off
 from msplora.bakeoff.reading import BakeOff, Run, make_bake_off
+from msplora.bakeoff.rejecting import Rejecting
 from msplora.bakeoff.report import draw, markdown, page, write_report
 from msplora.bakeoff.running import Job
+from msplora.bakeoff.settings import RejectSettings
 from msplora.bakeoff.sizes import Prepared, prepare
 from msplora.bakeoff.statistics import standings
 from msplora.errors import ConfigError, MSPLoraError
 from msplora.sweep.folder import SweepFolderError
 from msplora.sweep.rows import Row
+from msplora.sweep.running import Outcome as RunOutcome
+from msplora.sweep.running import SweepSignals
 from msplora.train.stopping import Interrupted
 from runs import labelled_rows, msplora, save_encoder, write_config, write_jsonl
 
@@ -89,6 +95,7 @@ class MadeUp:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.fails: set[str] = set()
+        self.diverges: set[str] = set()
         self.stop_after: int | None = None
 
     def __call__(self, job: Job, stop: Any, *_: Any) -> Row:
@@ -98,6 +105,9 @@ class MadeUp:
             raise KeyboardInterrupt
         self.ran.append(row.name)
         row.seconds += 2.0
+        if row.name in self.diverges:
+            row.status, row.error = "diverged", "the loss is nan"
+            return row
         if row.name in self.fails:
             row.status, row.error = "failed", "out of memory"
             return row
@@ -107,8 +117,8 @@ class MadeUp:
             for step in (1, 2, 3)
         ]
         for count in (1, 2, 3):
-            if job.rejecting and job.rejecting.is_hopeless(found[:count], 3):
-                row.status, row.evaluations = "rejected", found[:count]
+            if job.rejecting and job.rejecting.until_hopeless(found[:count], 3):
+                row.status, row.evaluations, row.steps = "rejected", found[:count], 3
                 return row
         row.status, row.metric, row.value = "complete", "accuracy", value
         row.evaluations, row.best, row.train_seconds = found, found[-1], 1.0
@@ -188,6 +198,69 @@ def test_a_rate_far_behind_is_given_up_and_changes_no_choice(made_up: MadeUp) ->
     assert all(row and row.status == "complete" for row in quick.finals.values())
 
 
+def test_a_run_that_ended_before_one_looked_is_rejected_all_the_same(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("lora", "one", 1e-3, 0)
+    settings = spec().settings_of(run)
+    found = [{"epoch": its, "step": its, "accuracy": its / 10} for its in (1, 2, 3)]
+    metrics = {
+        "metric_for_best": "accuracy", "best": found[-1], "before": None, "trainable": 1,
+        "evaluations": found, "max_steps": 3,
+    }  # fmt: skip
+    monkeypatch.setattr(running, "run_apart", lambda *_: RunOutcome("complete", 1.0))
+    made = []
+    for rival in (0.2, 0.5):
+        contents = {"metrics": metrics, "log_history": [], "versions": {}}
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            Path(settings.output, f"{name}.json").write_text(json.dumps(content))
+        rule = RejectSettings(after=0.5, behind=0.1)
+        rejecting = Rejecting(rule, "accuracy", [[{"step": 1, "accuracy": rival}]])
+        row = Row(run.name, run.parameters, 0, "unfinished", {})
+        made.append(running.make_run(Job(row, settings, here / "log", rejecting), SweepSignals()))
+        assert Path(settings.output).exists() is (rival == 0.2)
+    lived, rejected = made
+    assert (lived.status, lived.value, lived.evaluations) == ("complete", 0.3, found)
+    assert (rejected.status, rejected.value, rejected.evaluations) == ("rejected", None, found[:2])
+    assert rejected.steps == 3
+
+
+def test_a_method_of_which_no_rate_came_to_its_end_runs_those_given_up(made_up: MadeUp) -> None:
+    both: dict[str, Any] = {"learning_rates": [1e-3, 1e-4], "choose": {"tasks": ["one", "two"]}}
+    one, two = (f"{task},lora,learning_rate={{:g}},seed=0" for task in ("one", "two"))
+    made_up.diverges = {one.format(1e-3)}  # it is no rival on task one, and is one on task two
+    found = prepared(
+        methods={"lora": {"method": "lora"}}, reject={"after": 0.5, "behind": 0.05}, **both
+    )
+    outcome = run_bake_off(found)
+    assert made_up.ran.count(two.format(1e-4)) == 2  # given up, then run to its end
+    assert rates_of(outcome) == {"lora": 1e-4}
+    assert all(row and row.status == "complete" for row in outcome.finals.values())
+
+
+def test_a_rule_that_was_changed_is_applied_anew(made_up: MadeUp) -> None:
+    run_bake_off(prepared(reject={"after": 0.5, "behind": 0.05}))
+    given_up = {row["name"] for row in rows_in("out") if row["status"] == "rejected"}
+    made_up.ran.clear()
+    run_bake_off(prepared(reject={"after": 0.5, "behind": 0.04}))
+    assert made_up.ran == []
+    run_bake_off(prepared(reject={"after": 0.5, "behind": 1.0}))
+    tried_beyond = "one,pyramid,learning_rate=0.1,seed=0"
+    assert set(made_up.ran) == given_up - {tried_beyond}
+
+
+def test_a_row_that_another_process_wrote_meanwhile_is_kept(made_up: MadeUp) -> None:
+    """The other one ended between the look at the folder and the hold of it."""
+    late = _Running(prepared(), Console(), None, False)
+    run_bake_off(prepared())
+    made_up.ran.clear()
+    before = rows_in("out")
+    late.run()
+    assert made_up.ran == []
+    assert rows_in("out") == before
+
+
 def test_what_was_stopped_goes_on_and_repeats_nothing(made_up: MadeUp) -> None:
     made_up.stop_after = 7
     with pytest.raises(Interrupted, match=r"To go on: msplora bake-off spec\.yaml"):
@@ -247,6 +320,11 @@ def test_another_bake_off_is_refused(made_up: MadeUp, tmp_path: Path) -> None:
     other = {**SPEC["methods"], "small": {"method": "lora", "adapter": {"r": 2}}}
     with pytest.raises(SweepFolderError, match=r"another small on one: adapter.r was 4 and is 2"):
         run_bake_off(prepared(methods=other))
+    Path("swept").mkdir()
+    row = Row("r=8", {"adapter.r": 8}, 0, "complete", {})
+    Path("swept/results.jsonl").write_text(json.dumps(asdict(row)) + "\n")
+    with pytest.raises(SweepFolderError, match="holds a sweep's runs, such as r=8"):
+        run_bake_off(prepared(output="swept"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(SweepFolderError, match="holds no bake-off"):

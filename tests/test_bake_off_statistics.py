@@ -81,7 +81,15 @@ def test_who_is_given_up(
 ) -> None:
     rule = RejectSettings(after=0.5, behind=0.05)
     rejecting = Rejecting(rule, "accuracy", [curve(*its) for its in rivals])
-    assert rejecting.is_hopeless(curve(*values), 40) is hopeless
+    assert bool(rejecting.until_hopeless(curve(*values), 40)) is hopeless
+
+
+def test_it_is_given_up_at_the_same_evaluation_whenever_one_looks() -> None:
+    rejecting = Rejecting(RejectSettings(after=0.5, behind=0.05), "accuracy", [curve(0.6, 0.9)])
+    late = curve(0.5, 0.6, 0.95, 0.97)
+    assert rejecting.until_hopeless(late[:1], 40) == []
+    for looked in (2, 3, 4):
+        assert rejecting.until_hopeless(late[:looked], 40) == late[:2]
 
 
 def test_of_a_loss_less_is_better() -> None:
@@ -89,5 +97,5 @@ def test_of_a_loss_less_is_better() -> None:
         return [{"step": place, "loss": its} for place, its in enumerate(values, 1)]
 
     rejecting = Rejecting(RejectSettings(after=0.5, behind=0.1), "loss", [losses(2.0, 1.0)])
-    assert rejecting.is_hopeless(losses(2.0, 1.5), 4)
-    assert not rejecting.is_hopeless(losses(2.0, 1.05), 4)
+    assert rejecting.until_hopeless(losses(2.0, 1.5), 4)
+    assert not rejecting.until_hopeless(losses(2.0, 1.05), 4)

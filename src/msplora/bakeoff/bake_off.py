@@ -125,17 +125,21 @@ class _Running:
             self,
             self.stop,
         )
-        while not self.stop.asked and (chains := list(self._beyond())):
+        while not self.stop.asked and (chains := list(self._also())):
             engine.work_off(chains, self, self.stop)
         if not self.stop.asked:
             choices = {name: choose(bake_off, folder, name) for name in bake_off.entrants}
             engine.work_off([single(its) for its in _finals(folder, choices)], self, self.stop)
 
-    def _beyond(self) -> Iterator[Chain]:
-        """Where an entrant's best rate is at an end of what was tried: the next one out."""
+    def _also(self) -> Iterator[Chain]:
+        """Where an entrant's best rate is at an end of what was tried: the next one out. Where none
+        came to its end everywhere: those that were given up only, to their ends.
+        """
         bake_off = self.bake_off
         for name in bake_off.entrants:
             choice = choose(bake_off, self.folder, name)
+            if choice.best is None:
+                yield from (single(Run.of(row.parameters)) for row in choice.given_up)
             if choice.beyond is None:
                 continue
             for task in bake_off.choose_tasks:
@@ -150,21 +154,23 @@ class _Running:
                     yield ladder(name, task, seed, [choice.beyond], rivals)
 
     def job(self, run: Run, rivals: Rivals | None) -> Job | Row:
-        row = self.folder.row(run)
-        over = ["complete", "diverged"]
-        if not self.retry_failed:
-            over.append("failed")
-        if rivals is not None:
-            over.append("rejected")  # one that counts is run to its end
-        if row.status in over:
+        row, rejecting = self.folder.row(run), self._rejecting(run, rivals)
+        over = {"complete", "diverged"} if self.retry_failed else {"complete", "diverged", "failed"}
+        # A rule that was changed may let it live; and one that counts is run to its end.
+        if row.status == "rejected" and rejecting:
+            if rejecting.until_hopeless(row.evaluations, row.steps or 0):
+                return row
+        elif row.status in over:
             return row
-        reject = self.bake_off.settings.reject
-        rejecting = None
-        if reject and rivals:
-            metric = self.prepared.metrics[run.task]
-            rejecting = Rejecting(reject, metric, [its.evaluations for its in rivals])
         log = self.folder.path / LOGS / f"{run.name}.log"
         return Job(row, self.bake_off.settings_of(run), log, rejecting)
+
+    def _rejecting(self, run: Run, rivals: Rivals | None) -> Rejecting | None:
+        reject = self.bake_off.settings.reject
+        if reject is None or rivals is None:
+            return None
+        metric = self.prepared.metrics[run.task]
+        return Rejecting(reject, metric, [its.evaluations for its in rivals])
 
     def started(self, job: Job) -> None:
         job.row.status = "unfinished"

@@ -48,6 +48,13 @@ class Choice:
     beyond: float | None
     """The rate to try next, where the best one is at an end of what was tried."""
 
+    @property
+    def given_up(self) -> list[Row]:
+        """The rejected runs of rates of which no run failed or diverged."""
+        ended = ("complete", "rejected")
+        rates = [its for its in self.tried if all(row.status in ended for row in its.rows)]
+        return [row for its in rates for row in its.rows if row.status == "rejected"]
+
 
 def ladder(entrant: str, task: str, seed: int, rates: Sequence[float], rivals: Rivals) -> Chain:
     """The rates of an entrant on one task with one seed, each judged by those before it."""

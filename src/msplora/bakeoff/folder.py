@@ -11,7 +11,8 @@ from msplora.sweep.folder import LOGS, RUNS, SweepFolderError, hold
 from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
 from msplora.train.run import with_absolute_paths
-from msplora.train.run_folder import RunFolder
+from msplora.train.run_folder import RunFolder, RunFolderError
+from msplora.train.settings import Settings
 
 from .reading import BakeOff, Run
 
@@ -45,6 +46,7 @@ class BakeOffFolder:
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the bake-off in {self.path}")
+        self.rows = Rows(self.path)  # another process may have written some until now
 
     def release(self) -> None:
         """Let others at it."""
@@ -60,7 +62,7 @@ class BakeOffFolder:
             found = Row(
                 run.name, run.parameters, run.seed, "unfinished", portable(essence(settings))
             )
-            if RunFolder(with_absolute_paths(settings), "auto").is_complete:  # its row was lost
+            if _is_complete(settings):  # its row was lost
                 found.read_run(self.path / RUNS / run.name)
                 self.rows.put(found)
         return found
@@ -70,10 +72,14 @@ class BakeOffFolder:
         bake_off = self.bake_off
         for row in self.rows:
             its = row.parameters
+            if not {"task", "learning_rate"} <= its.keys():
+                raise SweepFolderError(
+                    f"the output {self.path} holds a sweep's runs, such as {row.name}, and no "
+                    f"bake-off. Name another output."
+                )
             if its["method"] not in bake_off.entrants or its["task"] not in bake_off.settings.tasks:
                 continue
-            run = Run(its["method"], its["task"], its["learning_rate"], its["seed"])
-            now = portable(essence(bake_off.settings_of(run)))
+            now = portable(essence(bake_off.settings_of(Run.of(its))))
             changed = [
                 f"{key} was {shown(row.config.get(key))} and is {shown(now.get(key))}"
                 for key in sorted(row.config.keys() | now.keys())
@@ -85,6 +91,13 @@ class BakeOffFolder:
                     f"{'; '.join(changed)}. Its runs cannot be compared with new ones: name "
                     f"another output, or give what is new a name of its own."
                 )
+
+
+def _is_complete(settings: Settings) -> bool:
+    try:
+        return RunFolder(with_absolute_paths(settings), "auto").is_complete
+    except RunFolderError:
+        return False  # the run will say so itself, and it alone fails
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:

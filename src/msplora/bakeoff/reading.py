@@ -66,6 +66,12 @@ class Run:
             "seed": self.seed,
         }
 
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> Run:
+        """The run that these `parameters` tell apart from the others."""
+        its = parameters
+        return cls(its["method"], its["task"], its["learning_rate"], its["seed"])
+
 
 @dataclass(frozen=True)
 class BakeOff:

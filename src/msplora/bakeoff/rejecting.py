@@ -30,18 +30,20 @@ class Rejecting:
     rivals: Sequence[Evaluations]
     """The evaluations of the other rates that were tried before this one."""
 
-    def is_hopeless(self, evaluations: Evaluations, steps: int) -> bool:
-        """Whether to give up a run of so many `steps`, after these evaluations."""
+    def until_hopeless(self, evaluations: Evaluations, steps: int) -> Evaluations:
+        """The evaluations of a run of so many `steps` until the one that gives it up; none if none
+        does. Later ones change nothing, so it is the same whenever one looks.
+        """
         for count in range(1, len(evaluations) + 1):
             step = evaluations[count - 1]["step"]
             if step >= steps:
-                return False  # it is over already
+                break  # it is over already
             if step < self.settings.after * steps:
                 continue
             others = max((self._best(its, step) for its in self.rivals), default=-math.inf)
             if self._best(evaluations[:count], step) < others - self.settings.behind:
-                return True
-        return False
+                return evaluations[:count]
+        return []
 
     def _best(self, evaluations: Evaluations, step: int) -> float:
         """The best value by a step, turned so that more is better."""

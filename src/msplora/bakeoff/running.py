@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msplora.bench.provenance import commit, hardware
@@ -12,7 +12,7 @@ from msplora.sweep.running import SweepSignals, run_apart
 from msplora.train.run import with_absolute_paths
 from msplora.train.settings import Settings
 
-from .rejecting import Rejecting, evaluations_so_far
+from .rejecting import Evaluations, Rejecting, evaluations_so_far
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,31 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     output = Path(settings.output)
     working = output.with_name(f"{output.name}.unfinished")
 
-    def is_hopeless() -> bool:
-        assert job.rejecting
-        evaluations, steps = evaluations_so_far(working)
-        return bool(steps) and job.rejecting.is_hopeless(evaluations, steps)
-
     row = job.row
+    given_up: Evaluations = []
+
+    def is_hopeless() -> bool:
+        nonlocal given_up
+        assert job.rejecting
+        evaluations, row.steps = evaluations_so_far(working)
+        given_up = job.rejecting.until_hopeless(evaluations, row.steps)
+        return bool(given_up)
+
     outcome = run_apart(settings, job.log, stop, lock, is_hopeless if job.rejecting else None)
     row.status, row.error = outcome.status, outcome.error
     row.seconds += outcome.seconds
     row.resident_bytes = max(row.resident_bytes or 0, outcome.resident_bytes or 0) or None
     row.commit, row.hardware = commit(), hardware()
     if outcome.status == "complete":
-        row.read_run(output)
-    if outcome.status == "rejected":
-        row.evaluations, _ = evaluations_so_far(working)
-    if outcome.status in ("rejected", "diverged"):
-        # Its checkpoints are of no use.
-        shutil.rmtree(working, ignore_errors=True)
+        whole = replace(row)
+        whole.read_run(output)
+        if job.rejecting and not given_up:  # it may have been quicker than the looks at it
+            given_up = job.rejecting.until_hopeless(whole.evaluations, whole.steps or 0)
+        row = whole if not given_up else replace(row, status="rejected", steps=whole.steps)
+    if row.status == "rejected":
+        row.evaluations = list(given_up)
+    if row.status in ("rejected", "diverged"):
+        # What they left is of no use.
+        for folder in (working, output):
+            shutil.rmtree(folder, ignore_errors=True)
     return row

@@ -42,6 +42,8 @@ class Row:
     trainable: int | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """The metrics at each evaluation, in order."""
+    steps: int | None = None
+    """How many it was to have in all."""
     seconds: float = 0.0
     """Wall time, loading included, over all attempts."""
     train_seconds: float | None = None
@@ -72,6 +74,7 @@ class Row:
         self.value = self.best[metrics["metric_for_best"]]
         self.before, self.trainable = metrics["before"], metrics["trainable"]
         self.evaluations, self.gpu_bytes = metrics["evaluations"], metrics.get("gpu_bytes")
+        self.steps = metrics.get("max_steps")
         times = [its.get("train_runtime") for its in _read_json(folder / HISTORY)]
         self.train_seconds = next(filter(None, times), None)
         self.versions = _read_json(folder / "versions.json")

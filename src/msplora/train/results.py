@@ -44,6 +44,7 @@ def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
         "before": before,
         "best": best,
         "evaluations": evaluations,
+        "max_steps": state.max_steps,
         "trainable": job.adapted.trainable.total,
         "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
