@@ -20,7 +20,7 @@ from msplora.bakeoff import engines, running
 from msplora.bakeoff.bake_off import Outcome, _Running, outcome_so_far, run_bake_off
 from msplora.bakeoff.reading import BakeOff, Run, make_bake_off
 from msplora.bakeoff.rejecting import Rejecting
-from msplora.bakeoff.report import draw, markdown, page, write_report
+from msplora.bakeoff.report import NOT_OVER, draw, markdown, page, write_report
 from msplora.bakeoff.running import Job
 from msplora.bakeoff.settings import RejectSettings
 from msplora.bakeoff.sizes import Prepared, prepare
@@ -263,10 +263,12 @@ def test_a_row_that_another_process_wrote_meanwhile_is_kept(made_up: MadeUp) -> 
 
 def test_what_was_stopped_goes_on_and_repeats_nothing(made_up: MadeUp) -> None:
     made_up.stop_after = 7
-    with pytest.raises(Interrupted, match=r"To go on: msplora bake-off spec\.yaml"):
+    with pytest.raises(Interrupted, match="give the same command again"):
         run_bake_off(prepared())
     so_far = outcome_so_far(prepared())
     assert sum(row.status == "complete" for row in so_far.rows) == 7
+    assert NOT_OVER in markdown(so_far, {})
+    assert NOT_OVER in page(so_far, {})
     finished = run_bake_off(prepared())
     assert all(row and row.status == "complete" for row in finished.finals.values())
     assert len(set(made_up.ran)) == len(made_up.ran)
@@ -287,7 +289,9 @@ def test_a_crash_is_recorded_and_the_rest_goes_on(made_up: MadeUp) -> None:
     assert small.missing == {"failed": 1}
     assert small.overall is not None
     assert len(small.overall.values) == 1  # of the seed that has all tasks
-    assert "out of memory" in markdown(outcome, {})
+    text = markdown(outcome, {})
+    assert "out of memory" in text
+    assert f"{small.overall.mean:.4f} (1 of 2 seeds)" in text
     made_up.fails = set()
     made_up.ran.clear()
     run_bake_off(prepared())
@@ -439,6 +443,7 @@ def test_a_budget_is_met_by_the_smallest_rank_that_is_not_below_it(here: Path) -
         name: its.content["adapter"]["r"] for name, its in list(found.bake_off.entrants.items())[2:]
     }
     assert ranks == {"small": 7, "fixed@1300": 6, "fixed@2048": 8, "blocks": 4}
+    assert found.ranks == {name: f"adapter.r = {rank}" for name, rank in ranks.items()}
 
 
 @pytest.mark.parametrize(
@@ -479,6 +484,9 @@ def test_the_report_says_what_the_rows_say(made_up: MadeUp) -> None:
         assert f"{mean(values):.4f} ± 0.0071" in html
     assert "a run is given up, after 50% of it" in text
     assert "commit: abc (" in text
+    assert "Tried: 3 by lora, 4 by pyramid, 3 by small" in text
+    assert "With 4 pairs none can be below 0.12, which Holm's correction makes 0.25" in text
+    assert NOT_OVER not in text + html
     for name in ("front", "differences", "rates"):
         assert Path(f"out/{name}.svg").read_text().startswith("<?xml")
         assert f"({name}.svg)" in text
@@ -496,7 +504,7 @@ def test_names_from_files_are_escaped(made_up: MadeUp) -> None:
     html, text = page(outcome, draw(outcome)), markdown(outcome, {})
     assert "<b>not" not in html
     assert "&lt;b&gt;not | bold" in html
-    assert r"<b>not \| bold</b>" in text
+    assert r"&lt;b>not \| bold&lt;/b>" in text
 
 
 @pytest.mark.slow

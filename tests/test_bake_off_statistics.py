@@ -12,7 +12,8 @@ from scipy.stats import permutation_test
 
 from msplora.bakeoff.rejecting import Rejecting
 from msplora.bakeoff.settings import RejectSettings
-from msplora.bakeoff.statistics import Paired, _adjusted, _is_on_front, sign_flip_p
+from msplora.bakeoff.statistics import Paired, _adjusted, _is_on_front, least_p, sign_flip_p
+from msplora.page.plotting import mark_of
 
 VALUES = st.lists(st.floats(-1, 1).map(lambda its: round(its, 3)), min_size=2, max_size=9)
 
@@ -32,10 +33,16 @@ def test_the_p_value_is_scipys(values: list[float]) -> None:
 
 def test_the_p_value_of_differences_all_alike() -> None:
     assert sign_flip_p([0.1] * 6) == 2 / 2**6
+    assert least_p(6) == 2 / 2**6
     assert sign_flip_p([0.0] * 6) == 1
     # Drawn, not counted: near what counting would give, and never 0.
     assert 0 < sign_flip_p([0.1] * 20) < 1e-4
     assert sign_flip_p([0.1, -0.1] * 10) > 0.5
+
+
+def test_no_two_of_many_series_look_alike() -> None:
+    marks = [tuple(mark_of(place).values()) for place in range(64)]
+    assert len(set(marks)) == 64
 
 
 def test_holm_by_hand() -> None:

@@ -23,13 +23,15 @@ import pytest
 import transformers as hf
 import yaml
 
+from msplora.sweep import running
 from msplora.sweep import sweep as sweep_module
 from msplora.sweep.folder import SweepFolderError
 from msplora.sweep.reading import Sweep, make_sweep
-from msplora.sweep.running import Outcome
+from msplora.sweep.running import Outcome, SweepSignals, run_apart
 from msplora.sweep.sweep import TooMany, run_sweep
 from msplora.train.progress import ShowProgress
 from msplora.train.settings import Settings
+from msplora.train.settings_file import make_settings
 from msplora.train.stopping import Interrupted
 from runs import (
     Result,
@@ -416,6 +418,61 @@ def test_what_cannot_be_swept_is_refused_before_the_first_run(
     assert message in result.error
     assert made_up.ran == []
     assert not Path("out").exists()
+
+
+def stands_in_for_python(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have runs apart be a shell script, which is given what Python would be."""
+    stand_in = Path("python")
+    stand_in.write_text(f"#!/bin/sh\n{script}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(running.sys, "executable", str(stand_in.absolute()))
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_what_cannot_be_resumed_is_started_anew(
+    method: str, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PEFT's AdaLoRA loses its averages: its unfinished run would be refused for ever."""
+    stands_in_for_python(monkeypatch, 'echo "$@"')
+    settings = make_settings({**BASE, "method": method, "output": str(tmp_path / "run")}, "test")
+    log, said = Path("run.log"), []
+    for checkpoint in ("none", "checkpoint-3"):
+        (tmp_path / "run.unfinished/checkpoints" / checkpoint).mkdir(parents=True)
+        assert run_apart(settings, log, SweepSignals()).status == "complete"
+        said.append(log.read_text().splitlines()[-1])
+    assert said[0].endswith("--resume auto")
+    assert said[1].endswith("--force" if method == "adalora" else "--resume auto")
+
+
+@pytest.mark.parametrize(("name", "is_memory"), [("KILL", True), ("SEGV", False)])
+def test_only_a_process_that_was_killed_may_have_lacked_memory(
+    name: str, is_memory: bool, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in_for_python(monkeypatch, f"kill -{name} $$")
+    settings = make_settings({**BASE, "output": "run"}, "test")
+    outcome = run_apart(settings, Path("run.log"), SweepSignals())
+    assert outcome.status == "failed"
+    assert outcome.error
+    assert outcome.error.startswith(f"its process was ended by SIG{name}")
+    assert ("memory" in outcome.error) is is_memory
+
+
+def test_a_process_ends_with_the_wait_for_it(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a cluster takes the task back."""
+    stands_in_for_python(monkeypatch, "echo $$ > pid; exec sleep 600")
+
+    def taken_back() -> bool:
+        if Path("pid").exists():
+            raise KeyboardInterrupt
+        return False
+
+    settings = make_settings({**BASE, "output": "run"}, "test")
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(settings, Path("run.log"), SweepSignals(), None, taken_back)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from rich.console import Console
 from msplora.sweep.folder import LOGS
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals
+from msplora.train.run import with_absolute_paths
 from msplora.train.stopping import Interrupted
 
 from .choosing import Chain, Choice, Rivals, choose, ladder, single
@@ -34,6 +34,20 @@ class Outcome:
     """The runs that count, in the order of tasks, entrants, seeds; None of one not begun."""
     rows: tuple[Row, ...]
     """All runs."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no run is left to be made but those that failed."""
+        entrants = self.prepared.bake_off.entrants
+        for name, choice in self.choices.items():
+            if len(choice.tried) < len(entrants[name].rates) or choice.beyond is not None:
+                return False
+            if choice.best is None and choice.given_up:
+                return False
+        rows = [row for its in self.choices.values() for tried in its.tried for row in tried.rows]
+        if any(row.status == "unfinished" for row in rows):
+            return False
+        return all(row and row.status != "unfinished" for row in self.finals.values())
 
 
 def run_bake_off(
@@ -107,8 +121,8 @@ class _Running:
             folder.release()
         if stop.asked:
             raise Interrupted(
-                f"the bake-off was stopped by {stop.name}. To go on: msplora bake-off "
-                f"{shlex.quote(self.bake_off.source)} --output {shlex.quote(str(folder.path))}",
+                f"the bake-off in {folder.path} was stopped by {stop.name}. To go on, give the "
+                f"same command again.",
                 stop.number or signal.SIGTERM,
             )
         return outcome
@@ -163,7 +177,7 @@ class _Running:
         elif row.status in over:
             return row
         log = self.folder.path / LOGS / f"{run.name}.log"
-        return Job(row, self.bake_off.settings_of(run), log, rejecting)
+        return Job(row, with_absolute_paths(self.bake_off.settings_of(run)), log, rejecting)
 
     def _rejecting(self, run: Run, rivals: Rivals | None) -> Rejecting | None:
         reject = self.bake_off.settings.reject

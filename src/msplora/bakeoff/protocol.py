@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bake_off import Outcome
+from .statistics import least_p, standings
 
 
 def protocol(outcome: Outcome) -> list[str]:
@@ -17,35 +18,54 @@ def protocol(outcome: Outcome) -> list[str]:
         f"named in a method are the same for all.",
         f"The learning rate of each method is the one with the best mean over "
         f"{', '.join(bake_off.choose_tasks)} with seed {_list(bake_off.choose_seeds)}, of "
-        f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}; where that "
-        f"is the lowest or the highest, the next one beyond it is tried too, at most "
-        f"{settings.choose.extend} times. It is the same for all tasks.",
-        f"Then each method runs on every task with the seeds {_list(settings.seeds)} at its rate. "
-        f"Runs made while choosing count among these.",
-        "The value of a run is that of its best checkpoint on the held-out rows, which also choose "
-        "the rate: there is no third set, so all values are somewhat too good, for every method "
-        "alike.",
+        f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}"
+        f"{_extended(settings.choose.extend)}. It is the same for all tasks.",
+        f"Then each method runs on every task with the seeds {_list(settings.seeds)} at its rate; "
+        f"a run that was made while choosing, with one of these seeds, is not made twice.",
+        f"The value of a run is that of its best checkpoint on the held-out rows, which also "
+        f"choose the rate: there is no third set, so all values are somewhat too good, a little "
+        f"more so of a method that tried more rates. Tried: "
+        f"{', '.join(f'{len(its.tried)} by {name}' for name, its in outcome.choices.items())}.",
     ]
     if settings.reject:
         said.append(
             f"While rates are chosen a run is given up, after {settings.reject.after:.0%} of it, "
             f"where its best value so far is worse by more than {settings.reject.behind:g} than "
-            f"what another rate of the same method had reached on the task by then."
+            f"what another rate of the same method, tried before it, had reached on the task with "
+            f"the same seed by then. A rate of which a run was given up is not chosen."
         )
     budgets = [its for its in bake_off.entrants.values() if its.budget is not None]
     said += [
         f"{its.name} has the smallest rank that does not train fewer numbers than "
         + (its.budget if isinstance(its.budget, str) else f"{its.budget:,}")
-        + "."
+        + (f": {prepared.ranks[its.name]}." if its.name in prepared.ranks else ".")
         for its in budgets
         if its.budget is not None
     ]
     said.append(
         "The p-values take the tasks and their held-out rows as given: they say whether a "
         "difference is more than the luck of the seeds, not whether it would be found on other "
-        "tasks."
+        "tasks." + _least_p(outcome)
     )
     return said
+
+
+def _extended(times: int) -> str:
+    if times == 0:
+        return ""
+    often = f", at most {times} times" if times > 1 else ""
+    return f"; where that is the lowest or the highest, the next one beyond it is tried too{often}"
+
+
+def _least_p(outcome: Outcome) -> str:
+    pairs = [len(its.against.differences) for its in standings(outcome) if its.against]
+    if not pairs:
+        return ""
+    least = least_p(max(pairs))
+    return (
+        f" With {max(pairs)} pairs none can be below {least:.2g}, which Holm's correction makes "
+        f"{min(1.0, len(pairs) * least):.2g} for the first of {len(pairs)} methods."
+    )
 
 
 def origins(outcome: Outcome) -> list[str]:

@@ -17,6 +17,7 @@ from .statistics import standings
 from .tables import Table, tables
 
 PAGE, TEXT = "report.html", "report.md"
+NOT_OVER = "This bake-off is not over: runs are missing, and rates may still be chosen otherwise."
 
 
 def write_report(outcome: Outcome) -> Path:
@@ -68,6 +69,7 @@ def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
             # As images: their identifiers would clash in one document.
             plots={name: base64.b64encode(its).decode() for name, its in plots.items()},
             captions=_CAPTIONS,
+            not_over="" if outcome.is_over else NOT_OVER,
             protocol=protocol(outcome),
             origins=origins(outcome),
         )
@@ -77,6 +79,8 @@ def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
 def markdown(outcome: Outcome, plots: Mapping[str, Any]) -> str:
     """The same as Markdown, with its plots beside it."""
     parts = ["# Bake-off"]
+    if not outcome.is_over:
+        parts.append(NOT_OVER)
     parts += [f"![{_CAPTIONS[name]}]({name}.svg)" for name in plots if name != "rates"]
     for table in tables(outcome):
         parts += [f"## {table.title}", _markdown_table(table)]
@@ -96,4 +100,4 @@ def _markdown_table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", r"\|").replace("*", r"\*").split())
+    return " ".join(text.replace("<", "&lt;").replace("|", r"\|").replace("*", r"\*").split())

@@ -9,7 +9,7 @@ from pathlib import Path
 from msplora.bench.provenance import commit, hardware
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals, run_apart
-from msplora.train.run import with_absolute_paths
+from msplora.train.run_folder import has_to_start_anew
 from msplora.train.settings import Settings
 
 from .rejecting import Evaluations, Rejecting, evaluations_so_far
@@ -21,6 +21,7 @@ class Job:
 
     row: Row
     settings: Settings
+    """With absolute paths: another machine's processes are at work in another folder."""
     log: Path
     """Where what the run prints is kept."""
     rejecting: Rejecting | None
@@ -32,11 +33,13 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
 
     `lock` is the descriptor that holds the folder, if this process has it.
     """
-    settings = with_absolute_paths(job.settings)
-    output = Path(settings.output)
+    output = Path(job.settings.output)
     working = output.with_name(f"{output.name}.unfinished")
 
     row = job.row
+    is_resumed = any(working.glob("checkpoints/checkpoint-*")) and not has_to_start_anew(
+        job.settings
+    )
     given_up: Evaluations = []
 
     def is_hopeless() -> bool:
@@ -46,7 +49,7 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
         given_up = job.rejecting.until_hopeless(evaluations, row.steps)
         return bool(given_up)
 
-    outcome = run_apart(settings, job.log, stop, lock, is_hopeless if job.rejecting else None)
+    outcome = run_apart(job.settings, job.log, stop, lock, is_hopeless if job.rejecting else None)
     row.status, row.error = outcome.status, outcome.error
     row.seconds += outcome.seconds
     row.resident_bytes = max(row.resident_bytes or 0, outcome.resident_bytes or 0) or None
@@ -54,6 +57,8 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     if outcome.status == "complete":
         whole = replace(row)
         whole.read_run(output)
+        if is_resumed:
+            whole.train_seconds = None  # it would be that of the last attempt
         if job.rejecting and not given_up:  # it may have been quicker than the looks at it
             given_up = job.rejecting.until_hopeless(whole.evaluations, whole.steps or 0)
         row = whole if not given_up else replace(row, status="rejected", steps=whole.steps)

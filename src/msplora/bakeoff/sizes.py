@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,8 @@ class Prepared:
     """Entrant -> numbers that its adapter trains, the head of a classifier apart."""
     metrics: dict[str, str]
     """Task -> the metric that it is judged by."""
+    ranks: dict[str, str] = field(default_factory=dict)
+    """Entrant with a budget -> its rank, as in "adapter.r = 6"."""
 
 
 def prepare(bake_off: BakeOff, tell: Callable[[str], None] = lambda _: None) -> Prepared:
@@ -55,6 +57,7 @@ def prepare(bake_off: BakeOff, tell: Callable[[str], None] = lambda _: None) -> 
     settings = bake_off.settings
     sizes: dict[str, int] = {}
     metrics: dict[str, str] = {}
+    ranks: dict[str, str] = {}
     first = next(iter(settings.tasks))
     # Those of a budget last: it may be the size of another.
     in_order = sorted(bake_off.entrants.values(), key=lambda its: its.budget is not None)
@@ -63,14 +66,15 @@ def prepare(bake_off: BakeOff, tell: Callable[[str], None] = lambda _: None) -> 
         entrant = bake_off.entrants[name]
         if entrant.budget is not None:
             budget = sizes[entrant.budget] if isinstance(entrant.budget, str) else entrant.budget
-            bake_off = _within_budget(bake_off, name, budget, first)
+            key, rank = _within_budget(bake_off, name, budget, first)
+            bake_off, ranks[name] = bake_off.sized(name, key, rank), f"{key} = {rank}"
         job = _job(bake_off, name, first)
         sizes[name], metrics[first] = _size(job), job.best
     for task in list(settings.tasks)[1:]:
         tell(f"looking at {task}")
         metrics[task] = _job(bake_off, next(iter(bake_off.entrants)), task).best
     _check_metrics(metrics, bake_off.source)
-    return Prepared(bake_off, {name: sizes[name] for name in bake_off.entrants}, metrics)
+    return Prepared(bake_off, {name: sizes[name] for name in bake_off.entrants}, metrics, ranks)
 
 
 def _job(bake_off: BakeOff, entrant: str, task: str) -> Job:
@@ -105,7 +109,8 @@ def _size(job: Job) -> int:
     return trainable.adapter or trainable.total
 
 
-def _within_budget(bake_off: BakeOff, name: str, budget: int, task: str) -> BakeOff:
+def _within_budget(bake_off: BakeOff, name: str, budget: int, task: str) -> tuple[str, int]:
+    """The key of an entrant's rank, and the rank."""
     entrant, source = bake_off.entrants[name], bake_off.source
     run = Run(name, task, entrant.rates[0], bake_off.settings.seeds[0])
     settings = bake_off.settings_of(run)
@@ -135,7 +140,7 @@ def _within_budget(bake_off: BakeOff, name: str, budget: int, task: str) -> Bake
     rank = _smallest(size, budget)
     if rank is None or (size(rank) or 0) > budget * (1 + bake_off.settings.budget_within):
         raise ConfigError(f"{where}: {_nearest_sizes(size, budget, rank, key)}")
-    return bake_off.sized(name, key, rank)
+    return key, rank
 
 
 def _some_rank(settings: Settings) -> int:

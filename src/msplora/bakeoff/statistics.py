@@ -72,7 +72,7 @@ class Standing:
     on_front: bool
     """Whether no entrant of this size or smaller is as good or better."""
     seconds: float | None
-    """The mean time of training."""
+    """The mean time of training, of the runs that were made in one go."""
     memory: int | None
     """The most that a run took: of the GPU where there is one, else of its process."""
     missing: Mapping[str, int]
@@ -106,6 +106,7 @@ def standings(outcome: Outcome) -> list[Standing]:
         best = outcome.choices[name].best
         runs = {run: row for run, row in outcome.finals.items() if run.entrant == name}
         complete = [row for row in runs.values() if row and row.status == "complete"]
+        times = [row.train_seconds for row in complete if row.train_seconds is not None]
         tasks = {
             task: Spread(its)
             for task in bake_off.settings.tasks
@@ -120,7 +121,7 @@ def standings(outcome: Outcome) -> list[Standing]:
                 Spread(tuple(overall[name])) if overall[name] else None,
                 pairs.get(name),
                 name in scores and _is_on_front(name, scores, sizes),
-                mean(row.train_seconds or row.seconds for row in complete) if complete else None,
+                mean(times) if times else None,
                 max((its for row in complete if (its := _memory(row))), default=None),
                 _missing(runs.values(), len(seeds) * len(bake_off.settings.tasks)),
             )
@@ -169,6 +170,11 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     means = np.abs(signs @ values)
     # Sums of the same numbers in another order may differ in the last digits.
     return float(np.mean(means >= abs(values.sum()) - 1e-12))
+
+
+def least_p(pairs: int) -> float:
+    """The smallest p-value that so many differences can have, before any correction."""
+    return 2 / 2**pairs if pairs <= _EXACT else 1 / 2**_EXACT
 
 
 def _adjusted(pairs: Mapping[str, Paired]) -> dict[str, Paired]:

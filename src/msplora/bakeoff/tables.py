@@ -33,7 +33,7 @@ def tables(outcome: Outcome) -> list[Table]:
 
 def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
     bake_off = outcome.prepared.bake_off
-    size = outcome.prepared.sizes[bake_off.baseline]
+    size, seeds = outcome.prepared.sizes[bake_off.baseline], len(bake_off.settings.seeds)
     lines = []
     for its in found:
         against = its.against
@@ -43,7 +43,7 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
                 f"{its.size:,}",
                 f"{its.size / size:.1%}",
                 f"{its.rate:g}" if its.rate else "–",
-                _spread(its.overall),
+                _spread(its.overall, seeds),
                 "baseline" if its.name == bake_off.baseline else _difference(against),
                 f"{against.p:.3g}" if against else "–",
                 f"{against.adjusted:.3g}" if against else "–",
@@ -55,21 +55,21 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         "method", "trainable", f"of {bake_off.baseline}", "rate", "mean score", "difference",
         "p", "p (Holm)", "seconds", "MiB",
     )  # fmt: skip
-    seeds = len(bake_off.settings.seeds)
     note = (
+        f"Trainable: numbers of the adapter, a classifier's head apart. "
         f"Mean score: over {_of(len(bake_off.settings.tasks), 'task')}, then over "
         f"{_of(seeds, 'seed')} (± their standard deviation). Difference: from {bake_off.baseline} "
         f"on the same task with the same seed, mean (lowest to highest task); p by flipping signs, "
         f"and after Holm's correction. Seconds of training and the most memory that a run took are "
-        f"those of the machine it ran on. * no method as small is as good."
+        f"those of the machine it ran on. * no other of this size or smaller is as good."
     )
     return Table("How they stand", headers, tuple(lines), note=note, brief=(0, 1, 3, 4, 5, 7))
 
 
 def _by_task(outcome: Outcome, found: Sequence[Standing]) -> Table:
-    metrics = outcome.prepared.metrics
+    metrics, seeds = outcome.prepared.metrics, len(outcome.prepared.bake_off.settings.seeds)
     lines = tuple(
-        (its.name, *(_spread(its.tasks.get(task)) for task in metrics), _missing(its))
+        (its.name, *(_spread(its.tasks.get(task), seeds) for task in metrics), _missing(its))
         for its in found
     )
     headers = ("method", *(f"{task} ({metric})" for task, metric in metrics.items()), "missing")
@@ -89,12 +89,13 @@ def _rates(outcome: Outcome) -> Table:
                 else:
                     cells.append(f"{row.parameters['task']} {row.status}")
             ends = (choice.tried[0], choice.tried[-1])
-            said = "chosen" if is_best else ""
+            said = "chosen" if is_best else "–"
             if is_best and len(choice.tried) > 1 and tried in ends:
                 said = "chosen, at an end of what was tried"
             lines.append((name, f"{tried.rate:g}", "; ".join(cells), said))
     note = "What each learning rate gave on what rates are chosen on."
-    return Table("Learning rates", ("method", "rate", "gave", ""), tuple(lines), words=4, note=note)
+    headers = ("method", "rate", "gave", "chosen")
+    return Table("Learning rates", headers, tuple(lines), words=4, note=note)
 
 
 def _wrong(outcome: Outcome) -> Table:
@@ -103,15 +104,17 @@ def _wrong(outcome: Outcome) -> Table:
         for row in outcome.rows
         if row.status in ("failed", "diverged")
     )
-    return Table("What went wrong", ("run", "", "why"), lines, words=3)
+    return Table("What went wrong", ("run", "status", "why"), lines, words=3)
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: Spread | None, seeds: int) -> str:
     if spread is None:
         return "–"
+    found = len(spread.values)
+    fewer = f" ({found} of {seeds} seeds)" if found < seeds else ""
     if spread.deviation is None:
-        return f"{spread.mean:.4f}"
-    return f"{spread.mean:.4f} ± {spread.deviation:.4f}"
+        return f"{spread.mean:.4f}{fewer}"
+    return f"{spread.mean:.4f} ± {spread.deviation:.4f}{fewer}"
 
 
 def _difference(paired: Paired | None) -> str:

@@ -37,8 +37,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def mark_of(place: int) -> dict[str, Any]:
-    """The colour and the shape of the series at a place."""
-    return {"color": COLOURS[place % len(COLOURS)], "marker": SHAPES[place % len(SHAPES)]}
+    """The colour and the shape of the series at a place; no two of the first 64 are alike."""
+    turn = place // len(COLOURS)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": SHAPES[(place + turn) % len(SHAPES)]}
 
 
 def svg(figure: Figure, title: str) -> bytes:

@@ -47,7 +47,7 @@ class Row:
     seconds: float = 0.0
     """Wall time, loading included, over all attempts."""
     train_seconds: float | None = None
-    """Of training alone, evaluations included, as the trainer measured it; of the last attempt."""
+    """Of training alone, evaluations included, as the trainer measured it; None if resumed."""
     gpu_bytes: int | None = None
     """The most memory of a GPU that its tensors took at once; None on a CPU."""
     resident_bytes: int | None = None

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msplora.errors import MSPLoraError
+from msplora.train.run_folder import has_to_start_anew
 from msplora.train.settings import Settings
 from msplora.train.settings_file import write_settings
 from msplora.train.stopping import Interrupted, StopSignals
 
 _DIVERGED = 3
 """The exit code of `TrainingDiverged`, whose module takes seconds to import."""
-_BETWEEN_LOOKS = 1.0
-"""Seconds between two looks at a run that may be rejected."""
+_BETWEEN_LOOKS = 0.5
+"""Seconds between two looks at a run."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,15 @@ def run_apart(
     lock: int | None = None,
     is_hopeless: Callable[[], bool] | None = None,
 ) -> Outcome:
-    """Train by `msplora train --resume auto` in a process of its own.
+    """Train by `msplora train --resume auto` in a process of its own; start anew what cannot go on.
 
     It inherits `lock`: should this process be killed, the sweep is not free until that one has
     ended too. Where `is_hopeless` says so, asked while it trains, it is stopped and rejected.
     """
     config = log.with_suffix(".yaml")
     write_settings(settings, config)
-    command = [sys.executable, "-m", "msplora", "train", str(config), "--resume", "auto"]
+    how = ["--force"] if has_to_start_anew(settings) else ["--resume", "auto"]
+    command = [sys.executable, "-m", "msplora", "train", str(config), *how]
     began, before = time.monotonic(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as file:
         stop.apart = True
@@ -119,7 +121,8 @@ def run_apart(
     if rejected:
         return Outcome("rejected", seconds, None, resident)
     if code < 0:
-        said = f"its process was ended by {signal.Signals(-code).name}, as for want of memory"
+        said = f"its process was ended by {signal.Signals(-code).name}"
+        said += ", as for want of memory" if code == -signal.SIGKILL else ""
     return Outcome("diverged" if code == _DIVERGED else "failed", seconds, said, resident)
 
 
@@ -127,14 +130,12 @@ def _wait_for(
     process: subprocess.Popen[bytes], is_hopeless: Callable[[], bool] | None
 ) -> tuple[int, Any, bool]:
     """Its exit status, what it used, and whether it was stopped as hopeless."""
-    if is_hopeless is None:
-        return *os.wait4(process.pid, 0)[1:], False
     rejected = False
-    while True:
+    while True:  # not one long wait, which what a cluster does to take a task back cannot end
         found, status, usage = os.wait4(process.pid, os.WNOHANG)
         if found:
             return status, usage, rejected
-        if not rejected and is_hopeless():
+        if is_hopeless and not rejected and is_hopeless():
             process.terminate()
             rejected = True
         time.sleep(_BETWEEN_LOOKS)
@@ -155,7 +156,8 @@ def run_here(settings: Settings, log: Path, stop: SweepSignals) -> Outcome:
     with log.open("a", encoding="utf-8") as file:
         console = Console(file=file, width=120)
         try:
-            train_run(settings, resume="auto", console=console)
+            anew = has_to_start_anew(settings)
+            train_run(settings, resume=False if anew else "auto", force=anew, console=console)
         except Interrupted as error:
             stop.number = stop.number or error.exit_code - 128
             return outcome("unfinished", str(error))

@@ -33,6 +33,9 @@ BEFORE = "checkpoints/before.json"
 INPUTS = "checkpoints/inputs.json"
 """The checksums of the data files that the run began with."""
 
+NOT_RESUMED = ("adalora",)
+"""The methods whose unfinished runs can only be started anew."""
+
 Resume = bool | Literal["auto"]
 """Whether to resume: False starts, True needs an unfinished run, "auto" does what is left to do."""
 
@@ -231,7 +234,7 @@ class RunFolder:
         self._check_same_data()
         self.found = find_newest(self.checkpoints)
         newest, now = self.found.newest, int(os.environ.get("WORLD_SIZE", "1"))
-        if newest and self.settings.method == "adalora":
+        if newest and self.settings.method in NOT_RESUMED:
             raise RunFolderError(
                 f"the run in {self.working} cannot be resumed: PEFT's AdaLoRA keeps the averages "
                 f"it prunes by in memory only, so it would prune other ranks. Pass --force instead "
@@ -268,6 +271,13 @@ class RunFolder:
                 f"the {what} run in {folder} has other settings: {'; '.join(changed)}. "
                 f"Resume with the same ones, or pass --force instead to start anew."
             )
+
+
+def has_to_start_anew(settings: Settings) -> bool:
+    """Whether what an interrupted run has left cannot be continued, whoever asks."""
+    output = Path(settings.output)
+    checkpoints = output.with_name(f"{output.name}.unfinished") / "checkpoints"
+    return settings.method in NOT_RESUMED and any(checkpoints.glob("checkpoint-*"))
 
 
 def _holds_something(folder: Path) -> bool:
