@@ -230,11 +230,12 @@ def _check(bake_off: BakeOff) -> None:
     for task in settings.choose.tasks or []:
         _check_known("choose.tasks", task, settings.tasks, source)
     _check_known("baseline", bake_off.baseline, bake_off.entrants, source)
-    for what, values in (
-        ("seeds", settings.seeds),
-        ("choose.seeds", settings.choose.seeds or []),
-        ("choose.tasks", settings.choose.tasks or []),
-    ):
+    lists: dict[str, list[Any]] = {
+        "seeds": settings.seeds,
+        "choose.seeds": settings.choose.seeds or [],
+        "choose.tasks": settings.choose.tasks or [],
+    }
+    for what, values in lists.items():
         twice = next((its for its in values if values.count(its) > 1), None)
         if twice is not None:
             raise ConfigError(f"in {source}: {what} = {values} has {twice!r} twice. Leave one out.")
