@@ -457,6 +457,19 @@ def test_only_a_process_that_was_killed_may_have_lacked_memory(
     assert ("memory" in outcome.error) is is_memory
 
 
+def test_a_process_that_a_killed_one_left_is_waited_for(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in_for_python(monkeypatch, "echo second")
+    settings = make_settings({**BASE, "output": "run"}, "test")
+    with Path("run.log").open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # handed on to the process, as run_apart does
+        left = subprocess.Popen(["sh", "-c", "sleep 0.3; echo first"], stdout=log)
+    assert run_apart(settings, Path("run.log"), SweepSignals()).status == "complete"
+    assert left.wait() == 0
+    assert Path("run.log").read_text().split() == ["first", "second"]
+
+
 def test_a_process_ends_with_the_wait_for_it(
     made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -129,8 +130,10 @@ class OnRay:
         if ray.is_initialized():
             return ray
         address = None if self.address == "local" else self.address
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            signal.signal(signal.SIGTERM, on_sigterm)  # it has put one of its own there
         except (ConnectionError, ValueError) as error:
             raise MSPLoraError(
                 f"--ray {self.address}: {error}. Start a cluster with `ray start`, or use --ray "

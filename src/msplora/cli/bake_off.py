@@ -36,7 +36,7 @@ def bake_off(
     ] = None,
     cpus: Annotated[float, typer.Option(min=0.01, help="With --ray: cores of a run.")] = 1,
     gpus: Annotated[
-        float, typer.Option(min=0, help="With --ray: GPUs of a run; 0.5 lets two share one.")
+        float, typer.Option(min=0, help="With --ray: GPUs of a run; none leaves it the CPU.")
     ] = 0,
 ) -> None:
     """Compare methods, each at its own best learning rate; continues what was stopped."""

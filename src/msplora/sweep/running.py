@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import signal
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from msplora.errors import MSPLoraError
 from msplora.train.run_folder import has_to_start_anew
@@ -81,7 +82,8 @@ def run_apart(
     """Train by `msplora train --resume auto` in a process of its own; start anew what cannot go on.
 
     It inherits `lock`: should this process be killed, the sweep is not free until that one has
-    ended too. Where `is_hopeless` says so, asked while it trains, it is stopped and rejected.
+    ended too. It holds its log as well: where there is no `lock`, one that was left is waited for.
+    Where `is_hopeless` says so, asked while it trains, it is stopped and rejected.
     """
     config = log.with_suffix(".yaml")
     write_settings(settings, config)
@@ -89,6 +91,7 @@ def run_apart(
     command = [sys.executable, "-m", "msplora", "train", str(config), *how]
     began, before = time.monotonic(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as file:
+        _wait_until_free(file)
         stop.apart = True
         process = subprocess.Popen(
             command,
@@ -124,6 +127,19 @@ def run_apart(
         said = f"its process was ended by {signal.Signals(-code).name}"
         said += ", as for want of memory" if code == -signal.SIGKILL else ""
     return Outcome("diverged" if code == _DIVERGED else "failed", seconds, said, resident)
+
+
+def _wait_until_free(file: IO[bytes]) -> None:
+    """Hold a file, once no process does any more."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_BETWEEN_LOOKS)
+        except OSError:
+            return  # some network file systems have no locks
+        else:
+            return
 
 
 def _wait_for(
