@@ -6,6 +6,7 @@ its method, rate, task and seed.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from msplora.bakeoff.sizes import Prepared, prepare
 from msplora.bakeoff.statistics import standings
 from msplora.errors import ConfigError, MSPLoraError
 from msplora.sweep.folder import SweepFolderError
-from msplora.sweep.rows import Row
+from msplora.sweep.rows import Row, Rows
 from msplora.sweep.running import Outcome as RunOutcome
 from msplora.sweep.running import SweepSignals
 from msplora.train.stopping import Interrupted
@@ -298,6 +299,23 @@ def test_a_crash_is_recorded_and_the_rest_goes_on(made_up: MadeUp) -> None:
     assert made_up.ran == []
     run_bake_off(prepared(), retry_failed=True)
     assert made_up.ran == [lost]
+
+
+def test_a_full_disk_loses_nothing(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Rows.put
+
+    def full(rows: Rows, row: Row) -> None:
+        if len(made_up.ran) == 3 and row.status == "complete":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(rows, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "put", full)
+        with pytest.raises(SweepFolderError, match=r"No space left.*give the same command again"):
+            run_bake_off(prepared())
+    assert [row["status"] for row in rows_in("out")] == ["complete", "complete", "unfinished"]
+    outcome = run_bake_off(prepared())
+    assert all(row and row.status == "complete" for row in outcome.finals.values())
 
 
 def test_a_rate_that_fails_is_not_chosen(made_up: MadeUp) -> None:

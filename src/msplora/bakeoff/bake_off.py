@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from msplora.sweep.folder import LOGS
+from msplora.sweep.folder import LOGS, SweepFolderError
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals
 from msplora.train.run import with_absolute_paths
@@ -63,7 +63,7 @@ def run_bake_off(
     `retry_failed`.
 
     Raises:
-        SweepFolderError: the output is taken, or holds another bake-off.
+        SweepFolderError: the output is taken, holds another bake-off, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM. Runs were saved, and the message says how to go on.
     """
     return _Running(prepared, console or Console(), engine, retry_failed).run()
@@ -116,6 +116,11 @@ class _Running:
                     self._run_all(self.engine or Here(folder.lock))
             except KeyboardInterrupt:
                 stop.number = stop.number or signal.SIGINT
+            except OSError as error:
+                raise SweepFolderError(
+                    f"the bake-off in {folder.path} cannot go on: {error}. What was made is kept: "
+                    f"once there is room, give the same command again."
+                ) from error
             outcome = _outcome(self.prepared, folder)
         finally:
             folder.release()
