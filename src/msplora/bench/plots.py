@@ -1,12 +1,7 @@
-"""The page's plots, as SVG: the same numbers give the same bytes, whatever the user's settings.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and a shape goes with each. The
-background is white, so that a dark page shows the same picture.
-"""
+"""The page's plots, as SVG: the same numbers give the same bytes, whatever the user's settings."""
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,38 +9,22 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from msplora.page.plotting import COLOURS, DARK, LIGHT, MIDDLE, SETTINGS, svg
+
 from .measured import AGAIN, LORA, OURS
 from .tables import Verdict, rounded
 
-BLUE, RED, DARK, MIDDLE, LIGHT = "#0072B2", "#D55E00", "#333333", "#7A7A7A", "#D9D9D9"
+BLUE, RED, GREEN, *_ = COLOURS
 _MARKS = {
     Verdict.LEVEL: (BLUE, "o", "MSPLoRA, no difference"),
-    Verdict.FASTER: ("#009E73", "s", "MSPLoRA, faster beyond the A/A spread"),
+    Verdict.FASTER: (GREEN, "s", "MSPLoRA, faster beyond the A/A spread"),
     Verdict.SLOWER: (RED, "^", "MSPLoRA, slower beyond the A/A spread"),
     Verdict.UNJUDGED: (MIDDLE, "D", "MSPLoRA, not judged"),
 }
-_SETTINGS = {
-    "svg.hashsalt": "msplora",
-    "svg.fonttype": "path",
-    "text.parse_math": False,  # names come from files
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.edgecolor": MIDDLE,
-    "axes.labelcolor": DARK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-}
-
 _SHOWN = " (medians, with quartiles)"
 
 Quartiles = Sequence[float]
@@ -72,7 +51,7 @@ class PointMark:
 
 def draw_methods(title: str, unit: str, marks: Sequence[MethodMark], digits: int) -> bytes:
     """Draw one line per method; LoRA's median runs through."""
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", SETTINGS]):
         names = [_wrapped(mark.label) for mark in marks]
         figure, axes = _figure(names, title)
         for place, mark in enumerate(marks):
@@ -96,12 +75,12 @@ def draw_methods(title: str, unit: str, marks: Sequence[MethodMark], digits: int
         _label_lines(axes, names, unit)
         axes.margins(x=0.13)
         _legend(figure, axes, 2)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def draw_points(title: str, marks: Sequence[PointMark]) -> bytes:
     """Draw one line per point: the A/A band, and ours in the colour and shape of its verdict."""
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", SETTINGS]):
         names = [_wrapped(mark.label) for mark in marks]
         figure, axes = _figure(names, title)
         for place, mark in enumerate(marks):
@@ -121,12 +100,12 @@ def draw_points(title: str, marks: Sequence[PointMark]) -> bytes:
         _label_lines(axes, names, f"step time ÷ LoRA's at the same point{_SHOWN}")
         axes.margins(x=0.08)
         _legend(figure, axes, 3)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def draw_depth(title: str, layers: Sequence[int], marks: Sequence[PointMark]) -> bytes:
     """Draw ours against LoRA over the number of layers."""
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", SETTINGS]):
         figure, axes = _figure([""] * 8, title)
         band = [mark.again or mark.ours for mark in marks]
         axes.fill_between(
@@ -149,7 +128,7 @@ def draw_depth(title: str, layers: Sequence[int], marks: Sequence[PointMark]) ->
         axes.set_xticks(list(layers))
         axes.grid(axis="y")
         _legend(figure, axes, 3)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def _wrapped(label: str) -> str:
@@ -220,9 +199,3 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower left", ncols=columns, fontsize=9
         )
-
-
-def _svg(figure: Figure, title: str) -> bytes:
-    canvas, file = FigureCanvasSVG(figure), io.BytesIO()
-    canvas.print_svg(file, metadata={"Date": None, "Title": title})
-    return file.getvalue()

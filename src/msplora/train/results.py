@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from msplora.versions import versions
 
 from .devices import is_main_process, is_sharded, wait_for_everyone
@@ -17,7 +19,7 @@ from .model_card import model_card
 from .peft_methods import has_adapter
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
-from .run_folder import BEFORE, METRICS, RunFolder
+from .run_folder import BEFORE, HISTORY, METRICS, RunFolder
 from .settings import Settings
 
 
@@ -43,6 +45,7 @@ def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
         "best": best,
         "evaluations": evaluations,
         "trainable": job.adapted.trainable.total,
+        "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 
@@ -78,7 +81,7 @@ def write_records(
         if "loss" in entry
     ]
     folder.write_json(METRICS, metrics)
-    folder.write_json("log_history.json", [_as_json(its) for its in trainer.state.log_history])
+    folder.write_json(HISTORY, [_as_json(its) for its in trainer.state.log_history])
     folder.write_json("versions.json", versions())
     folder.write_json("plan.json", plan_record(adapted, settings.method))
     (here / "plan.txt").write_text(plan_text(adapted, settings.method), encoding="utf-8")
