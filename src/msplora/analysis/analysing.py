@@ -16,7 +16,7 @@ from .against_base import with_base
 from .base import Base
 from .comparing import compare
 from .history import checkpoint, checkpoint_folders
-from .kinds import KindUpdates, analyse_kind
+from .kinds import analyse_kind
 from .reading import read_adapter
 from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
 from .stored import StoredAdapter
@@ -35,8 +35,9 @@ def analyse(
 ) -> Analysis:
     """Measure what the levels of adapters learned, through their factors.
 
-    No model is loaded but for `data`. Besides the factors of all adapters, what is held at a time
-    is one kind in the coordinates of its factors and, with a base, one of its weights.
+    No model is loaded but for `data`. The factors are read from the files as they are needed; what
+    is held at a time is one kind in the coordinates of its factors and, with a base, one of its
+    weights.
 
     Args:
         adapters: folders of MSPLoRA adapters or PEFT's plain LoRAs, or of runs; one that has
@@ -74,11 +75,7 @@ def analyse(
                 path=str(path),
                 method=adapter.method,
                 base=its_base.source if its_base else adapter.base,
-                parameters=sum(
-                    pair.a_RI.numel() + pair.b_OR.numel()
-                    for kind in adapter.kinds
-                    for pair in kind.pairs
-                ),
+                parameters=sum(pair.parameters for kind in adapter.kinds for pair in kind.pairs),
                 levels=summarise(
                     adapter,
                     [list(site.levels.values()) for kind in kinds for site in kind.sites],
@@ -139,7 +136,7 @@ def _kinds(
 
     found = []
     for kind in adapter.kinds:
-        its = analyse_kind(KindUpdates(kind, adapter.levels))
+        its = analyse_kind(kind, adapter.levels)
         advance(len(kind.sites))
         if base is not None:
             its = with_base(its, kind, base, intruder_vectors, advance)
