@@ -29,7 +29,7 @@ _MARKS = {
     Verdict.SLOWER: (RED, "^", "MSPLoRA, slower beyond the A/A spread"),
     Verdict.UNJUDGED: (MIDDLE, "D", "MSPLoRA, not judged"),
 }
-_SETTINGS = {
+SETTINGS = {
     "svg.hashsalt": "msplora",
     "svg.fonttype": "path",
     "text.parse_math": False,  # names come from files
@@ -72,7 +72,7 @@ class PointMark:
 
 def draw_methods(title: str, unit: str, marks: Sequence[MethodMark], digits: int) -> bytes:
     """Draw one line per method; LoRA's median runs through."""
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", SETTINGS]):
         names = [_wrapped(mark.label) for mark in marks]
         figure, axes = _figure(names, title)
         for place, mark in enumerate(marks):
@@ -96,12 +96,12 @@ def draw_methods(title: str, unit: str, marks: Sequence[MethodMark], digits: int
         _label_lines(axes, names, unit)
         axes.margins(x=0.13)
         _legend(figure, axes, 2)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def draw_points(title: str, marks: Sequence[PointMark]) -> bytes:
     """Draw one line per point: the A/A band, and ours in the colour and shape of its verdict."""
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", SETTINGS]):
         names = [_wrapped(mark.label) for mark in marks]
         figure, axes = _figure(names, title)
         for place, mark in enumerate(marks):
@@ -121,12 +121,12 @@ def draw_points(title: str, marks: Sequence[PointMark]) -> bytes:
         _label_lines(axes, names, f"step time ÷ LoRA's at the same point{_SHOWN}")
         axes.margins(x=0.08)
         _legend(figure, axes, 3)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def draw_depth(title: str, layers: Sequence[int], marks: Sequence[PointMark]) -> bytes:
     """Draw ours against LoRA over the number of layers."""
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with matplotlib.style.context(["default", SETTINGS]):
         figure, axes = _figure([""] * 8, title)
         band = [mark.again or mark.ours for mark in marks]
         axes.fill_between(
@@ -149,7 +149,7 @@ def draw_depth(title: str, layers: Sequence[int], marks: Sequence[PointMark]) ->
         axes.set_xticks(list(layers))
         axes.grid(axis="y")
         _legend(figure, axes, 3)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def _wrapped(label: str) -> str:
@@ -222,7 +222,8 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
         )
 
 
-def _svg(figure: Figure, title: str) -> bytes:
+def svg(figure: Figure, title: str) -> bytes:
+    """The bytes of a figure drawn under SETTINGS."""
     canvas, file = FigureCanvasSVG(figure), io.BytesIO()
     canvas.print_svg(file, metadata={"Date": None, "Title": title})
     return file.getvalue()
