@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,10 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def by_chance(found: Sequence[Row], digits: int, factor: float = 1.0) -> str:
     """The mean over adapters of chance, and how far one lies from it: the standard deviation."""
-    of: Callable[[str], float] = lambda name: (
-        factor
-        * statistics.fmean(  # noqa: E731
-            its[name] for its in found
-        )
+    mean, deviation = (
+        factor * statistics.fmean(its[name] for its in found) for name in ("chance", "deviation")
     )
-    return f"{of('chance'):.{digits}f} ± {of('deviation'):.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from msplora.loading import BaseOptions, adapter_folder
 from .against_base import with_base
 from .base import Base
 from .comparing import compare
-from .history import checkpoint, checkpoint_folders
+from .history import checkpoint, checkpoint_folders, recorded, step_of
 from .kinds import analyse_kind
 from .reading import read_adapter
 from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
@@ -67,7 +67,7 @@ def analyse(
     results = []
     for name, path, (adapter, its_base) in zip(names, paths, read, strict=True):
         # First what loads most and so may fail.
-        ablation = _ablation(adapter.path, data, its_base, partial(report, f"{name}: data"))
+        ablation = _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
         results.append(
             AdapterResult(
@@ -81,7 +81,7 @@ def analyse(
                     [list(site.levels.values()) for kind in kinds for site in kind.sites],
                 ),
                 kinds=kinds,
-                history=_history(path, partial(report, f"{name}: checkpoints")),
+                history=_history(path, options, partial(report, f"{name}: checkpoints")),
                 ablation=ablation,
                 notes=(*adapter.notes, *_notes(kinds, its_base)),
             )
@@ -144,24 +144,28 @@ def _kinds(
     return tuple(found)
 
 
-def _history(path: Path, report: Callable[[int, int], None]) -> tuple[Checkpoint, ...]:
-    folders = checkpoint_folders(path)
-    found = []
-    for folder in folders if len(folders) > 1 else ():
-        found.append(checkpoint(folder))
-        report(len(found), len(folders))
-    return tuple(found)
+def _history(
+    path: Path, base: BaseOptions | None, report: Callable[[int, int], None]
+) -> tuple[Checkpoint, ...]:
+    found = {its.step: its for its in recorded(path)}
+    folders = [its for its in checkpoint_folders(path) if step_of(its) not in found]
+    if len(found) + len(folders) < 2:
+        return ()
+    for done, folder in enumerate(folders, start=1):
+        found[step_of(folder)] = checkpoint(folder, base)
+        report(done, len(folders))
+    return tuple(found[step] for step in sorted(found))
 
 
 def _ablation(
-    folder: Path, data: str | None, base: Base | None, report: Callable[[int, int], None]
+    folder: Path, data: str | None, base: BaseOptions | None, report: Callable[[int, int], None]
 ) -> Ablation | None:
     if data is None:
         return None
     with train_extra():
         from .ablation import switch_off
 
-        return switch_off(folder, data, base.source if base else None, report)
+        return switch_off(folder, data, base, report)
 
 
 def _notes(kinds: Sequence[KindResult], base: Base | None) -> list[str]:
