@@ -29,7 +29,7 @@ def main() -> None:
     from levels_plots import draw  # matplotlib takes a second to import
 
     PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    plots = PAGE.with_suffix("")
+    plots = PAGE.with_suffix("")  # docs/analysis/
     plots.mkdir(exist_ok=True)
     for name, picture in draw(groups()).items():
         (plots / f"{name}.svg").write_bytes(picture)
