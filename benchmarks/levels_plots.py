@@ -64,8 +64,8 @@ def _lines(
     tasks = _by_task(groups)
     lines = {task: [mark for seeds in its for mark in marks(seeds)] for task, its in tasks.items()}
     heights = [len(its) + 1 for its in lines.values()]
-    figure = _figure(title, (8, 1.2 + 0.27 * sum(heights)))
-    panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False, height_ratios=heights)
+    figure = _figure(title, (8, 1.0 + 0.3 * len(lines) + 0.27 * sum(heights)))
+    panels = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)
     for axes, (task, its) in zip(panels[:, 0], lines.items(), strict=True):
         for place, (_, seeds) in enumerate(its):
             chance, deviation = (
