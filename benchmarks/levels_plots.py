@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from msplora.bench.plots import BLUE, DARK, LIGHT, MIDDLE, RED, SETTINGS, svg
+from msplora.page.plotting import COLOURS, DARK, LIGHT, MIDDLE, SETTINGS, svg
 
 Row = dict[str, Any]
 Seeds = Sequence[Row]
-GREEN = "#009E73"
+BLUE, RED, GREEN, *_ = COLOURS
 
 
 def draw(groups: Sequence[Seeds]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The tables of keys in docs/training.md, made from the settings' fields.
+"""The tables of keys in docs/training.md and docs/bake-off.md, made from the settings' fields.
 
 `python tests/settings_tables.py` writes them anew; a test compares.
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from msplora.bakeoff.settings import BakeOffSettings, ChooseSettings, RejectSettings
 from msplora.sweep.settings import SearchSettings, SweepSettings
 from msplora.train.settings import (
     AdapterSettings,
@@ -26,6 +27,7 @@ from msplora.train.settings_data import DataSettings, DataSource
 from msplora.train.settings_methods import METHOD_SECTIONS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/training.md"
+BAKE_OFF = PAGE.with_name("bake-off.md")
 SECTIONS: dict[str, type[BaseModel]] = {
     "top level": Settings,
     "data": DataSettings,
@@ -37,6 +39,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "a stage": StageSettings,
     "sweep": SweepSettings,
     "a searched key": SearchSettings,
+    "bake-off": BakeOffSettings,
+    "choosing": ChooseSettings,
+    "rejecting": RejectSettings,
 }
 _MARKED = r"<!-- keys: {} -->\n(.*?)<!-- end of keys -->"
 
@@ -100,6 +105,8 @@ def _kind(annotation: Any) -> str:
         bool: "`true` or `false`",
         DataSource: "source",
         StageSettings: "stage",
+        ChooseSettings: "mapping",
+        RejectSettings: "mapping",
     }[annotation]
 
 
@@ -115,12 +122,13 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def rewrite() -> None:
-    """Put the tables of the present fields into the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, section in SECTIONS.items():
-        new = f"<!-- keys: {name} -->\n{table(section)}<!-- end of keys -->"
-        page = re.sub(_MARKED.format(name), lambda _, new=new: new, page, flags=re.DOTALL)
-    PAGE.write_text(page, encoding="utf-8")
+    """Put the tables of the present fields into the pages."""
+    for file in (PAGE, BAKE_OFF):
+        page = file.read_text(encoding="utf-8")
+        for name, section in SECTIONS.items():
+            new = f"<!-- keys: {name} -->\n{table(section)}<!-- end of keys -->"
+            page = re.sub(_MARKED.format(name), lambda _, new=new: new, page, flags=re.DOTALL)
+        file.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def test_two_processes_train_what_one_trains(bases: Path, task: str) -> None:
     assert reloaded.json()["loss"] == pytest.approx(best["loss"], rel=1e-5)
 
 
-@pytest.mark.slow
+# By hand, for it may crash where nobody can help it: FSDP2 on a CPU exchanges tensors by gloo, in
+# which one process of many runs ended with a segmentation fault.
+@pytest.mark.thorough
 def test_a_sharded_model_trains_saves_and_resumes(bases: Path) -> None:
     """FSDP2, every block and the rest sharded, with gradient checkpointing."""
     options = {"gradient_checkpointing": True, "save_steps": 3}

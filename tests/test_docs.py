@@ -29,7 +29,7 @@ PAGES = {
     page: page.read_text(encoding="utf-8")
     for page in (
         PAGE,
-        *(PAGE.with_name(name) for name in ("data.md", "analysis.md", "inspecting.md")),
+        *map(PAGE.with_name, ("data.md", "analysis.md", "inspecting.md", "bake-off.md")),
     )
 }
 TEXT = "\n".join(PAGES.values())
@@ -145,7 +145,8 @@ def test_every_block_is_run_by_one_of_these_tests() -> None:
     languages = re.findall(r"^```(\w+)$", TEXT, flags=re.MULTILINE)
     assert set(languages) == {"yaml", "json", "text", "sh", "python"}
     assert set(FILES) >= {"train.jsonl", "sft.yaml", "reviews.yaml", "glue/RTE/dev.tsv", "new.csv"}
-    whole = {"sft.yaml", "reviews.yaml", "colours.yaml", "sweep.yaml", "search.yaml"}
+    trained = {"sft.yaml", "reviews.yaml", "colours.yaml"}
+    whole = trained | {"sweep.yaml", "search.yaml", "bake-off.yaml"}
     assert {name for name in FILES if name.endswith(".yaml")} == whole
     assert len(PARTS) == len(blocks("yaml")) - len(whole)
     assert len(COMMANDS) >= 12
@@ -165,7 +166,7 @@ def test_a_part_of_a_config_trains(part: str, workspace: Path) -> None:
 @pytest.mark.slow
 def test_the_commands_run_in_order(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in COMMANDS:
-        if command[0] == "sweep":
+        if command[0] in ("sweep", "bake-off"):
             run(*dict.fromkeys([*command, "--list"]))  # not its many runs
             continue
         if command[0] != "train":

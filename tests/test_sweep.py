@@ -114,9 +114,11 @@ class MadeUp:
         run.mkdir(parents=True)
         best = {"step": 3, "epoch": 1.0, "loss": loss}
         metrics = {"metric_for_best": "loss", "best": best, "before": None, "trainable": 7}
+        metrics["evaluations"] = [best]
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "config.yaml").write_text("")
         (run / "versions.json").write_text("{}")
+        (run / "log_history.json").write_text("[]")
         return Outcome("complete", 1.0)
 
 

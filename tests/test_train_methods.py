@@ -66,6 +66,7 @@ def test_a_run_with_moving_ranks(bases: Path, tmp_path: Path) -> None:
     result = train(tmp_path, content(bases, "elalora", "sft"))
     assert result.code == 0, result.error
     assert "4 ranks moved" in result.out
+    assert "trained base" not in result.out  # it is an adapter that trains
     assert "method elalora does not read gralora, adalora, vera, randlora, lily" in result.out
     saved = adapter_config(tmp_path)
     assert saved["peft_type"] == "ELALORA"

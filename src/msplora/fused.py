@@ -6,7 +6,7 @@ As separate operations the product costs a tensor of the output's size forward a
 input's size backward, each written, read back and added; and autograd keeps the assembled factors
 and, under a half-precision base or with dropout, a converted copy of the input. Here both products
 add into what the frozen layer has just computed, and backward keeps the input itself (which layers
-that share it keep once), s A d(x) and the dropout's mask.
+that share it keep once), s A d(x), unless that is cheap to make again, and the dropout's mask.
 
 The scales multiply A d(x), a few numbers per token, and not B, as everywhere else (`product.py`):
 in small batches the copy of B would be a good part of the cost. For a scale that is a power of two,
@@ -23,6 +23,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+NARROW = 1024
+"""Up to this width of the input, A x is made again in backward where LoRA keeps no more than x and
+its own A x, which has a smaller rank. The wider the input, the more time that takes, and the less
+memory it saves of what is kept."""
 
 
 class Mix(NamedTuple):
@@ -111,7 +116,7 @@ def _forward(
     if mix.dropout:
         kept_MI = torch.empty_like(x_MI, dtype=torch.bool).bernoulli_(1 - mix.dropout)
         inner_MI = inner_MI * kept_MI
-    h_MR = _scaled(inner_MI @ a_RI.t(), mix)
+    h_MR = _scaled(_narrow_product(inner_MI, a_RI), mix)
     _add_product(y_MO, h_MR, b_OR.t(), mix.gain)
     return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, kept_MI
 
@@ -133,7 +138,8 @@ class _LinearWithPairs(torch.autograd.Function):
             x_NI, weight_OI, bias_O, mix, factors[:levels], factors[levels:]
         )
         ctx.mix = mix
-        ctx.save_for_backward(x_NI, weight_OI, h_MR, kept_MI, *factors)
+        kept_h_MR = None if _made_again(x_NI, mix) else h_MR
+        ctx.save_for_backward(x_NI, weight_OI, kept_h_MR, kept_MI, *factors)
         return y_NO
 
     @staticmethod
@@ -150,14 +156,15 @@ class _LinearWithPairs(torch.autograd.Function):
         grad_a: Sequence[Tensor | None] = [None] * levels
         grad_b: Sequence[Tensor | None] = [None] * levels
         inner_grad_MO = grad_MO if grad_MO.dtype == mix.dtype else grad_MO.to(mix.dtype)
-        if torch.is_grad_enabled():  # a second derivative is wanted, so h has to depend on x and A
-            h_MR = _scaled(_kept(x_MI.to(mix.dtype), kept_MI) @ a_RI.t(), mix)
         if any(wants_factors[levels:]):
+            # For a second derivative h has to depend on x and A.
+            if h_MR is None or torch.is_grad_enabled():
+                h_MR = _scaled(_narrow_product(_kept(x_MI.to(mix.dtype), kept_MI), a_RI), mix)
             grad_RO = _gained((h_MR.t() @ inner_grad_MO).to(factors[0].dtype), mix)
             # Not contiguous, so that what accumulates gradients copies a part and keeps no other.
             grad_b = [part.t() for part in grad_RO.split(mix.ranks)]
         if wants_x or any(wants_factors[:levels]):
-            grad_h_MR = _scaled(inner_grad_MO @ b_OR, mix)
+            grad_h_MR = _scaled(_narrow_product(inner_grad_MO, b_OR.t()), mix)
             del inner_grad_MO
             if any(wants_factors[:levels]):
                 inner_MI = _kept(x_MI.to(mix.dtype), kept_MI)
@@ -192,7 +199,7 @@ def _forward_of_stacks(
     if dropout:
         noise_MI = torch.empty_like(inner_MI).bernoulli_(1 - dropout).div_(1 - dropout)
         inner_MI = inner_MI * noise_MI
-    h_MR = F.linear(inner_MI, a_RI)
+    h_MR = _narrow_product(inner_MI, a_RI)
     _add_small_product(y_MO, h_MR, b_RO)
     return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, noise_MI
 
@@ -226,13 +233,13 @@ class _LinearWithStacks(torch.autograd.Function):
         if noise_MI is not None:
             inner_MI = inner_MI * noise_MI
         if torch.is_grad_enabled():  # a second derivative is wanted, so h has to depend on x and A
-            h_MR = F.linear(inner_MI, a_RI)
+            h_MR = _narrow_product(inner_MI, a_RI)
 
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
         if wants_b:
             grad_b = torch.mm(h_MR.t(), inner_grad_MO)
         if wants_x or wants_a:
-            grad_h_MR = F.linear(inner_grad_MO, b_RO)
+            grad_h_MR = _narrow_product(inner_grad_MO, b_RO)
             if wants_a:
                 grad_a = torch.mm(grad_h_MR.t(), inner_MI)
             if wants_x:
@@ -244,6 +251,23 @@ class _LinearWithStacks(torch.autograd.Function):
         if wants_bias:
             grad_bias = grad_MO.sum(0)
         return grad_x, grad_weight, grad_bias, None, grad_a, grad_b
+
+
+def _made_again(x_NI: Tensor, mix: Mix) -> bool:
+    """Whether backward makes A x again, and does not keep it."""
+    as_lora = x_NI.dtype == mix.dtype and mix.dtype.itemsize >= 4 and not mix.dropout
+    return as_lora and x_NI.shape[-1] <= NARROW
+
+
+def _narrow_product(wide_MD: Tensor, factor_RD: Tensor) -> Tensor:
+    """``wide @ factor.t()``, (M, R).
+
+    In float32 it lies in memory rank by rank: at ranks as small and odd as 14 MKL takes about twice
+    as long for one that lies token by token.
+    """
+    if wide_MD.dtype.itemsize < 4:
+        return F.linear(wide_MD, factor_RD)
+    return torch.mm(factor_RD, wide_MD.t()).t()
 
 
 def _add_small_product(

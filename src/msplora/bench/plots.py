@@ -1,12 +1,7 @@
-"""The page's plots, as SVG: the same numbers give the same bytes, whatever the user's settings.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and a shape goes with each. The
-background is white, so that a dark page shows the same picture.
-"""
+"""The page's plots, as SVG: the same numbers give the same bytes, whatever the user's settings."""
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,38 +9,22 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from msplora.page.plotting import COLOURS, DARK, LIGHT, MIDDLE, SETTINGS, svg
+
 from .measured import AGAIN, LORA, OURS
 from .tables import Verdict, rounded
 
-BLUE, RED, DARK, MIDDLE, LIGHT = "#0072B2", "#D55E00", "#333333", "#7A7A7A", "#D9D9D9"
+BLUE, RED, GREEN, *_ = COLOURS
 _MARKS = {
     Verdict.LEVEL: (BLUE, "o", "MSPLoRA, no difference"),
-    Verdict.FASTER: ("#009E73", "s", "MSPLoRA, faster beyond the A/A spread"),
+    Verdict.FASTER: (GREEN, "s", "MSPLoRA, faster beyond the A/A spread"),
     Verdict.SLOWER: (RED, "^", "MSPLoRA, slower beyond the A/A spread"),
     Verdict.UNJUDGED: (MIDDLE, "D", "MSPLoRA, not judged"),
 }
-SETTINGS = {
-    "svg.hashsalt": "msplora",
-    "svg.fonttype": "path",
-    "text.parse_math": False,  # names come from files
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.edgecolor": MIDDLE,
-    "axes.labelcolor": DARK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-}
-
 _SHOWN = " (medians, with quartiles)"
 
 Quartiles = Sequence[float]
@@ -220,10 +199,3 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower left", ncols=columns, fontsize=9
         )
-
-
-def svg(figure: Figure, title: str) -> bytes:
-    """The bytes of a figure drawn under SETTINGS."""
-    canvas, file = FigureCanvasSVG(figure), io.BytesIO()
-    canvas.print_svg(file, metadata={"Date": None, "Title": title})
-    return file.getvalue()

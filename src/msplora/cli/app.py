@@ -14,6 +14,7 @@ from msplora.errors import MSPLoraError
 
 from . import (
     analyse,
+    bake_off,
     bench,
     convert,
     data,
@@ -72,6 +73,7 @@ def options(
 
 app.command("train", cls=train.TrainCommand)(train.train)
 app.command("sweep")(sweep.sweep)
+app.command("bake-off")(bake_off.bake_off)
 app.command("data")(data.data)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)

@@ -25,6 +25,26 @@ class SweepFolderError(MSPLoraError):
     """The output folder is taken, or holds another sweep."""
 
 
+def hold(folder: Path, what: str) -> int:
+    """Keep other processes from a folder until the descriptor returned is closed, here and in the
+    processes that inherit it.
+
+    Raises:
+        SweepFolderError: another process holds it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise SweepFolderError(
+            f"another process is at work on {what}. Wait for it, or stop it."
+        ) from None
+    except OSError:
+        pass  # some network file systems have no locks: then it is the user's to take care
+    return lock
+
+
 class SweepFolder:
     """A sweep's folder. Making one checks it, and touches nothing; `begin` makes and locks it."""
 
@@ -58,16 +78,7 @@ class SweepFolder:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
-        self.lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise SweepFolderError(
-                f"another process is at work on the sweep in {self.path}. Wait for it, or stop it."
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks: then it is the user's to take care
+        self.lock = hold(self.path, f"the sweep in {self.path}")
         content = self.sweep.settings.model_dump(mode="json", exclude_defaults=True)
         content.pop("base", None)
         content["config"] = self.sweep.base

@@ -1,7 +1,4 @@
-"""The plot of a sweep: the metric over the learning rate where that is swept, else by setting.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and a shape goes with each.
-"""
+"""The plot of a sweep: the metric over the learning rate where that is swept, else by setting."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
+from msplora.page.plotting import COLOURS, mark_of
+
 from .naming import short_keys, shown
 from .reading import Parameters, Sweep
 from .settings_tried import METHOD, Setting, best_by_method, rank
 
 RATE = "training.learning_rate"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#999999")
-_SHAPES = "osD^vPX*"
 _DOTS_AT_MOST = 40
 _GREY = "#7A7A7A"
 _RING: dict[str, Any] = {
@@ -72,7 +69,7 @@ def _over_the_rate(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
     for place, (name, its) in enumerate(series.items()):
         # A little apart, so that the spreads of two series at one rate are both seen.
         shift = 1.02 ** (place - (len(series) - 1) / 2)
-        style = {"color": _COLOURS[place % len(_COLOURS)], "marker": _SHAPES[place % len(_SHAPES)]}
+        style = mark_of(place)
         handles.append(_curve(axes, its, shift, name, style, RATE in sweep.settings.grid))
         best = [one for one in its if any(one is found for found in bests)]
         axes.plot(
@@ -155,7 +152,7 @@ def _by_setting(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
     methods = list(dict.fromkeys(its.method for its in settings))
     for place, setting in enumerate(done):
         which = methods.index(setting.method)
-        colour, shape = _COLOURS[which % len(_COLOURS)], _SHAPES[which % len(_SHAPES)]
+        colour, shape = mark_of(which).values()
         values = setting.values
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1.5)
         axes.plot(values, [place] * len(values), "|", color=colour, markersize=8)
@@ -171,7 +168,7 @@ def _series(sweep: Sweep, settings: Sequence[Setting]) -> dict[str, list[Setting
     """Label -> settings that differ in the rate only; by method alone where these are too many."""
     others = [key for key in sweep.swept if key != RATE]
     names = {_name(its.parameters, others) for its in settings}
-    if len(names) > len(_COLOURS):
+    if len(names) > len(COLOURS):
         others = [key for key in others if key == METHOD]
     found: dict[str, list[Setting]] = {}
     for setting in settings:

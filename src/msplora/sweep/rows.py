@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from msplora.errors import MSPLoraError
 from msplora.train.checkpoints import write_whole
-from msplora.train.run_folder import FREE_TO_CHANGE, METRICS, flat
+from msplora.train.run_folder import FREE_TO_CHANGE, HISTORY, METRICS, flat
 from msplora.train.settings import Settings
 
 RESULTS = "results.jsonl"
-Status = Literal["complete", "diverged", "failed", "unfinished"]
+Status = Literal["complete", "diverged", "failed", "rejected", "unfinished"]
 
 
 @dataclass
@@ -40,14 +40,22 @@ class Row:
     before: dict[str, Any] | None = None
     """The metrics before the first step."""
     trainable: int | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """The metrics at each evaluation, in order."""
     seconds: float = 0.0
     """Wall time, loading included, over all attempts."""
+    train_seconds: float | None = None
+    """Of training alone, evaluations included, as the trainer measured it; of the last attempt."""
+    gpu_bytes: int | None = None
+    """The most memory of a GPU that its tensors took at once; None on a CPU."""
     resident_bytes: int | None = None
     """The most memory that the run's process had at once, without the GPU's; None if not apart."""
     error: str | None = None
     kept: bool = True
     """Whether its folder was left; not so with `keep: best` for the others."""
     versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    hardware: str | None = None
 
     @classmethod
     def started(
@@ -63,6 +71,9 @@ class Row:
         self.metric, self.best = metrics["metric_for_best"], metrics["best"]
         self.value = self.best[metrics["metric_for_best"]]
         self.before, self.trainable = metrics["before"], metrics["trainable"]
+        self.evaluations, self.gpu_bytes = metrics["evaluations"], metrics.get("gpu_bytes")
+        times = [its.get("train_runtime") for its in _read_json(folder / HISTORY)]
+        self.train_seconds = next(filter(None, times), None)
         self.versions = _read_json(folder / "versions.json")
 
 
@@ -88,6 +99,10 @@ class Rows:
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
+
+    def get(self, name: str) -> Row | None:
+        """The row of this name."""
+        return self._rows.get(name)
 
     def find(self, settings: Settings) -> Row | None:
         """The row of a run with these settings."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +22,15 @@ from msplora.train.stopping import Interrupted, StopSignals
 
 _DIVERGED = 3
 """The exit code of `TrainingDiverged`, whose module takes seconds to import."""
+_BETWEEN_LOOKS = 1.0
+"""Seconds between two looks at a run that may be rejected."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of an attempt at a run."""
 
-    status: Literal["complete", "diverged", "failed", "unfinished"]
+    status: Literal["complete", "diverged", "failed", "rejected", "unfinished"]
     seconds: float
     error: str | None = None
     resident_bytes: int | None = None
@@ -67,11 +70,17 @@ class SweepSignals(StopSignals):
             send(self._process.pid, number)
 
 
-def run_apart(settings: Settings, log: Path, stop: SweepSignals, lock: int) -> Outcome:
+def run_apart(
+    settings: Settings,
+    log: Path,
+    stop: SweepSignals,
+    lock: int | None = None,
+    is_hopeless: Callable[[], bool] | None = None,
+) -> Outcome:
     """Train by `msplora train --resume auto` in a process of its own.
 
     It inherits `lock`: should this process be killed, the sweep is not free until that one has
-    ended too.
+    ended too. Where `is_hopeless` says so, asked while it trains, it is stopped and rejected.
     """
     config = log.with_suffix(".yaml")
     write_settings(settings, config)
@@ -85,11 +94,17 @@ def run_apart(settings: Settings, log: Path, stop: SweepSignals, lock: int) -> O
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # signals reach it by way of `stop` only
-            pass_fds=(lock,),
+            pass_fds=() if lock is None else (lock,),
         )
         stop.follow(process)
-        _, status, usage = os.wait4(process.pid, 0)
-        stop.forget()
+        try:
+            status, usage, rejected = _wait_for(process, is_hopeless)
+        except BaseException:  # as where a cluster takes the task back
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            stop.forget()
     process.returncode = code = os.waitstatus_to_exitcode(status)
     config.unlink()
     seconds = time.monotonic() - began
@@ -101,9 +116,28 @@ def run_apart(settings: Settings, log: Path, stop: SweepSignals, lock: int) -> O
         said = _error_in(file.read().decode("utf-8", "replace"))
     if stop.asked:
         return Outcome("unfinished", seconds, said, resident)
+    if rejected:
+        return Outcome("rejected", seconds, None, resident)
     if code < 0:
         said = f"its process was ended by {signal.Signals(-code).name}, as for want of memory"
     return Outcome("diverged" if code == _DIVERGED else "failed", seconds, said, resident)
+
+
+def _wait_for(
+    process: subprocess.Popen[bytes], is_hopeless: Callable[[], bool] | None
+) -> tuple[int, Any, bool]:
+    """Its exit status, what it used, and whether it was stopped as hopeless."""
+    if is_hopeless is None:
+        return *os.wait4(process.pid, 0)[1:], False
+    rejected = False
+    while True:
+        found, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if found:
+            return status, usage, rejected
+        if not rejected and is_hopeless():
+            process.terminate()
+            rejected = True
+        time.sleep(_BETWEEN_LOOKS)
 
 
 def run_here(settings: Settings, log: Path, stop: SweepSignals) -> Outcome:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
+from msplora.train.metric_order import sign_of
+
 from .reading import Parameters, Sweep, searched_values
 from .rows import Row, Rows
 
 METHOD = "method"
-_LOW_IS_BEST = ("loss", "perplexity")  # as `trainer_arguments` has it
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Setting:
         """The mean over the seeds, turned so that more is better."""
         if not self.values:
             return None
-        sign = -1 if self.complete[0].metric in _LOW_IS_BEST else 1
-        return sign * mean(self.values)
+        return sign_of(self.complete[0].metric) * mean(self.values)
 
     @property
     def method(self) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from msplora.errors import ConfigError, nearest
@@ -61,3 +62,17 @@ def check_level_names(asked: Iterable[str], known: Iterable[str], key: str) -> N
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP has sharded, gathered."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+
+
+def have_numbers(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors hold something else than zeros; of a sharded one, the shards of all processes.
+
+    All in one exchange: to gather each would take as many as there are tensors.
+    """
+    if not tensors:
+        return []
+    here = [its.to_local() if hasattr(its, "to_local") else its for its in tensors]  # pyright: ignore
+    found = torch.stack([its.any() for its in here]).int()
+    if any(mine is not its for mine, its in zip(here, tensors, strict=True)):
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.bool().tolist()

@@ -11,6 +11,7 @@ from rich.table import Table
 from .data_check import DataCheck
 from .job import Job
 from .methods import Adapted
+from .peft_methods import has_adapter
 
 
 def show_preview(job: Job, console: Console) -> None:
@@ -19,7 +20,7 @@ def show_preview(job: Job, console: Console) -> None:
     console.rule(escape(f"{settings.method} · {settings.task} · {settings.model}"))
     if job.adapted.plan:
         console.print(str(job.adapted.plan), highlight=False, markup=False, soft_wrap=True)
-    console.print(_trainable_table(job.adapted))
+    console.print(_trainable_table(job.adapted, job.record.settings.method))
     for note in (*job.base.notes, *job.adapted.notes, *job.data_notes):
         console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
 
@@ -76,7 +77,7 @@ def _legend(task: str) -> str:
     return counts if task in ("sft", "dpo") else ":"
 
 
-def _trainable_table(adapted: Adapted) -> Table:
+def _trainable_table(adapted: Adapted, method: str) -> Table:
     trainable = adapted.trainable
     table = Table("", "numbers", "share of the base", "against LoRA")
     for column in table.columns[1:]:
@@ -86,7 +87,7 @@ def _trainable_table(adapted: Adapted) -> Table:
         against = f"{count / lora:.1%}" if lora else ""
         table.add_row(name, f"{count:,}", f"{count / trainable.base:.2%}", against)
 
-    add("adapter" if trainable.lora else "trained base", trainable.adapter, trainable.lora)
+    add("adapter" if has_adapter(method) else "trained base", trainable.adapter, trainable.lora)
     if trainable.lora and adapted.plan:
         add("plain LoRA, same layers and r", trainable.lora, trainable.lora)
     if trainable.head:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from msplora.analysis.history import RECORD
 from msplora.versions import versions
 
@@ -18,7 +20,7 @@ from .model_card import model_card
 from .peft_methods import has_adapter
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
-from .run_folder import BEFORE, METRICS, RunFolder
+from .run_folder import BEFORE, HISTORY, METRICS, RunFolder
 from .settings import Settings
 
 
@@ -44,6 +46,7 @@ def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
         "best": best,
         "evaluations": evaluations,
         "trainable": job.adapted.trainable.total,
+        "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 
@@ -79,7 +82,7 @@ def write_records(
         if "loss" in entry
     ]
     folder.write_json(METRICS, metrics)
-    folder.write_json("log_history.json", [_as_json(its) for its in trainer.state.log_history])
+    folder.write_json(HISTORY, [_as_json(its) for its in trainer.state.log_history])
     if (folder.checkpoints / RECORD).is_file():
         shutil.copy(folder.checkpoints / RECORD, here / RECORD)
     folder.write_json("versions.json", versions())

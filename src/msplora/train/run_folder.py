@@ -26,6 +26,7 @@ from .settings_file import read_settings, write_settings
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+HISTORY = "log_history.json"
 DATA = "data.json"
 BEFORE = "checkpoints/before.json"
 """What was measured before the first step, kept for a run that is resumed."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from msplora.errors import MSPLoraError
 from msplora.store import factors, plan_of
 
 from .devices import is_sharded
 from .job import Job
-from .levels import whole
+from .levels import have_numbers
 from .progress import plain_metrics
 from .settings import Settings
 
@@ -62,15 +62,18 @@ def untrained(model: nn.Module) -> dict[str, list[str]]:
     Of a plain LoRA, which has no levels, the key is `lora`.
     """
     if str(getattr(model, "peft_type", "")).rpartition(".")[2] != "MSPLORA":
-        sites = [
-            path
+        layers = [
+            (path, pair)
             for path, layer in model.named_modules()
-            if isinstance(layer, LoraLayer) and _adds_nothing(layer)
+            if isinstance(layer, LoraLayer) and (pair := _pair_of(layer))
         ]
+        learnt = _learnt([pair for _, pair in layers])
+        sites = [path for (path, _), adds in zip(layers, learnt, strict=True) if not adds]
         return {"lora": sites} if sites else {}
     found: dict[str, list[str]] = {}
-    for pair, (a, b, _) in zip(plan_of(model).pairs, factors(model).values(), strict=True):
-        if not (whole(a).any() and whole(b).any()):
+    learnt = _learnt([(a, b) for a, b, _ in factors(model).values()])
+    for pair, adds in zip(plan_of(model).pairs, learnt, strict=True):
+        if not adds:
             found.setdefault(pair.level, []).extend(pair.sites)
     return found
 
@@ -139,18 +142,23 @@ def _is_as_trained(model: nn.Module, name: str) -> bool:
     return torch.equal(reloaded, trained.to(reloaded))
 
 
-def _adds_nothing(layer: Any) -> bool:
+def _pair_of(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """The A and the B that a layer of LoRA has for the trained adapter."""
     owner = layer.lora_embedding_A if "default" in layer.lora_embedding_A else layer.lora_A
     if "default" not in owner:
-        return False
+        return None
     if owner is layer.lora_embedding_A:
-        pair = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    else:
-        pair = tuple(
-            getattr(its["default"], "weight", its["default"])
-            for its in (layer.lora_A, layer.lora_B)
-        )
-    return not all(bool(whole(its).any()) for its in pair)
+        return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    a, b = (
+        getattr(its["default"], "weight", its["default"]) for its in (layer.lora_A, layer.lora_B)
+    )
+    return a, b
+
+
+def _learnt(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Of each pair whether it adds anything: neither its A nor its B is zero."""
+    found = have_numbers([its for pair in pairs for its in pair])
+    return [a and b for a, b in zip(found[::2], found[1::2], strict=True)]
 
 
 def _some(names: list[str]) -> str:

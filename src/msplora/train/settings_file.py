@@ -72,8 +72,8 @@ def read_settings(
         ConfigError: the file cannot be read, or says something no run can do.
     """
     content = read_content(file)
-    for override in overrides:
-        _override(content, override)
+    for change in overrides:
+        override(content, change)
     for key, value in (flags or {}).items():
         if value is not None:
             content[key] = value
@@ -147,13 +147,14 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(content: dict[str, Any], change: str) -> None:
+    """Change a config's content as "dotted.key=value" says, the value in YAML."""
+    key, equals, text = change.partition("=")
     if not equals or not key:
         raise ConfigError(
-            f"--set takes key=value, as in training.learning_rate=1e-4; found {override!r}."
+            f"--set takes key=value, as in training.learning_rate=1e-4; found {change!r}."
         )
-    put(content, key, _parse(text, f"--set {override}"), f"--set {override}")
+    put(content, key, _parse(text, f"--set {change}"), f"--set {change}")
 
 
 def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:

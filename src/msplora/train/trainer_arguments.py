@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer
 from .base_model import Base
 from .callbacks import TENSORBOARD
 from .devices import has_accelerator, world_size
+from .metric_order import sign_of
 from .settings import Settings
 
 
@@ -56,7 +57,7 @@ def trainer_arguments(
         "save_total_limit": training.save_limit,
         "load_best_model_at_end": held_out,
         "metric_for_best_model": best if held_out else None,
-        "greater_is_better": best not in ("loss", "perplexity") if held_out else None,
+        "greater_is_better": sign_of(best) > 0 if held_out else None,
         # Looking for parameters without a gradient costs time, and only stages leave some.
         "ddp_find_unused_parameters": bool(training.stages or training.frozen_levels),
         "log_level_replica": "error",

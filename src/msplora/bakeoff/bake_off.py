@@ -1,0 +1,187 @@
+"""A bake-off from its file to its report; what is there already is not run again."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from msplora.sweep.folder import LOGS
+from msplora.sweep.rows import Row
+from msplora.sweep.running import SweepSignals
+from msplora.train.stopping import Interrupted
+
+from .choosing import Chain, Choice, Rivals, choose, ladder, single
+from .engines import Engine, Here
+from .folder import BakeOffFolder
+from .reading import Run
+from .rejecting import Rejecting
+from .running import Job
+from .sizes import Prepared
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A bake-off as far as it has been run."""
+
+    prepared: Prepared
+    choices: dict[str, Choice]
+    """Entrant -> its learning rates."""
+    finals: dict[Run, Row | None]
+    """The runs that count, in the order of tasks, entrants, seeds; None of one not begun."""
+    rows: tuple[Row, ...]
+    """All runs."""
+
+
+def run_bake_off(
+    prepared: Prepared,
+    console: Console | None = None,
+    engine: Engine | None = None,
+    *,
+    retry_failed: bool = False,
+) -> Outcome:
+    """Run what is left of a bake-off: first the rates to choose from, then the runs that count.
+
+    A run that fails is recorded, and the others go on. Failed ones are run again only with
+    `retry_failed`.
+
+    Raises:
+        SweepFolderError: the output is taken, or holds another bake-off.
+        Interrupted: Ctrl-C or SIGTERM. Runs were saved, and the message says how to go on.
+    """
+    return _Running(prepared, console or Console(), engine, retry_failed).run()
+
+
+def outcome_so_far(prepared: Prepared) -> Outcome:
+    """What has been run until now; nothing is written."""
+    return _outcome(prepared, BakeOffFolder(prepared.bake_off))
+
+
+def _outcome(prepared: Prepared, folder: BakeOffFolder) -> Outcome:
+    choices = {name: choose(folder.bake_off, folder, name) for name in folder.bake_off.entrants}
+    finals = {run: folder.rows.get(run.name) for run in _finals(folder, choices)}
+    tasks, entrants = list(folder.bake_off.settings.tasks), list(folder.bake_off.entrants)
+
+    def place(run: Run) -> tuple[int, int, int]:
+        return tasks.index(run.task), entrants.index(run.entrant), run.seed
+
+    in_order = {run: finals[run] for run in sorted(finals, key=place)}
+    return Outcome(prepared, choices, in_order, tuple(folder.rows))
+
+
+def _finals(folder: BakeOffFolder, choices: dict[str, Choice]) -> Iterator[Run]:
+    """The runs that count, seed by seed: one that is stopped has compared all it could."""
+    settings = folder.bake_off.settings
+    for seed in settings.seeds:
+        for task in settings.tasks:
+            for name, choice in choices.items():
+                if choice.best is not None:
+                    yield Run(name, task, choice.best.rate, seed)
+
+
+class _Running:
+    """Runs a bake-off, and keeps its rows (the `Book` of its engine)."""
+
+    def __init__(
+        self, prepared: Prepared, console: Console, engine: Engine | None, retry_failed: bool
+    ) -> None:
+        self.prepared, self.bake_off = prepared, prepared.bake_off
+        self.console, self.engine, self.retry_failed = console, engine, retry_failed
+        self.folder = BakeOffFolder(self.bake_off)
+        self.stop = SweepSignals()
+
+    def run(self) -> Outcome:
+        folder, stop = self.folder, self.stop
+        folder.begin()
+        try:
+            try:
+                with stop:
+                    self._run_all(self.engine or Here(folder.lock))
+            except KeyboardInterrupt:
+                stop.number = stop.number or signal.SIGINT
+            outcome = _outcome(self.prepared, folder)
+        finally:
+            folder.release()
+        if stop.asked:
+            raise Interrupted(
+                f"the bake-off was stopped by {stop.name}. To go on: msplora bake-off "
+                f"{shlex.quote(self.bake_off.source)} --output {shlex.quote(str(folder.path))}",
+                stop.number or signal.SIGTERM,
+            )
+        return outcome
+
+    def _run_all(self, engine: Engine) -> None:
+        bake_off, folder = self.bake_off, self.folder
+        engine.work_off(
+            [
+                ladder(name, task, seed, bake_off.entrants[name].rates, [])
+                for task in bake_off.choose_tasks
+                for seed in bake_off.choose_seeds
+                for name in bake_off.entrants
+            ],
+            self,
+            self.stop,
+        )
+        while not self.stop.asked and (chains := list(self._beyond())):
+            engine.work_off(chains, self, self.stop)
+        if not self.stop.asked:
+            choices = {name: choose(bake_off, folder, name) for name in bake_off.entrants}
+            engine.work_off([single(its) for its in _finals(folder, choices)], self, self.stop)
+
+    def _beyond(self) -> Iterator[Chain]:
+        """Where an entrant's best rate is at an end of what was tried: the next one out."""
+        bake_off = self.bake_off
+        for name in bake_off.entrants:
+            choice = choose(bake_off, self.folder, name)
+            if choice.beyond is None:
+                continue
+            for task in bake_off.choose_tasks:
+                for seed in bake_off.choose_seeds:
+                    rivals = [
+                        row
+                        for its in choice.tried
+                        for row in its.rows
+                        if (row.parameters["task"], row.seed) == (task, seed)
+                        and row.status in ("complete", "rejected")
+                    ]
+                    yield ladder(name, task, seed, [choice.beyond], rivals)
+
+    def job(self, run: Run, rivals: Rivals | None) -> Job | Row:
+        row = self.folder.row(run)
+        over = ["complete", "diverged"]
+        if not self.retry_failed:
+            over.append("failed")
+        if rivals is not None:
+            over.append("rejected")  # one that counts is run to its end
+        if row.status in over:
+            return row
+        reject = self.bake_off.settings.reject
+        rejecting = None
+        if reject and rivals:
+            metric = self.prepared.metrics[run.task]
+            rejecting = Rejecting(reject, metric, [its.evaluations for its in rivals])
+        log = self.folder.path / LOGS / f"{run.name}.log"
+        return Job(row, self.bake_off.settings_of(run), log, rejecting)
+
+    def started(self, job: Job) -> None:
+        job.row.status = "unfinished"
+        self.folder.rows.put(job.row)
+        self._say(job.row.name)
+
+    def ended(self, row: Row) -> None:
+        self.folder.rows.put(row)
+        self._say(f"    {row.name}: {_told(row)}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _told(row: Row) -> str:
+    if row.status == "complete":
+        return f"{row.metric} {row.value:.4f} ({row.seconds:.0f} s)"
+    if row.status == "rejected":
+        return f"rejected after {row.evaluations[-1]['epoch']:g} epochs ({row.seconds:.0f} s)"
+    return f"{row.status}: {row.error}"

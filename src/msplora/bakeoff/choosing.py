@@ -1,0 +1,98 @@
+"""The learning rate of each entrant: which are tried, in which order, and which is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from msplora.sweep.rows import Row
+from msplora.train.metric_order import sign_of
+
+from .folder import BakeOffFolder
+from .reading import BakeOff, Run
+
+Rivals = list[Row]
+Chain = Generator[tuple[Run, Rivals | None], Row, None]
+"""Runs that follow one another: yields a run, and the rows of the rates tried before it (None where
+it is not to be rejected), and is sent the run's row."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A learning rate of an entrant, with its runs on what rates are chosen on."""
+
+    rate: float
+    rows: Sequence[Row]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every run came to its end."""
+        return all(row.status == "complete" for row in self.rows)
+
+    @property
+    def score(self) -> float | None:
+        """The mean of the metric over tasks and seeds, turned so that more is better."""
+        if not self.is_whole:
+            return None
+        return mean(sign_of(row.metric) * (row.value or 0.0) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was tried of an entrant, in rising order, and the best of it."""
+
+    tried: Sequence[Tried]
+    best: Tried | None
+    """None where no rate came to its end on all that it is chosen on."""
+    beyond: float | None
+    """The rate to try next, where the best one is at an end of what was tried."""
+
+
+def ladder(entrant: str, task: str, seed: int, rates: Sequence[float], rivals: Rivals) -> Chain:
+    """The rates of an entrant on one task with one seed, each judged by those before it."""
+    tried = list(rivals)
+    for rate in rates:
+        row = yield Run(entrant, task, rate, seed), list(tried)
+        if row.status in ("complete", "rejected"):
+            tried.append(row)
+
+
+def single(run: Run) -> Chain:
+    """A run that counts, and is not rejected."""
+    yield run, None
+
+
+def choose(bake_off: BakeOff, folder: BakeOffFolder, entrant: str) -> Choice:
+    """The best rate of an entrant, of all that were tried on all tasks and seeds to choose on."""
+    wanted = [(task, seed) for task in bake_off.choose_tasks for seed in bake_off.choose_seeds]
+    rows: dict[float, list[Row]] = {}
+    for row in folder.rows:
+        its = row.parameters
+        if its["method"] == entrant and (its["task"], its["seed"]) in wanted:
+            rows.setdefault(its["learning_rate"], []).append(row)
+    tried = [Tried(rate, rows[rate]) for rate in sorted(rows) if len(rows[rate]) == len(wanted)]
+    whole = [its for its in tried if its.is_whole]
+    # Of two alike the lower, which is the safer one.
+    best = max(whole, key=lambda its: (its.score, -its.rate), default=None)
+    return Choice(tried, best, _beyond(bake_off, entrant, tried, best))
+
+
+def _beyond(
+    bake_off: BakeOff, entrant: str, tried: Sequence[Tried], best: Tried | None
+) -> float | None:
+    """The next rate out, in the steps of the rates that were given; None where there is no need."""
+    given = sorted(bake_off.entrants[entrant].rates)
+    extended = len(tried) - len(given)
+    if best is None or len(given) < 2 or extended >= bake_off.settings.choose.extend:
+        return None
+    if best is tried[-1]:
+        return _rounded(best.rate * given[-1] / given[-2])
+    if best is tried[0]:
+        return _rounded(best.rate * given[0] / given[1])
+    return None
+
+
+def _rounded(rate: float) -> float:
+    """As a person would write it: it becomes part of a name, which has to give it back."""
+    return float(f"{rate:.6g}")

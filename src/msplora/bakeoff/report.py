@@ -1,0 +1,99 @@
+"""The report of a bake-off: one HTML page that needs no other, and the same as Markdown."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from msplora.page.environment import environment
+from msplora.page.writing import write_files
+
+from .bake_off import Outcome
+from .plots import draw_differences, draw_front, draw_rates
+from .protocol import origins, protocol
+from .statistics import standings
+from .tables import Table, tables
+
+PAGE, TEXT = "report.html", "report.md"
+
+
+def write_report(outcome: Outcome) -> Path:
+    """Write the page, the Markdown and the plots into the folder of the bake-off; return the page.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
+    """
+    folder = outcome.prepared.bake_off.output
+    plots = draw(outcome)
+    files = {folder / PAGE: page(outcome, plots), folder / TEXT: markdown(outcome, plots)}
+    files |= {folder / f"{name}.svg": its.decode() for name, its in plots.items()}
+    write_files(files, folder)
+    return folder / PAGE
+
+
+def draw(outcome: Outcome) -> dict[str, bytes]:
+    """Name -> plot, as SVG; only those with something to show."""
+    found = standings(outcome)
+    plots = {}
+    if any(its.overall for its in found):
+        plots["front"] = draw_front(outcome, found)
+    if any(its.against for its in found):
+        plots["differences"] = draw_differences(outcome, found)
+    if any(choice.tried for choice in outcome.choices.values()):
+        plots["rates"] = draw_rates(outcome)
+    return plots
+
+
+_CAPTIONS = {
+    "front": "Score against size, with the standard deviation of the seeds",
+    "differences": "Each method against the baseline, on the same tasks with the same seeds",
+    "rates": "What each learning rate gave where rates are chosen; rings mark the chosen ones",
+}
+
+
+def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
+    """The HTML page.
+
+    Raises:
+        MSPLoraError: jinja2 is not installed.
+    """
+    return (
+        environment("msplora.bakeoff")
+        .get_template("page.html.j2")
+        .render(
+            bake_off=outcome.prepared.bake_off,
+            tables=tables(outcome),
+            # As images: their identifiers would clash in one document.
+            plots={name: base64.b64encode(its).decode() for name, its in plots.items()},
+            captions=_CAPTIONS,
+            protocol=protocol(outcome),
+            origins=origins(outcome),
+        )
+    )
+
+
+def markdown(outcome: Outcome, plots: Mapping[str, Any]) -> str:
+    """The same as Markdown, with its plots beside it."""
+    parts = ["# Bake-off"]
+    parts += [f"![{_CAPTIONS[name]}]({name}.svg)" for name in plots if name != "rates"]
+    for table in tables(outcome):
+        parts += [f"## {table.title}", _markdown_table(table)]
+        if table.title == "Learning rates" and "rates" in plots:
+            parts.append(f"![{_CAPTIONS['rates']}](rates.svg)")
+        if table.note:
+            parts.append(table.note)
+    parts += ["## Protocol", "\n".join(f"- {line}" for line in protocol(outcome))]
+    parts += ["## Where the figures are from", "\n".join(f"- {line}" for line in origins(outcome))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    ruler = ["---" if place < table.words else "---:" for place in range(len(table.headers))]
+    lines = [table.headers, ruler, *table.lines]
+    return "\n".join(f"| {' | '.join(_cell(its) for its in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", r"\|").replace("*", r"\*").split())

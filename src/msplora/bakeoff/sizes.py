@@ -1,0 +1,200 @@
+"""How many numbers each entrant trains, and the rank of a budget; no weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+
+from msplora.errors import ConfigError, MSPLoraError
+from msplora.train.base_model import base_without_weights, load_base
+from msplora.train.job import Job
+from msplora.train.methods import adapt
+from msplora.train.quiet import quiet_libraries
+from msplora.train.run import prepare_job, with_absolute_paths
+from msplora.train.settings import Settings
+
+from .reading import BakeOff, Run
+
+_RANKS = {"vera": "vera.r", "lily": "lily.r"}
+"""Where other methods than those of `adapter.r` have their rank."""
+_WITHOUT = {
+    "hydra": "it has two ranks: set hydra.r_parallel and hydra.r_sequential",
+    "randlora": "it trains less with a larger rank: set randlora.r",
+    "full": "it trains everything",
+    "frozen": "it trains the head only",
+}
+"""The methods whose size is not a matter of one rank, and what to do instead."""
+_LARGEST = 4096
+_ON_META_IN_VAIN = "vera"
+"""PEFT draws its frozen factors when it is put on a model, which needs storage."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A bake-off with every rank decided, and what its runs are."""
+
+    bake_off: BakeOff
+    sizes: dict[str, int]
+    """Entrant -> numbers that its adapter trains, the head of a classifier apart."""
+    metrics: dict[str, str]
+    """Task -> the metric that it is judged by."""
+
+
+def prepare(bake_off: BakeOff, tell: Callable[[str], None] = lambda _: None) -> Prepared:
+    """Decide the ranks of budgets, and look once at every task and every entrant.
+
+    Raises:
+        MSPLoraError: what `msplora train` would refuse: data that is not there, a target that
+            matches nothing …; or a budget that no rank reaches.
+    """
+    settings = bake_off.settings
+    sizes: dict[str, int] = {}
+    metrics: dict[str, str] = {}
+    first = next(iter(settings.tasks))
+    # Those of a budget last: it may be the size of another.
+    in_order = sorted(bake_off.entrants.values(), key=lambda its: its.budget is not None)
+    for name in (its.name for its in in_order):
+        tell(f"looking at {name}")
+        entrant = bake_off.entrants[name]
+        if entrant.budget is not None:
+            budget = sizes[entrant.budget] if isinstance(entrant.budget, str) else entrant.budget
+            bake_off = _within_budget(bake_off, name, budget, first)
+        job = _job(bake_off, name, first)
+        sizes[name], metrics[first] = _size(job), job.best
+    for task in list(settings.tasks)[1:]:
+        tell(f"looking at {task}")
+        metrics[task] = _job(bake_off, next(iter(bake_off.entrants)), task).best
+    _check_metrics(metrics, bake_off.source)
+    return Prepared(bake_off, {name: sizes[name] for name in bake_off.entrants}, metrics)
+
+
+def _job(bake_off: BakeOff, entrant: str, task: str) -> Job:
+    run = Run(entrant, task, bake_off.entrants[entrant].rates[0], bake_off.settings.seeds[0])
+    return _without_weights(bake_off.settings_of(run))[0]
+
+
+def _without_weights(settings: Settings) -> tuple[Job, Any]:
+    """The job of a run, and the classes that its base was made for."""
+    made_for = []
+
+    def load(settings: Settings, classes: Any) -> Any:
+        made_for.append(classes)
+        return _base(settings, classes)
+
+    settings = with_absolute_paths(settings)
+    with quiet_libraries():
+        transformers.set_seed(settings.seed)
+        return prepare_job(settings, load), made_for[0]
+
+
+def _base(settings: Settings, classes: Any) -> Any:
+    if settings.method == _ON_META_IN_VAIN:
+        return load_base(settings, classes)
+    with torch.device("meta"):
+        return base_without_weights(settings, classes)
+
+
+def _size(job: Job) -> int:
+    """What the adapter trains; of a method without one, everything that trains."""
+    trainable = job.adapted.trainable
+    return trainable.adapter or trainable.total
+
+
+def _within_budget(bake_off: BakeOff, name: str, budget: int, task: str) -> BakeOff:
+    entrant, source = bake_off.entrants[name], bake_off.source
+    run = Run(name, task, entrant.rates[0], bake_off.settings.seeds[0])
+    settings = bake_off.settings_of(run)
+    where = f"in {source}: {name} with a budget of {budget:,}"
+    if settings.method in _WITHOUT:
+        raise ConfigError(
+            f"{where}: method {settings.method!r} has no one rank to fit to a budget, "
+            f"{_WITHOUT[settings.method]} and leave budget out."
+        )
+    key = _RANKS.get(settings.method, "adapter.r")
+    if settings.adapter.ranks is not None:
+        raise ConfigError(
+            f"{where}: adapter.ranks gives its size already. Leave ranks or budget out."
+        )
+    _, classes = _without_weights(bake_off.sized(name, key, _some_rank(settings)).settings_of(run))
+
+    @cache
+    def size(rank: int) -> int | None:
+        """Numbers that train; None where the method does not take the rank."""
+        try:
+            its = with_absolute_paths(bake_off.sized(name, key, rank).settings_of(run))
+            with quiet_libraries():
+                return adapt(_base(its, classes), its).trainable.adapter
+        except MSPLoraError:
+            return None
+
+    rank = _smallest(size, budget)
+    if rank is None or (size(rank) or 0) > budget * (1 + bake_off.settings.budget_within):
+        raise ConfigError(f"{where}: {_nearest_sizes(size, budget, rank, key)}")
+    return bake_off.sized(name, key, rank)
+
+
+def _some_rank(settings: Settings) -> int:
+    """A rank that the method takes whatever else is set."""
+    return settings.gralora.gralora_k * 4 if settings.method == "gralora" else 8
+
+
+def _smallest(size: Callable[[int], int | None], budget: int) -> int | None:
+    """The smallest rank whose size is not below the budget; sizes grow with the rank."""
+
+    def next_taken(rank: int) -> int:
+        while size(rank) is None and rank < _LARGEST:
+            rank += 1
+        return rank
+
+    high = next_taken(1)
+    while (size(high) or 0) < budget:
+        if high >= _LARGEST:
+            return None
+        high = next_taken(min(2 * high, _LARGEST))
+    best, low, top = high, 0, high  # the answer so far; too small; not to be looked at again
+    while top - low > 1:
+        middle = (low + top) // 2
+        taken = next_taken(middle)
+        if taken >= top:
+            top = middle
+        elif (size(taken) or 0) < budget:
+            low = taken
+        else:
+            best, top = taken, middle
+    return best
+
+
+def _nearest_sizes(
+    size: Callable[[int], int | None], budget: int, rank: int | None, key: str
+) -> str:
+    if rank is None:
+        return (
+            f"no {key} up to {_LARGEST:,} trains as much; {key} = {_LARGEST:,} trains "
+            f"{size(_LARGEST) or 0:,}. Give a smaller budget."
+        )
+    below = next((its for its in reversed(range(1, rank)) if size(its)), None)
+    said = f"{key} = {rank} trains {size(rank) or 0:,}"
+    if below:
+        said = f"{key} = {below} trains {size(below) or 0:,} and {said}"
+    return (
+        f"no rank comes near it: {said}, the nearest there are. Give one of these as the budget, "
+        f"or a larger budget_within."
+    )
+
+
+def _check_metrics(metrics: dict[str, str], source: str) -> None:
+    from msplora.train.metric_order import sign_of
+
+    by_sign: dict[int, str] = {}
+    for task, metric in metrics.items():
+        by_sign.setdefault(sign_of(metric), f"{task} by {metric}")
+    if len(by_sign) > 1:
+        raise ConfigError(
+            f"in {source}: {' and '.join(by_sign.values())} have no mean, for less is better of "
+            f"one and more of the other. Make two bake-offs of them."
+        )

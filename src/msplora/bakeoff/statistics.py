@@ -1,0 +1,207 @@
+"""What the runs that count say: means, spreads, paired differences, and who is beaten by nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import mean, stdev
+
+import numpy as np
+
+from msplora.sweep.rows import Row
+from msplora.train.metric_order import sign_of
+
+from .bake_off import Outcome
+
+_EXACT = 16
+"""Up to so many pairs, all ways to flip their signs are counted; of more, 2^16 are drawn."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return mean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Their standard deviation (n - 1); None of a single one."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An entrant against the baseline, on the same tasks with the same seeds."""
+
+    differences: tuple[float, ...]
+    """By task and seed, turned so that above 0 the entrant is better."""
+    by_task: Mapping[str, float]
+    """Task -> mean difference."""
+    p: float
+    """Two-sided, by flipping signs: the share of flips whose mean is as far from 0."""
+    adjusted: float = 1.0
+    """`p` after Holm, for all entrants that are compared."""
+
+    @property
+    def mean(self) -> float:
+        """The mean difference."""
+        return mean(self.differences)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How an entrant came out."""
+
+    name: str
+    size: int
+    """Numbers that its adapter trains."""
+    rate: float | None
+    """The learning rate that was chosen."""
+    tasks: Mapping[str, Spread]
+    """Of each task with at least one seed."""
+    overall: Spread | None
+    """By seed, the mean over the tasks, of the seeds that have them all."""
+    against: Paired | None
+    """Against the baseline; None of itself, and where they have no pair."""
+    on_front: bool
+    """Whether no entrant of this size or smaller is as good or better."""
+    seconds: float | None
+    """The mean time of training."""
+    memory: int | None
+    """The most that a run took: of the GPU where there is one, else of its process."""
+    missing: Mapping[str, int]
+    """What became of the runs that should count and do not: status -> runs."""
+
+
+def standings(outcome: Outcome) -> list[Standing]:
+    """All entrants, the best first; those without a whole seed last."""
+    bake_off, sizes = outcome.prepared.bake_off, outcome.prepared.sizes
+    sign = sign_of(next(iter(outcome.prepared.metrics.values())))
+    seeds = bake_off.settings.seeds
+    values = _values(outcome)
+    overall = {
+        name: [
+            mean(values[name, task, seed] for task in bake_off.settings.tasks)
+            for seed in seeds
+            if all((name, task, seed) in values for task in bake_off.settings.tasks)
+        ]
+        for name in bake_off.entrants
+    }
+    scores = {name: sign * mean(its) for name, its in overall.items() if its}
+    pairs = _adjusted(
+        {
+            name: found
+            for name in bake_off.entrants
+            if name != bake_off.baseline and (found := _paired(name, outcome, values, sign))
+        }
+    )
+    found = []
+    for name in bake_off.entrants:
+        best = outcome.choices[name].best
+        runs = {run: row for run, row in outcome.finals.items() if run.entrant == name}
+        complete = [row for row in runs.values() if row and row.status == "complete"]
+        tasks = {
+            task: Spread(its)
+            for task in bake_off.settings.tasks
+            if (its := tuple(values[name, task, s] for s in seeds if (name, task, s) in values))
+        }
+        found.append(
+            Standing(
+                name,
+                sizes[name],
+                best.rate if best else None,
+                tasks,
+                Spread(tuple(overall[name])) if overall[name] else None,
+                pairs.get(name),
+                name in scores and _is_on_front(name, scores, sizes),
+                mean(row.train_seconds or row.seconds for row in complete) if complete else None,
+                max((its for row in complete if (its := _memory(row))), default=None),
+                _missing(runs.values(), len(seeds) * len(bake_off.settings.tasks)),
+            )
+        )
+    return sorted(found, key=lambda its: -scores.get(its.name, -np.inf))
+
+
+def _values(outcome: Outcome) -> dict[tuple[str, str, int], float]:
+    """Entrant, task and seed -> the metric of the checkpoint that was kept."""
+    return {
+        (run.entrant, run.task, run.seed): row.value
+        for run, row in outcome.finals.items()
+        if row and row.status == "complete" and row.value is not None
+    }
+
+
+def _paired(
+    name: str, outcome: Outcome, values: Mapping[tuple[str, str, int], float], sign: int
+) -> Paired | None:
+    baseline = outcome.prepared.bake_off.baseline
+    by_task: dict[str, list[float]] = {}
+    for (entrant, task, seed), value in values.items():
+        other = values.get((baseline, task, seed))
+        if entrant == name and other is not None:
+            by_task.setdefault(task, []).append(sign * (value - other))
+    if not by_task:
+        return None
+    differences = tuple(its for one in by_task.values() for its in one)
+    means = {task: mean(its) for task, its in by_task.items()}
+    return Paired(differences, means, sign_flip_p(differences))
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The two-sided p-value of a mean of 0, by flipping signs.
+
+    If neither method were better, each difference could as well have the other sign: the share of
+    all assignments of signs whose mean is at least as far from 0 as the one found. Exact up to 16
+    differences; of more, 2^16 assignments are drawn (always the same).
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) <= _EXACT:
+        signs = np.array(list(product((1.0, -1.0), repeat=len(values))))
+    else:
+        drawn = np.random.default_rng(0).integers(0, 2, (2**_EXACT - 1, len(values)))
+        signs = np.vstack([np.ones(len(values)), 1.0 - 2.0 * drawn])
+    means = np.abs(signs @ values)
+    # Sums of the same numbers in another order may differ in the last digits.
+    return float(np.mean(means >= abs(values.sum()) - 1e-12))
+
+
+def _adjusted(pairs: Mapping[str, Paired]) -> dict[str, Paired]:
+    """Holm's step-down adjustment: several comparisons give several chances of a false one."""
+    found: dict[str, Paired] = {}
+    highest = 0.0
+    for place, name in enumerate(sorted(pairs, key=lambda its: pairs[its].p)):
+        its = pairs[name]
+        highest = max(highest, min(1.0, (len(pairs) - place) * its.p))
+        found[name] = Paired(its.differences, its.by_task, its.p, highest)
+    return found
+
+
+def _is_on_front(name: str, scores: Mapping[str, float], sizes: Mapping[str, int]) -> bool:
+    """Whether no other is at least as good at most as large, and better or smaller."""
+    return not any(
+        other != name
+        and scores[other] >= scores[name]
+        and sizes[other] <= sizes[name]
+        and (scores[other] > scores[name] or sizes[other] < sizes[name])
+        for other in scores
+    )
+
+
+def _memory(row: Row) -> int | None:
+    return row.gpu_bytes or row.resident_bytes
+
+
+def _missing(rows: Iterable[Row | None], wanted: int) -> dict[str, int]:
+    rows = list(rows)
+    found = {"not run": wanted} if not rows else {}  # it has no rate to run at yet
+    for row in rows:
+        status = row.status if row else "not run"
+        if status != "complete":
+            found[status] = found.get(status, 0) + 1
+    return found

@@ -1,0 +1,130 @@
+"""The tables of a bake-off as text: for the terminal, the report and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .bake_off import Outcome
+from .statistics import Paired, Spread, Standing, standings
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and lines; the first columns are words, the others numbers."""
+
+    title: str
+    headers: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    words: int = 1
+    """How many columns at the start are words."""
+    note: str = ""
+    brief: tuple[int, ...] | None = None
+    """The columns for a narrow place, such as a terminal; all of them if None."""
+
+
+def tables(outcome: Outcome) -> list[Table]:
+    """How the entrants stand, task by task, what the rates did, and what went wrong."""
+    found = standings(outcome)
+    made = [_standing(outcome, found), _by_task(outcome, found), _rates(outcome)]
+    wrong = _wrong(outcome)
+    return [*made, wrong] if wrong.lines else made
+
+
+def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
+    bake_off = outcome.prepared.bake_off
+    size = outcome.prepared.sizes[bake_off.baseline]
+    lines = []
+    for its in found:
+        against = its.against
+        lines.append(
+            (
+                its.name + (" *" if its.on_front else ""),
+                f"{its.size:,}",
+                f"{its.size / size:.1%}",
+                f"{its.rate:g}" if its.rate else "–",
+                _spread(its.overall),
+                "baseline" if its.name == bake_off.baseline else _difference(against),
+                f"{against.p:.3g}" if against else "–",
+                f"{against.adjusted:.3g}" if against else "–",
+                f"{its.seconds:,.0f}" if its.seconds is not None else "–",
+                f"{its.memory / 2**20:,.0f}" if its.memory else "–",
+            )
+        )
+    headers = (
+        "method", "trainable", f"of {bake_off.baseline}", "rate", "mean score", "difference",
+        "p", "p (Holm)", "seconds", "MiB",
+    )  # fmt: skip
+    seeds = len(bake_off.settings.seeds)
+    note = (
+        f"Mean score: over {_of(len(bake_off.settings.tasks), 'task')}, then over "
+        f"{_of(seeds, 'seed')} (± their standard deviation). Difference: from {bake_off.baseline} "
+        f"on the same task with the same seed, mean (lowest to highest task); p by flipping signs, "
+        f"and after Holm's correction. Seconds of training and the most memory that a run took are "
+        f"those of the machine it ran on. * no method as small is as good."
+    )
+    return Table("How they stand", headers, tuple(lines), note=note, brief=(0, 1, 3, 4, 5, 7))
+
+
+def _by_task(outcome: Outcome, found: Sequence[Standing]) -> Table:
+    metrics = outcome.prepared.metrics
+    lines = tuple(
+        (its.name, *(_spread(its.tasks.get(task)) for task in metrics), _missing(its))
+        for its in found
+    )
+    headers = ("method", *(f"{task} ({metric})" for task, metric in metrics.items()), "missing")
+    note = "Best checkpoint of each run on the held-out rows, mean ± standard deviation of seeds."
+    return Table("Task by task", headers, lines, note=note)
+
+
+def _rates(outcome: Outcome) -> Table:
+    lines = []
+    for name, choice in outcome.choices.items():
+        for tried in choice.tried:
+            is_best = choice.best is not None and tried.rate == choice.best.rate
+            cells = []
+            for row in tried.rows:
+                if row.status == "complete":
+                    cells.append(f"{row.parameters['task']} {row.value:.4f}")
+                else:
+                    cells.append(f"{row.parameters['task']} {row.status}")
+            ends = (choice.tried[0], choice.tried[-1])
+            said = "chosen" if is_best else ""
+            if is_best and len(choice.tried) > 1 and tried in ends:
+                said = "chosen, at an end of what was tried"
+            lines.append((name, f"{tried.rate:g}", "; ".join(cells), said))
+    note = "What each learning rate gave on what rates are chosen on."
+    return Table("Learning rates", ("method", "rate", "gave", ""), tuple(lines), words=4, note=note)
+
+
+def _wrong(outcome: Outcome) -> Table:
+    lines = tuple(
+        (row.name, row.status, row.error or "")
+        for row in outcome.rows
+        if row.status in ("failed", "diverged")
+    )
+    return Table("What went wrong", ("run", "", "why"), lines, words=3)
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    if spread.deviation is None:
+        return f"{spread.mean:.4f}"
+    return f"{spread.mean:.4f} ± {spread.deviation:.4f}"
+
+
+def _difference(paired: Paired | None) -> str:
+    if paired is None:
+        return "–"
+    low, high = min(paired.by_task.values()), max(paired.by_task.values())
+    said = f"{paired.mean:+.4f}"
+    return f"{said} ({low:+.4f} to {high:+.4f})" if len(paired.by_task) > 1 else said
+
+
+def _missing(standing: Standing) -> str:
+    return ", ".join(f"{count} {status}" for status, count in standing.missing.items()) or "–"
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"

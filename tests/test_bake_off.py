@@ -1,0 +1,453 @@
+"""A bake-off runs what is missing and only that, each method at its best rate, and reports it.
+
+Where only the bookkeeping counts, a run is replaced by one whose accuracy is a known function of
+its method, rate, task and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from msplora.bakeoff import engines
+from msplora.bakeoff.bake_off import Outcome, outcome_so_far, run_bake_off
+from msplora.bakeoff.reading import BakeOff, Run, make_bake_off
+from msplora.bakeoff.report import draw, markdown, page, write_report
+from msplora.bakeoff.running import Job
+from msplora.bakeoff.sizes import Prepared, prepare
+from msplora.bakeoff.statistics import standings
+from msplora.errors import ConfigError, MSPLoraError
+from msplora.sweep.folder import SweepFolderError
+from msplora.sweep.rows import Row
+from msplora.train.stopping import Interrupted
+from runs import labelled_rows, msplora, save_encoder, write_config, write_jsonl
+
+BEST = {"lora": 1e-3, "pyramid": 1e-2, "small": 1e-3}
+"""The rate at which each made-up method does best."""
+SPEC: dict[str, Any] = {
+    "output": "out",
+    "base": {
+        "model": "encoder",
+        "task": "classification",
+        "data": {"validation_fraction": 0.25},
+        "adapter": {"target_modules": ["query", "value"]},
+        "training": {"epochs": 3, "batch_size": 8, "check_saved": False},
+    },
+    "tasks": {"one": {"data": {"train": "one.jsonl"}}, "two": {"data": {"train": "two.jsonl"}}},
+    "methods": {
+        "lora": {"method": "lora"},
+        "pyramid": {"method": "msplora", "adapter": {"r": 8}},
+        "small": {"method": "lora", "adapter": {"r": 4}},
+    },
+    "learning_rates": [1e-3, 1e-2, 1e-4],
+    "choose": {"tasks": ["one"]},
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    save_encoder(folder / "encoder")
+    write_jsonl(folder / "one.jsonl", labelled_rows(40))
+    write_jsonl(folder / "two.jsonl", labelled_rows(44))
+    return folder
+
+
+@pytest.fixture
+def here(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("encoder", "one.jsonl", "two.jsonl"):
+        (tmp_path / name).symlink_to(bases / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def spec(**changes: Any) -> BakeOff:
+    return make_bake_off({**SPEC, **changes}, "spec.yaml")
+
+
+def prepared(**changes: Any) -> Prepared:
+    """Without looking at model and data."""
+    bake_off = spec(**changes)
+    sizes = {name: 1000 * (2 + place) for place, name in enumerate(bake_off.entrants)}
+    return Prepared(bake_off, sizes, dict.fromkeys(bake_off.settings.tasks, "accuracy"))
+
+
+def accuracy(method: str, rate: float, task: str, seed: int) -> float:
+    far = abs(math.log10(rate / BEST.get(method, 1e-3)))
+    return round(0.9 - 0.1 * far - 0.2 * (task == "two") - 0.01 * seed, 6)
+
+
+class MadeUp:
+    """Stands for `make_run`: three evaluations, each a little better than the one before."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.fails: set[str] = set()
+        self.stop_after: int | None = None
+
+    def __call__(self, job: Job, stop: Any, *_: Any) -> Row:
+        row, its = job.row, job.row.parameters
+        if len(self.ran) == self.stop_after:
+            self.stop_after = None
+            raise KeyboardInterrupt
+        self.ran.append(row.name)
+        row.seconds += 2.0
+        if row.name in self.fails:
+            row.status, row.error = "failed", "out of memory"
+            return row
+        value = accuracy(its["method"], its["learning_rate"], its["task"], its["seed"])
+        found = [
+            {"epoch": float(step), "step": step, "accuracy": value - 0.1 * (3 - step)}
+            for step in (1, 2, 3)
+        ]
+        for count in (1, 2, 3):
+            if job.rejecting and job.rejecting.is_hopeless(found[:count], 3):
+                row.status, row.evaluations = "rejected", found[:count]
+                return row
+        row.status, row.metric, row.value = "complete", "accuracy", value
+        row.evaluations, row.best, row.train_seconds = found, found[-1], 1.0
+        row.resident_bytes, row.commit, row.hardware = 2**20, "abc", "a machine"
+        row.versions = {"msplora": "1"}
+        return row
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
+    monkeypatch.chdir(tmp_path)
+    run = MadeUp()
+    monkeypatch.setattr(engines, "make_run", run)
+    return run
+
+
+def rows_in(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(output, "results.jsonl").read_text().splitlines()]
+
+
+def rates_of(outcome: Outcome) -> dict[str, float | None]:
+    return {name: its.best.rate if its.best else None for name, its in outcome.choices.items()}
+
+
+def names(runs: list[str], *parts: str) -> list[str]:
+    return [name for name in runs if all(part in name.split(",") for part in parts)]
+
+
+def test_each_method_runs_at_its_own_best_rate_on_all_tasks_and_seeds(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared())
+    assert rates_of(outcome) == BEST
+    counted = [(run.entrant, run.task, run.learning_rate, run.seed) for run in outcome.finals]
+    assert counted == [
+        (name, task, BEST[name], seed)
+        for task in ("one", "two")
+        for name in BEST
+        for seed in (0, 1)
+    ]
+    for run, row in outcome.finals.items():
+        assert row is not None
+        wanted = accuracy(run.entrant, run.learning_rate, run.task, run.seed)
+        assert (row.status, row.value) == ("complete", wanted)
+    # Rates are chosen with the first seed on the first task only.
+    others = [name for name in made_up.ran if "seed=1" in name or name.startswith("two,")]
+    assert len(others) == 3 * 3
+    assert len(set(made_up.ran)) == len(made_up.ran)  # nothing is run twice
+
+
+def test_the_best_rate_at_an_end_is_followed_outwards(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared(choose={"tasks": ["one"], "extend": 2}))
+    tried = {name: [its.rate for its in choice.tried] for name, choice in outcome.choices.items()}
+    # The pyramid's best, 1e-2, is the highest that was given: one beyond it is worse, and enough.
+    assert tried == {
+        "lora": [1e-4, 1e-3, 1e-2],
+        "pyramid": [1e-4, 1e-3, 1e-2, 1e-1],
+        "small": [1e-4, 1e-3, 1e-2],
+    }
+    kept = run_bake_off(prepared(output="kept", choose={"tasks": ["one"], "extend": 0}))
+    assert [its.rate for its in kept.choices["pyramid"].tried] == [1e-4, 1e-3, 1e-2]
+
+
+def test_a_rate_far_behind_is_given_up_and_changes_no_choice(made_up: MadeUp) -> None:
+    everything = run_bake_off(prepared(output="all"))
+    quick = run_bake_off(prepared(reject={"after": 0.5, "behind": 0.05}))
+    assert rates_of(quick) == rates_of(everything)
+    given_up = {row.name: row for row in quick.rows if row.status == "rejected"}
+    # Of the rates that are ten times off, all but the first that was tried.
+    assert set(given_up) == {
+        "one,lora,learning_rate=0.01,seed=0",
+        "one,lora,learning_rate=0.0001,seed=0",
+        "one,pyramid,learning_rate=0.0001,seed=0",
+        "one,pyramid,learning_rate=0.1,seed=0",
+        "one,small,learning_rate=0.01,seed=0",
+        "one,small,learning_rate=0.0001,seed=0",
+    }
+    assert {len(row.evaluations) for row in given_up.values()} == {2}  # half of three
+    assert all(row and row.status == "complete" for row in quick.finals.values())
+
+
+def test_what_was_stopped_goes_on_and_repeats_nothing(made_up: MadeUp) -> None:
+    made_up.stop_after = 7
+    with pytest.raises(Interrupted, match=r"To go on: msplora bake-off spec\.yaml"):
+        run_bake_off(prepared())
+    so_far = outcome_so_far(prepared())
+    assert sum(row.status == "complete" for row in so_far.rows) == 7
+    finished = run_bake_off(prepared())
+    assert all(row and row.status == "complete" for row in finished.finals.values())
+    assert len(set(made_up.ran)) == len(made_up.ran)
+    before = list(made_up.ran)
+    run_bake_off(prepared())
+    assert made_up.ran == before
+
+
+def test_a_crash_is_recorded_and_the_rest_goes_on(made_up: MadeUp) -> None:
+    lost = "two,small,learning_rate=0.001,seed=1"
+    made_up.fails = {lost}
+    outcome = run_bake_off(prepared())
+    rows = {row.name: row for row in outcome.rows}
+    assert (rows[lost].status, rows[lost].error) == ("failed", "out of memory")
+    complete = [its for its in outcome.finals.values() if its and its.status == "complete"]
+    assert len(complete) == 11
+    small = next(its for its in standings(outcome) if its.name == "small")
+    assert small.missing == {"failed": 1}
+    assert small.overall is not None
+    assert len(small.overall.values) == 1  # of the seed that has all tasks
+    assert "out of memory" in markdown(outcome, {})
+    made_up.fails = set()
+    made_up.ran.clear()
+    run_bake_off(prepared())
+    assert made_up.ran == []
+    run_bake_off(prepared(), retry_failed=True)
+    assert made_up.ran == [lost]
+
+
+def test_a_rate_that_fails_is_not_chosen(made_up: MadeUp) -> None:
+    made_up.fails = {"one,lora,learning_rate=0.001,seed=0"}
+    outcome = run_bake_off(prepared())
+    assert rates_of(outcome)["lora"] == 1e-4  # of two alike the lower
+
+
+def test_methods_tasks_rates_and_seeds_may_be_added(made_up: MadeUp) -> None:
+    run_bake_off(prepared())
+    made_up.ran.clear()
+    more = {**SPEC["methods"], "dora": {"method": "dora"}}
+    outcome = run_bake_off(prepared(methods=more, seeds=[0, 1, 2]))
+    assert len(names(made_up.ran, "dora")) == len(made_up.ran) - 3 * 2  # a seed of the old three
+    assert len(outcome.finals) == 4 * 2 * 3
+
+
+def test_another_bake_off_is_refused(made_up: MadeUp, tmp_path: Path) -> None:
+    run_bake_off(prepared())
+    rows = Path("out/results.jsonl").read_text()
+    longer = {**SPEC["base"], "training": {**SPEC["base"]["training"], "epochs": 5}}
+    with pytest.raises(SweepFolderError, match=r"another lora on one: training.epochs was unset"):
+        run_bake_off(prepared(base=longer))
+    other = {**SPEC["methods"], "small": {"method": "lora", "adapter": {"r": 2}}}
+    with pytest.raises(SweepFolderError, match=r"another small on one: adapter.r was 4 and is 2"):
+        run_bake_off(prepared(methods=other))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(SweepFolderError, match="holds no bake-off"):
+        run_bake_off(prepared(output="mine"))
+    assert Path("out/results.jsonl").read_text() == rows
+
+
+def test_the_same_on_another_machine_is_the_same(made_up: MadeUp) -> None:
+    """The rows name no folder: they are found again where model and data lie elsewhere."""
+    run_bake_off(prepared())
+    text = Path("out/results.jsonl").read_text()
+    made_up.ran.clear()
+    moved = {**SPEC["base"], "model": "/elsewhere/models/encoder"}
+    plain = {**SPEC["base"], "model": "models/encoder"}
+    assert "/elsewhere" not in text
+    run_bake_off(prepared(output="there", base=plain))
+    made_up.ran.clear()
+    run_bake_off(prepared(output="there", base=moved))
+    assert made_up.ran == []
+
+
+def test_a_lost_row_is_read_from_its_run(here: Path, made_up: MadeUp) -> None:
+    run_bake_off(prepared())
+    name = "one,lora,learning_rate=0.001,seed=0"
+    settings = write_config(here / "run.yaml", _content_of(spec(), name))
+    assert msplora("train", settings).code == 0
+    kept = [json.dumps(row) for row in rows_in("out") if row["name"] != name]
+    Path("out/results.jsonl").write_text("\n".join(kept) + "\n")
+    made_up.ran.clear()
+    outcome = run_bake_off(prepared())
+    assert name not in made_up.ran
+    found = next(row for row in outcome.rows if row.name == name)
+    metrics = json.loads(Path("out/runs", name, "metrics.json").read_text())
+    assert found.value == metrics["best"]["accuracy"]
+    assert [its["step"] for its in found.evaluations] == [4, 8, 12]
+    assert found.train_seconds is not None
+
+
+def _content_of(bake_off: BakeOff, name: str) -> dict[str, Any]:
+    task, method, rate, seed = name.split(",")
+    run = Run(method, task, float(rate.partition("=")[2]), int(seed.partition("=")[2]))
+    return bake_off.settings_of(run).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"methods": {"a": {"method": "loar"}}}, r"method = 'loar'.*Did you mean 'lora'"),
+        ({"choose": {"tasks": ["on"]}}, r"choose.tasks names 'on'.*Did you mean 'one'"),
+        ({"baseline": "laro"}, r"baseline names 'laro'.*Did you mean 'lora'"),
+        ({"method": {}}, r"unknown key 'method'. Keys of the runs stand under base"),
+        ({"reject": {"behnd": 1}}, r"unknown key 'reject.behnd'. Did you mean 'behind'"),
+        ({"learning_rates": [0.0]}, r"learning_rates.0 = 0.0: it should be greater than 0"),
+        ({"tasks": {"a b": {}}}, r"tasks.a b: a name becomes part of a folder's"),
+        ({"base": {**SPEC["base"], "seed": 1}}, r"base has 'seed': it is among the `seeds`"),
+        ({"seeds": [1, 1]}, r"seeds = \[1, 1\] has a seed twice"),
+        (
+            {"methods": {"a": {"method": "lora", "budget": "pyramyd"}, "pyramid": {}}},
+            r"methods.a: budget = 'pyramyd' names no other method. Did you mean 'pyramid'",
+        ),
+        ({"methods": {"a": {"method": "lora", "budget": -1}}}, r"it should be a number of param"),
+        (
+            {"methods": {"a": {"method": "lora", "learning_rates": [1, 1]}}},
+            r"methods.a: learning_rates = \[1, 1\]: it should be a list of different numbers",
+        ),
+        (
+            {"base": {**SPEC["base"], "data": {"validation_fraction": 0}}},
+            r"compared on held-out rows, and task one has none|it needs held-out rows",
+        ),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        spec(**changes)
+
+
+def _sizes(**methods: Any) -> Prepared:
+    return prepare(spec(methods={"lora": {"method": "lora"}, **methods}))
+
+
+def test_a_budget_is_met_by_the_smallest_rank_that_is_not_below_it(here: Path) -> None:
+    found = _sizes(
+        pyramid={"method": "msplora", "adapter": {"r": 8}},
+        small={"method": "lora", "budget": "pyramid"},
+        fixed={"method": "lora", "budget": [1300, 2048]},
+        blocks={"method": "gralora", "gralora": {"gralora_k": 2}, "budget": 1000},
+    )
+    a_rank = 4 * 2 * (16 + 16)  # layers, sites, in + out
+    assert found.sizes == {
+        "lora": 8 * a_rank,
+        "pyramid": 8 * 64 + 3 * 4 * 64 + 4 * 2 * 64,
+        "small": 7 * a_rank,
+        "fixed@1300": 6 * a_rank,
+        "fixed@2048": 8 * a_rank,
+        "blocks": 4 * a_rank,
+    }
+    assert found.metrics == {"one": "accuracy", "two": "accuracy"}
+    ranks = {
+        name: its.content["adapter"]["r"] for name, its in list(found.bake_off.entrants.items())[2:]
+    }
+    assert ranks == {"small": 7, "fixed@1300": 6, "fixed@2048": 8, "blocks": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ({"method": "lora", "budget": 40}, r"no rank comes near it: adapter.r = 1 trains 256"),
+        ({"method": "hydra", "budget": 900}, r"set hydra.r_parallel and hydra.r_sequential"),
+        (
+            {"method": "lora", "budget": 10**9},
+            r"no adapter.r up to 4,096 trains as much; adapter.r = 4,096 trains 1,048,576",
+        ),
+    ],
+)
+def test_a_budget_that_no_rank_reaches_is_refused(
+    here: Path, method: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(ConfigError, match=error):
+        _sizes(other=method)
+
+
+def test_what_no_run_could_do_is_refused_before_the_first(here: Path) -> None:
+    (here / "two.jsonl").unlink()
+    with pytest.raises(MSPLoraError, match=r"two\.jsonl"):
+        prepare(spec())
+
+
+def test_the_report_says_what_the_rows_say(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared(reject={"after": 0.5, "behind": 0.05}))
+    write_report(outcome)
+    text = Path("out/report.md").read_text()
+    html = Path("out/report.html").read_text()
+    for name in BEST:
+        values = [
+            mean(accuracy(name, BEST[name], task, seed) for task in ("one", "two"))
+            for seed in (0, 1)
+        ]
+        assert f"{mean(values):.4f} ± 0.0071" in text
+        assert f"{mean(values):.4f} ± 0.0071" in html
+    assert "a run is given up, after 50% of it" in text
+    assert "commit: abc (" in text
+    for name in ("front", "differences", "rates"):
+        assert Path(f"out/{name}.svg").read_text().startswith("<?xml")
+        assert f"({name}.svg)" in text
+    assert html.count("data:image/svg+xml;base64,") == 3
+    for outside in ("http://", "https://", "<script", "<link"):
+        assert outside not in html
+
+
+def test_names_from_files_are_escaped(made_up: MadeUp) -> None:
+    found = prepared()
+    made_up.fails = {"one,lora,learning_rate=0.001,seed=0"}
+    outcome = run_bake_off(found)
+    row = next(its for its in outcome.rows if its.status == "failed")
+    row.error = "<b>not | bold</b>"
+    html, text = page(outcome, draw(outcome)), markdown(outcome, {})
+    assert "<b>not" not in html
+    assert "&lt;b&gt;not | bold" in html
+    assert r"<b>not \| bold</b>" in text
+
+
+@pytest.mark.slow
+def test_its_runs_are_those_that_train_makes(here: Path) -> None:
+    content = {
+        **SPEC,
+        "methods": {"lora": {"method": "lora"}},
+        "learning_rates": [1e-2, 1e-5],
+        "choose": {"tasks": ["one"], "extend": 0},
+        "reject": {"after": 0.3, "behind": 0.01},
+        "seeds": [0],
+    }
+    content["tasks"] = {"one": SPEC["tasks"]["one"]}
+    done = msplora("bake-off", write_config(here / "spec.yaml", content))
+    assert done.code == 0, done.err
+    rows = {row["name"]: row for row in rows_in("out")}
+    best, low = (rows[f"one,lora,learning_rate={rate:g},seed=0"] for rate in (1e-2, 1e-5))
+    # Far too low, it stays at what it was, and is stopped for real.
+    assert (best["status"], low["status"]) == ("complete", "rejected")
+    assert len(low["evaluations"]) < 3
+    assert not list(Path("out/runs").glob("*learning_rate=1e-05*"))
+    alone = {**_content_of(make_bake_off(content, "spec.yaml"), best["name"]), "output": "alone"}
+    assert msplora("train", write_config(here / "alone.yaml", alone)).code == 0
+    metrics = json.loads(Path("alone/metrics.json").read_text())
+    assert (best["value"], best["evaluations"]) == (
+        metrics["best"]["accuracy"],
+        metrics["evaluations"],
+    )
+    assert best["resident_bytes"] > 2**20
+    assert f"{best['value']:.4f}" in done.out
+
+
+@pytest.mark.thorough
+def test_ray_makes_the_same_rows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not part of the development environment")
+    content = {**SPEC, "learning_rates": [1e-2], "choose": {"tasks": ["one"], "extend": 0}}
+    content["methods"] = {"lora": {"method": "lora"}, "pyramid": {"method": "msplora"}}
+    file = write_config(here / "spec.yaml", content)
+    values: list[dict[str, float]] = []
+    for output, flags in (("here", []), ("there", ["--ray", "local", "--cpus", "1"])):
+        done = msplora("bake-off", file, "--output", output, *flags)
+        assert done.code == 0, done.err
+        values.append({row["name"]: row["value"] for row in rows_in(output)})
+    assert values[0] == values[1]
+    assert len(values[0]) == 8

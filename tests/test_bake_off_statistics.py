@@ -1,0 +1,93 @@
+"""The statistics of a bake-off against scipy, hand-counted cases and brute force."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import permutation_test
+
+from msplora.bakeoff.rejecting import Rejecting
+from msplora.bakeoff.settings import RejectSettings
+from msplora.bakeoff.statistics import Paired, _adjusted, _is_on_front, sign_flip_p
+
+VALUES = st.lists(st.floats(-1, 1).map(lambda its: round(its, 3)), min_size=2, max_size=9)
+
+
+def curve(*values: float) -> list[dict[str, float]]:
+    return [{"step": 10 * (place + 1), "accuracy": its} for place, its in enumerate(values)]
+
+
+@given(VALUES)
+@settings(max_examples=25, deadline=None)
+def test_the_p_value_is_scipys(values: list[float]) -> None:
+    found = permutation_test(
+        (np.array(values),), np.sum, permutation_type="samples", n_resamples=2**12
+    )
+    assert sign_flip_p(values) == pytest.approx(float(found.pvalue), abs=1e-12)
+
+
+def test_the_p_value_of_differences_all_alike() -> None:
+    assert sign_flip_p([0.1] * 6) == 2 / 2**6
+    assert sign_flip_p([0.0] * 6) == 1
+    # Drawn, not counted: near what counting would give, and never 0.
+    assert 0 < sign_flip_p([0.1] * 20) < 1e-4
+    assert sign_flip_p([0.1, -0.1] * 10) > 0.5
+
+
+def test_holm_by_hand() -> None:
+    given_p = {"a": 0.01, "b": 0.04, "c": 0.03}
+    pairs = {name: Paired((0.1,), {"t": 0.1}, p) for name, p in given_p.items()}
+    adjusted = {name: its.adjusted for name, its in _adjusted(pairs).items()}
+    # 3 × 0.01; 2 × 0.03; then 1 × 0.04, raised to the one before.
+    assert adjusted == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 5), st.integers(1, 5))))
+def test_the_front_is_of_those_whom_nobody_beats(points: dict[str, tuple[int, int]]) -> None:
+    scores = {name: float(score) for name, (score, _) in points.items()}
+    sizes = {name: size for name, (_, size) in points.items()}
+    front = [name for name in points if _is_on_front(name, scores, sizes)]
+    for name in points:
+        beaten = any(
+            (scores[other] >= scores[name] and sizes[other] < sizes[name])
+            or (scores[other] > scores[name] and sizes[other] <= sizes[name])
+            for other in points
+        )
+        assert (name in front) is not beaten
+    in_order = sorted({(sizes[name], scores[name]) for name in front})
+    assert all(small < large for (_, small), (_, large) in pairwise(in_order))
+
+
+@pytest.mark.parametrize(
+    ("values", "rivals", "hopeless"),
+    [
+        ((0.5,), [(0.6, 0.9)], False),  # too early
+        ((0.5, 0.5), [(0.6, 0.9)], True),
+        ((0.5, 0.9), [(0.6, 0.9)], False),
+        ((0.9, 0.5), [(0.6, 0.9)], False),  # its best counts
+        ((0.5, 0.86), [(0.6, 0.9)], False),  # not by more than 0.05
+        ((0.5, 0.5), [(0.52, 0.53, 0.9)], False),  # it was no better by then
+        ((0.5, 0.5), [], False),
+        ((0.5, 0.5), [(0.1, 0.2), (0.6, 0.7)], True),
+        ((0.8, 0.8, 0.8, 0.1), [(0.8, 0.8, 0.8, 0.9)], False),  # over already
+    ],
+)
+def test_who_is_given_up(
+    values: tuple[float, ...], rivals: list[tuple[float, ...]], hopeless: bool
+) -> None:
+    rule = RejectSettings(after=0.5, behind=0.05)
+    rejecting = Rejecting(rule, "accuracy", [curve(*its) for its in rivals])
+    assert rejecting.is_hopeless(curve(*values), 40) is hopeless
+
+
+def test_of_a_loss_less_is_better() -> None:
+    def losses(*values: float) -> list[dict[str, float]]:
+        return [{"step": place, "loss": its} for place, its in enumerate(values, 1)]
+
+    rejecting = Rejecting(RejectSettings(after=0.5, behind=0.1), "loss", [losses(2.0, 1.0)])
+    assert rejecting.is_hopeless(losses(2.0, 1.5), 4)
+    assert not rejecting.is_hopeless(losses(2.0, 1.05), 4)
