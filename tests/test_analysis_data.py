@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import msplora as library
 from msplora.analysis.results import Ablation
+from msplora.train import saved_run
 from msplora.train.evaluation import evaluate_run
-from runs import config_on, msplora, save_bases, write_config
+from runs import answered_rows, config_on, msplora, save_bases, write_config, write_jsonl
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -45,8 +46,13 @@ def ablation(run: Path, data: str) -> Ablation:
     return found.ablation
 
 
-def test_levels_of_a_language_model_and_preferences_refused(tmp_path: Path) -> None:
-    run, data = trained(tmp_path, "sft")
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return trained(tmp_path_factory.mktemp("sft"), "sft")
+
+
+def test_levels_of_a_language_model(language_model: tuple[Path, str], tmp_path: Path) -> None:
+    run, data = language_model
     found = ablation(run, data)
     assert (found.unit, found.rows) == ("token", 40)
     levels = ("global", "mid", "local")
@@ -64,12 +70,47 @@ def test_levels_of_a_language_model_and_preferences_refused(tmp_path: Path) -> N
     # Reading and measuring leaves the run as it was.
     assert ablation(run, data) == found
 
-    record = run / "adapter/task.json"
-    record.write_text(record.read_text().replace('"task": "sft"', '"task": "dpo"'))
-    result = msplora("analyse", run, "--data", data, "--output", tmp_path / "page.html")
-    assert result.code == 1
-    assert "trained on preferences" in result.error
-    assert not (tmp_path / "page.html").exists()
+
+@pytest.mark.parametrize("start", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_plain_lora_of_preferences(start: bool, tmp_path: Path) -> None:
+    """The model it is compared with, also an adapter, stays as it is."""
+    rows = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " fox"}
+        for row in answered_rows(12)
+    ]
+    data = str(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    changes: dict[str, Any] = {"method": "lora", "data": {"train": data}}
+    if start:
+        first, _ = trained(tmp_path, "sft", method="lora")
+        changes["init_from"] = str(first.rename(tmp_path / "first"))
+    run, _ = trained(tmp_path, "dpo", **changes)
+    found = ablation(run, data)
+    assert [its.levels for its in found.runs] == [(), ("lora",)]
+    assert (found.unit, found.rows) == ("pair", 12)
+    for its, parts in zip(found.runs, ([], ["lora"]), strict=True):
+        copy = with_zeros(run, tmp_path / f"copy{len(parts)}", *parts)
+        assert its.loss == pytest.approx(evaluate_run(copy, data)["loss"], abs=1e-5)
+    assert found.runs[1].change > 1e-3
+
+
+def test_options_of_the_base_reach_the_loader(
+    language_model: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = language_model
+    asked = []
+    load = saved_run.load_base
+
+    def watched(settings: Any, *rest: Any, **more: Any) -> Any:
+        asked.append((settings.model, settings.revision, settings.trust_remote_code))
+        return load(settings, *rest, **more)
+
+    monkeypatch.setattr(saved_run, "load_base", watched)
+    options = ["--data", data, "--revision", "main", "--trust-remote-code", "--json"]
+    decoder = str(run.parent / "decoder")
+    for more in ([], ["--base", decoder, "--intruders", "0"]):
+        result = msplora("analyse", run, *options, *more)
+        assert result.code == 0, result.error
+    assert asked == [(decoder, "main", True)] * 2
 
 
 def test_a_plain_lora_of_a_classifier_keeps_its_head(tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ WEIGHTS = "adapter_model.safetensors"
 def update(kind: StoredKind, place: int) -> Any:
     """The dense update of one layer, by the stored pairs."""
     pairs = [kind.pairs[its] for its in kind.sites[place].pairs]
-    return sum(pair.scale * pair.b_OR.double() @ pair.a_RI.double() for pair in pairs)
+    factors = [pair.read() for pair in pairs]
+    return sum(
+        pair.scale * b_OR.double() @ a_RI.double()
+        for pair, (a_RI, b_OR) in zip(pairs, factors, strict=True)
+    )
 
 
 def save(model: Any, folder: Path, base: Any = None) -> Path:

@@ -143,6 +143,7 @@ def test_the_run_folder_is_complete(folder: Path, printed: str) -> None:
         "adapter",
         "config.yaml",
         "data.json",
+        "levels.json",
         "log_history.json",
         "loss.png",
         "metrics.json",

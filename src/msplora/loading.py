@@ -76,6 +76,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         AdapterFileError: there is no file, it is cut short, or it holds values that are not finite.
     """
+    with open_tensors(folder) as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    check_finite(tensors, str(folder / WEIGHTS_FILE))
+    return tensors
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[safe_open]:
+    """The file of an adapter's tensors, mapped into memory.
+
+    Raises:
+        AdapterFileError: there is no file, or it is cut short.
+    """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise AdapterFileError(
@@ -84,14 +97,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            yield opened
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"{str(file)!r} ({file.stat().st_size:,} bytes) cannot be read: {error}. It is cut "
             f"short or damaged; copy or download it again."
         ) from error
-    check_finite(tensors, str(file))
-    return tensors
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

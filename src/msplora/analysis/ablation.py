@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from msplora.errors import UnsupportedError
-from msplora.train.evaluation import image_rows, text_rows, token_rows
+from msplora.loading import BaseOptions
+from msplora.train.evaluation import image_rows, pair_judge, pair_rows, text_rows, token_rows
 from msplora.train.held_out_loss import autocast, pad_rows
 from msplora.train.levels import level_parameters
 from msplora.train.quiet import quiet_libraries
@@ -31,6 +31,9 @@ from .results import Ablation, SwitchedOff
 SAMPLES = 1000
 """Of the bootstrap."""
 _INTERVAL = (0.025, 0.975)
+_UNITS = {"sft": "token", "dpo": "pair"}
+
+_ADAPTER = "default"
 
 Losses = tuple[Tensor, Tensor]
 """Of each row: the sum of its losses, and how many there are; float64 (rows,)."""
@@ -39,7 +42,7 @@ Losses = tuple[Tensor, Tensor]
 def switch_off(
     path: Path | str,
     data: str,
-    base: str | None = None,
+    base: BaseOptions | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Ablation:
     """Measure a run or an adapter with all levels, and without some of them.
@@ -47,11 +50,11 @@ def switch_off(
     Args:
         path: its folder.
         data: labelled rows, as `msplora eval` takes them.
-        base: the base model, where the recorded one has moved.
+        base: the base model, where the recorded one has moved, or how to load it.
         report: told how many of the measurements are done.
 
     Raises:
-        MSPLoraError: the model or the data cannot be read, or it was trained on preferences.
+        MSPLoraError: the model or the data cannot be read.
     """
     with quiet_libraries():
         run = open_run(path, base)
@@ -69,7 +72,7 @@ def switch_off(
     return Ablation(
         data=data,
         rows=len(whole[0]),
-        unit="token" if run.settings.task == "sft" else "row",
+        unit=_UNITS.get(run.settings.task, "row"),
         runs=tuple(_switched_off(off, losses, whole) for off, losses in found),
     )
 
@@ -94,13 +97,14 @@ def _change(differences: Tensor, counts: Tensor) -> tuple[float, float, float]:
 
 def _levels(model: Any) -> dict[str, list[nn.Parameter]]:
     """Level → its B; of a plain LoRA, all of its B as one level."""
-    config: Any = next(iter(model.peft_config.values()))
+    config: Any = model.peft_config[_ADAPTER]
     if hasattr(config, "pyramid"):
         return {level: its[1::2] for level, its in level_parameters(model).items()}
     of_lora = [
         parameter
         for name, parameter in model.named_parameters()
-        if ".lora_B." in name or ".lora_embedding_B." in name
+        # Not of the adapter that a run on preferences is compared with.
+        if f".lora_B.{_ADAPTER}." in name or name.endswith(f".lora_embedding_B.{_ADAPTER}")
     ]
     return {"lora": of_lora}
 
@@ -128,10 +132,8 @@ def _measurement(run: SavedRun, data: str) -> Callable[[], Losses]:
         batches = [pad_rows(rows[at : at + size], pad) for at in range(0, len(rows), size)]
         return lambda: _measured(_of_tokens(run, *batch) for batch in batches)
     if run.settings.task == "dpo":
-        raise UnsupportedError(
-            f"{run.path} was trained on preferences, whose loss is not that of single rows. Levels "
-            f"are switched off for language models and classifiers; leave --data out."
-        )
+        judge = pair_judge(run, pair_rows(run, data)[0], size)
+        return lambda: _each_counts(judge.losses())
     of_images = run.settings.task == "image-classification"
     rows_of: Any = image_rows(run, data) if of_images else text_rows(run, data)[0]
     collate: Any = (
@@ -176,4 +178,9 @@ def _of_labels(run: SavedRun, batch: Any) -> Losses:
         losses = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none")
     else:
         losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses.double().cpu(), torch.ones(len(losses), dtype=torch.float64)
+    return _each_counts(losses.double().cpu())
+
+
+def _each_counts(losses: Tensor) -> Losses:
+    """Rows of one loss each."""
+    return losses, torch.ones_like(losses)

@@ -30,8 +30,9 @@ def with_base(
         weight_OI = base.weight(site.key)
         if weight_OI is not None and tuple(weight_OI.shape) == shape:
             pairs = [kind.pairs[place] for place in site.pairs]
-            a_RI = torch.cat([pair.a_RI.double() for pair in pairs])
-            b_OR = torch.cat([pair.b_OR.double() * pair.scale for pair in pairs], dim=1)
+            factors = [(*pair.read(), pair.scale) for pair in pairs]
+            a_RI = torch.cat([a_RI.double() for a_RI, _, _ in factors])
+            b_OR = torch.cat([b_OR.double() * scale for _, b_OR, scale in factors], dim=1)
             found = replace(
                 found,
                 base_norm=float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64)),

@@ -15,8 +15,8 @@ from msplora.loading import BaseOptions, adapter_folder
 from .against_base import with_base
 from .base import Base
 from .comparing import compare
-from .history import checkpoint, checkpoint_folders
-from .kinds import KindUpdates, analyse_kind
+from .history import checkpoint, checkpoint_folders, recorded, step_of
+from .kinds import analyse_kind
 from .reading import read_adapter
 from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
 from .stored import StoredAdapter
@@ -35,8 +35,9 @@ def analyse(
 ) -> Analysis:
     """Measure what the levels of adapters learned, through their factors.
 
-    No model is loaded but for `data`. Besides the factors of all adapters, what is held at a time
-    is one kind in the coordinates of its factors and, with a base, one of its weights.
+    No model is loaded but for `data`. The factors are read from the files as they are needed; what
+    is held at a time is one kind in the coordinates of its factors and, with a base, one of its
+    weights.
 
     Args:
         adapters: folders of MSPLoRA adapters or PEFT's plain LoRAs, or of runs; one that has
@@ -66,7 +67,7 @@ def analyse(
     results = []
     for name, path, (adapter, its_base) in zip(names, paths, read, strict=True):
         # First what loads most and so may fail.
-        ablation = _ablation(adapter.path, data, its_base, partial(report, f"{name}: data"))
+        ablation = _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
         results.append(
             AdapterResult(
@@ -74,17 +75,13 @@ def analyse(
                 path=str(path),
                 method=adapter.method,
                 base=its_base.source if its_base else adapter.base,
-                parameters=sum(
-                    pair.a_RI.numel() + pair.b_OR.numel()
-                    for kind in adapter.kinds
-                    for pair in kind.pairs
-                ),
+                parameters=sum(pair.parameters for kind in adapter.kinds for pair in kind.pairs),
                 levels=summarise(
                     adapter,
                     [list(site.levels.values()) for kind in kinds for site in kind.sites],
                 ),
                 kinds=kinds,
-                history=_history(path, partial(report, f"{name}: checkpoints")),
+                history=_history(path, options, partial(report, f"{name}: checkpoints")),
                 ablation=ablation,
                 notes=(*adapter.notes, *_notes(kinds, its_base)),
             )
@@ -139,7 +136,7 @@ def _kinds(
 
     found = []
     for kind in adapter.kinds:
-        its = analyse_kind(KindUpdates(kind, adapter.levels))
+        its = analyse_kind(kind, adapter.levels)
         advance(len(kind.sites))
         if base is not None:
             its = with_base(its, kind, base, intruder_vectors, advance)
@@ -147,24 +144,28 @@ def _kinds(
     return tuple(found)
 
 
-def _history(path: Path, report: Callable[[int, int], None]) -> tuple[Checkpoint, ...]:
-    folders = checkpoint_folders(path)
-    found = []
-    for folder in folders if len(folders) > 1 else ():
-        found.append(checkpoint(folder))
-        report(len(found), len(folders))
-    return tuple(found)
+def _history(
+    path: Path, base: BaseOptions | None, report: Callable[[int, int], None]
+) -> tuple[Checkpoint, ...]:
+    found = {its.step: its for its in recorded(path)}
+    folders = [its for its in checkpoint_folders(path) if step_of(its) not in found]
+    if len(found) + len(folders) < 2:
+        return ()
+    for done, folder in enumerate(folders, start=1):
+        found[step_of(folder)] = checkpoint(folder, base)
+        report(done, len(folders))
+    return tuple(found[step] for step in sorted(found))
 
 
 def _ablation(
-    folder: Path, data: str | None, base: Base | None, report: Callable[[int, int], None]
+    folder: Path, data: str | None, base: BaseOptions | None, report: Callable[[int, int], None]
 ) -> Ablation | None:
     if data is None:
         return None
     with train_extra():
         from .ablation import switch_off
 
-        return switch_off(folder, data, base.source if base else None, report)
+        return switch_off(folder, data, base, report)
 
 
 def _notes(kinds: Sequence[KindResult], base: Base | None) -> list[str]:

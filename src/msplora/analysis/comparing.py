@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .kinds import Coordinates
-from .measures import cosines, numerical_ranks, overlaps, spans
+from .measures import layer_cosines, numerical_ranks, overlaps, spans
 from .results import Comparison, KindComparison, numbers
 from .stored import StoredAdapter, StoredKind
 
@@ -44,7 +44,7 @@ def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
     return KindComparison(
         first.name,
         tuple(site.layer for site, _ in shared),
-        numbers(cosines(ours, theirs).diagonal()),
+        numbers(layer_cosines(ours, theirs)),
         numbers(overlaps(*columns).diagonal()),
         numbers(overlaps(*rows).diagonal()),
         larger / first.out_features,

@@ -1,17 +1,20 @@
-"""An adapter over its training: the summaries of a run's checkpoints."""
+"""An adapter over its training: summaries of its checkpoints, or what its run recorded of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 
-from msplora.loading import CONFIG_FILE
+from msplora.errors import AdapterFileError, BaseModelError
+from msplora.loading import CONFIG_FILE, BaseOptions
 
 from .kinds import KindUpdates, coarser, level_measures
 from .reading import read_adapter
-from .results import Checkpoint, mean
+from .results import Checkpoint, LevelSummary, mean
 from .summary import summarise
 
+RECORD = "levels.json"
+"""What `msplora train` leaves of the checkpoints that it drops."""
 _NAME = "checkpoint-"
 
 
@@ -22,7 +25,7 @@ def checkpoint_folders(path: Path) -> list[Path]:
     itself or in its `checkpoints`.
     """
     found = {
-        int(folder.name.removeprefix(_NAME)): folder
+        step_of(folder): folder
         for where in (path, path / "checkpoints")
         for folder in where.glob(f"{_NAME}*")
         if folder.name.removeprefix(_NAME).isdecimal() and (folder / CONFIG_FILE).is_file()
@@ -30,9 +33,24 @@ def checkpoint_folders(path: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def checkpoint(folder: Path, done: Callable[[], None] = lambda: None) -> Checkpoint:
-    """What is followed over training, of one checkpoint."""
-    adapter, _ = read_adapter(folder)
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix(_NAME))
+
+
+def checkpoint(folder: Path, base: BaseOptions | None = None) -> Checkpoint:
+    """What is followed over training, of one checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        base: asked for where the file alone does not say which weights share.
+    """
+    try:
+        adapter, _ = read_adapter(folder)
+    except BaseModelError:
+        if base is None or base.source is None:
+            raise
+        adapter, _ = read_adapter(folder, base)
     measures, columns, rows = [], [], []
     for kind in adapter.kinds:
         updates = KindUpdates(kind, adapter.levels)
@@ -41,10 +59,41 @@ def checkpoint(folder: Path, done: Callable[[], None] = lambda: None) -> Checkpo
         if overlap is not None:
             columns += overlap.columns
             rows += overlap.rows
-    done()
     return Checkpoint(
-        int(folder.name.removeprefix(_NAME)),
+        step_of(folder),
         summarise(adapter, measures),
         mean(columns),
         mean(rows),
     )
+
+
+def recorded(path: Path) -> list[Checkpoint]:
+    """What a run recorded of its checkpoints: a finished one, or one that is not."""
+    return read_record(path) or read_record(path / "checkpoints")
+
+
+def read_record(folder: Path) -> list[Checkpoint]:
+    """The checkpoints that the record in a folder tells of, by their step.
+
+    Raises:
+        AdapterFileError: the record is none.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return []
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            Checkpoint(
+                its["step"],
+                tuple(LevelSummary(**level) for level in its["levels"]),
+                its["coarser_columns"],
+                its["coarser_rows"],
+            )
+            for its in content
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(
+            f"{str(file)!r} is no record of a run's levels ({type(error).__name__}: {error}). Move "
+            f"it away: without it the adapter is analysed as it is."
+        ) from error

@@ -17,6 +17,7 @@ from .measures import (
     explained_by_a_space,
     inside,
     joint_span,
+    layer_cosines,
     mean_principal_cosines,
     numerical_ranks,
     overlaps,
@@ -43,13 +44,12 @@ class Coordinates:
     """Pairs of one shape in the coordinates of their joint QR decompositions."""
 
     def __init__(self, pairs: Sequence[StoredPair]) -> None:
-        self._a_PP = triangular([pair.a_RI for pair in pairs])
-        self._b_PP = triangular([pair.b_OR.mT for pair in pairs])
+        ranks = [pair.rank for pair in pairs]
+        self._a_PP = triangular(lambda p: pairs[p].read()[0], ranks, pairs[0].in_features)
+        self._b_PP = triangular(lambda p: pairs[p].read()[1].mT, ranks, pairs[0].out_features)
         self._scales = [pair.scale for pair in pairs]
-        ends = accumulate(len(pair.a_RI) for pair in pairs)
-        self._columns = [
-            slice(end - len(pair.a_RI), end) for end, pair in zip(ends, pairs, strict=True)
-        ]
+        ends = accumulate(ranks)
+        self._columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
 
     def updates(self, sums: Sequence[Sequence[int]]) -> Updates:
         """For each entry the sum of the updates ``s B A`` of the pairs that it numbers."""
@@ -70,53 +70,47 @@ class KindUpdates:
     def __init__(self, kind: StoredKind, levels: tuple[str, ...]) -> None:
         self.kind = kind
         self.level_names = levels
-        coordinates = Coordinates(kind.pairs)
+        self._coordinates = Coordinates(kind.pairs)
         self.levels = [
-            coordinates.updates([[site.pairs[place]] for site in kind.sites])
+            self._coordinates.updates([[site.pairs[place]] for site in kind.sites])
             for place in range(len(levels))
         ]
         """Of each level, of all layers."""
-        self.total = self.levels[0]
-        if len(levels) > 1:
-            self.total = coordinates.updates([site.pairs for site in kind.sites])
 
-    def ranks(self, updates: Updates) -> Tensor:
-        """(L,)"""
-        return numerical_ranks(updates.values, self.kind.out_features, self.kind.in_features)
-
-    def column_spans(self, updates: Updates) -> Tensor:
-        """The column space of each layer's update: (L, P, K)."""
-        return spans(updates.left, self.ranks(updates))
-
-    def row_spans(self, updates: Updates) -> Tensor:
-        """The row space of each layer's update: (L, P, K)."""
-        return spans(updates.right, self.ranks(updates))
+    def total(self) -> Updates:
+        """Of all layers, the sum of the levels'; each call computes it."""
+        if len(self.levels) == 1:
+            return self.levels[0]
+        return self._coordinates.updates([site.pairs for site in self.kind.sites])
 
 
-def analyse_kind(updates: KindUpdates) -> KindResult:
+def analyse_kind(kind: StoredKind, levels: tuple[str, ...]) -> KindResult:
     """Everything that the factors of one kind say."""
-    kind = updates.kind
-    several = len(kind.sites) > 1 and bool((updates.total.values[:, 0] > 0).any())
+    updates = KindUpdates(kind, levels)
+    of_levels, overlaps_of_levels = level_measures(updates), decoupling(updates)
+    total = updates.total()
+    del updates  # each is as large as the kind's factors
+    several = len(kind.sites) > 1 and bool((total.values[:, 0] > 0).any())
     return KindResult(
         kind.name,
         kind.out_features,
         kind.in_features,
-        _sites(updates),
-        _similarity(updates) if several else None,
-        _shared(updates) if several else None,
-        decoupling(updates),
+        _sites(kind, total, levels, of_levels),
+        _similarity(kind, total) if several else None,
+        _shared(total) if several else None,
+        overlaps_of_levels,
     )
 
 
 def level_measures(updates: KindUpdates) -> list[list[Measures]]:
     """For every site, for every level."""
-    sites = updates.kind.sites
+    kind = updates.kind
     norms = torch.stack([level.values.norm(dim=-1) for level in updates.levels], dim=-1)  # (L, T)
     squares = norms.square()
     shares = squares / squares.sum(-1, keepdim=True)  # not a number where all are zero
     by_level = [
         _measures(
-            updates, level, shares[:, place], [site.pairs[place : place + 1] for site in sites]
+            kind, level, shares[:, place], [site.pairs[place : place + 1] for site in kind.sites]
         )
         for place, level in enumerate(updates.levels)
     ]
@@ -124,46 +118,56 @@ def level_measures(updates: KindUpdates) -> list[list[Measures]]:
 
 
 def _measures(
-    updates: KindUpdates, of: Updates, shares: Tensor, pairs: Sequence[tuple[int, ...]]
+    kind: StoredKind, of: Updates, shares: Tensor, pairs: Sequence[tuple[int, ...]]
 ) -> list[Measures]:
     """Of each layer's update, which is the sum of its `pairs`."""
     # A layer of lower rank than others has zeros at the end, which are none of its values.
-    ranks = [sum(len(updates.kind.pairs[its].a_RI) for its in its_pairs) for its_pairs in pairs]
+    ranks = [sum(kind.pairs[its].rank for its in its_pairs) for its_pairs in pairs]
     values = [its[:rank] for its, rank in zip(of.values.tolist(), ranks, strict=True)]
     columns = zip(
         of.values.norm(dim=-1).tolist(),
         numbers(shares),
         effective_ranks(of.values).tolist(),
         stable_ranks(of.values).tolist(),
-        updates.ranks(of).tolist(),
+        _ranks(kind, of).tolist(),
         map(tuple, values),
         strict=True,
     )
     return [Measures(*its) for its in columns]
 
 
-def _sites(updates: KindUpdates) -> tuple[SiteResult, ...]:
-    sites, names = updates.kind.sites, updates.level_names
-    whole = torch.ones(len(sites), dtype=torch.float64)
-    totals = _measures(updates, updates.total, whole, [site.pairs for site in sites])
+def _ranks(kind: StoredKind, updates: Updates) -> Tensor:
+    """Numerical ranks, (L,)."""
+    return numerical_ranks(updates.values, kind.out_features, kind.in_features)
+
+
+def _sites(
+    kind: StoredKind,
+    total: Updates,
+    names: tuple[str, ...],
+    of_levels: Sequence[Sequence[Measures]],
+) -> tuple[SiteResult, ...]:
+    whole = torch.ones(len(kind.sites), dtype=torch.float64)
+    totals = _measures(kind, total, whole, [site.pairs for site in kind.sites])
     return tuple(
-        SiteResult(site.key, site.layer, total, dict(zip(names, levels, strict=True)))
-        for site, total, levels in zip(sites, totals, level_measures(updates), strict=True)
+        SiteResult(site.key, site.layer, its, dict(zip(names, levels, strict=True)))
+        for site, its, levels in zip(kind.sites, totals, of_levels, strict=True)
     )
 
 
-def _similarity(updates: KindUpdates) -> Similarity:
-    columns, principal_columns = _between(updates.column_spans(updates.total))
-    rows, principal_rows = _between(updates.row_spans(updates.total))
-    dimension = float(updates.ranks(updates.total).double().mean())
+def _similarity(kind: StoredKind, total: Updates) -> Similarity:
+    ranks = _ranks(kind, total)
+    columns, principal_columns = _between(spans(total.left, ranks))
+    rows, principal_rows = _between(spans(total.right, ranks))
+    dimension = float(ranks.double().mean())
     return Similarity(
-        matrix(cosines(updates.total, updates.total)),
+        matrix(cosines(total, total)),
         columns,
         rows,
         principal_columns,
         principal_rows,
-        dimension / updates.kind.out_features,
-        dimension / updates.kind.in_features,
+        dimension / kind.out_features,
+        dimension / kind.in_features,
     )
 
 
@@ -172,13 +176,13 @@ def _between(spans_LPK: Tensor) -> tuple[Matrix, Numbers]:
     return matrix(overlaps(spans_LPK, spans_LPK)), numbers(mean_principal_cosines(spans_LPK))
 
 
-def _shared(updates: KindUpdates) -> Shared:
-    left, values, right = updates.total
+def _shared(total: Updates) -> Shared:
+    left, values, right = total
     ranks = values.shape[-1]  # what each layer has now
     return Shared(
         numbers(explained_by_a_space(left, values)[:ranks]),
         numbers(explained_by_a_space(right, values)[:ranks]),
-        numbers(explained_by_a_pair(updates.total)[:ranks]),
+        numbers(explained_by_a_pair(total)[:ranks]),
     )
 
 
@@ -203,23 +207,37 @@ def coarser(updates: KindUpdates) -> LevelOverlap | None:
 
 
 def _overlap(updates: KindUpdates, place: int, of: tuple[int, ...], level: str) -> LevelOverlap:
-    left, values, right = updates.levels[place]
-    columns = joint_span([updates.column_spans(updates.levels[its]) for its in of])
-    rows = joint_span([updates.row_spans(updates.levels[its]) for its in of])
+    level_updates, others = updates.levels[place], [updates.levels[its] for its in of]
+    ranks = [_ranks(updates.kind, its) for its in others]
+    columns, dimension_of_columns = _inside_all(
+        level_updates.left, level_updates.values, [its.left for its in others], ranks
+    )
+    rows, dimension_of_rows = _inside_all(
+        level_updates.right, level_updates.values, [its.right for its in others], ranks
+    )
     cosine: Tensor = torch.empty(0)
     if len(of) == 1:
-        cosine = cosines(updates.levels[place], updates.levels[of[0]]).diagonal()
+        cosine = layer_cosines(level_updates, others[0])
     return LevelOverlap(
         level,
         tuple(updates.level_names[its] for its in of),
-        numbers(inside(left, values, columns)),
-        numbers(inside(right, values, rows)),
-        _dimension(columns) / updates.kind.out_features,
-        _dimension(rows) / updates.kind.in_features,
+        columns,
+        rows,
+        dimension_of_columns / updates.kind.out_features,
+        dimension_of_rows / updates.kind.in_features,
         numbers(cosine),
     )
 
 
-def _dimension(span_LPK: Tensor) -> float:
-    """Of the spaces, on average over the layers."""
-    return float(span_LPK.square().sum()) / len(span_LPK)
+def _inside_all(
+    basis_LPK: Tensor, values_LK: Tensor, others: Sequence[Tensor], ranks: Sequence[Tensor]
+) -> tuple[Numbers, float]:
+    """The share of each layer's update within the others' span, and its dimension on average."""
+    shares, dimension = [], 0
+    for layer, (basis_PK, values_K) in enumerate(zip(basis_LPK, values_LK, strict=True)):
+        span_PM = joint_span(
+            [its[layer, :, : int(rank[layer])] for its, rank in zip(others, ranks, strict=True)]
+        )
+        shares.append(inside(basis_PK, values_K, span_PM))
+        dimension += span_PM.shape[1]
+    return numbers(torch.stack(shares)), dimension / len(shares)

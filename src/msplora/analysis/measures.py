@@ -13,7 +13,7 @@ Shapes: I in, O out, R rank, P the ranks of all pairs of a kind, L layers, K sin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,27 +36,33 @@ class Updates(NamedTuple):
     """(L, P', K), likewise."""
 
 
-def triangular(factors_RI: Sequence[Tensor]) -> Tensor:
+def triangular(read: Callable[[int], Tensor], ranks: Sequence[int], features: int) -> Tensor:
     """R of the QR decomposition of all factors' transposes side by side: ``(min(I, P), P)``.
 
-    A block of rows at a time, so that besides the factors only R and one block are held.
+    A block of rows at a time, in place: what is held is R, one block and one factor.
 
     Args:
-        factors_RI: (R, I) each, of any floating-point dtype.
+        read: gives a factor by its number: (R, I), of any floating-point dtype.
+        ranks: R of each.
+        features: I.
     """
-    columns = sum(len(its) for its in factors_RI)
-    step = max(columns, _ROWS)
-    stack = torch.empty(columns + step, columns, dtype=torch.float64)
-    held = 0  # rows of the stack that are R of all blocks so far
-    for start in range(0, factors_RI[0].shape[1], step):
-        block = [its[:, start : start + step].mT for its in factors_RI]
-        end = held + len(block[0])
-        parts = stack[held:end].split([its.shape[1] for its in block], dim=1)
-        for part, its in zip(parts, block, strict=True):
-            part.copy_(its)
-        found = torch.linalg.qr(stack[:end], mode="r").R
-        held = len(found)
-        stack[:held] = found
+    columns = sum(ranks)
+    rows = min(features, columns + max(columns, _ROWS))
+    # Column by column, as LAPACK has it: else the decomposition would be made in a copy.
+    stack = torch.empty(columns, rows, dtype=torch.float64).mT
+    scalars = torch.empty(min(rows, columns), dtype=torch.float64)
+    held, start = 0, 0  # rows of the stack that are R of all blocks so far, and rows in it
+    while start < features:
+        block = slice(start, start + rows - held)
+        column = 0
+        for place, rank in enumerate(ranks):
+            part = read(place)[:, block].mT
+            stack[held : held + len(part), column : column + rank] = part
+            stack[held + len(part) :, column : column + rank] = 0  # which do not change R
+            column += rank
+        torch.geqrf(stack, out=(stack, scalars))
+        held, start = len(scalars), block.stop
+        stack[:held].triu_()
     return stack[:held].clone()
 
 
@@ -75,8 +81,11 @@ def decompose(sides: Iterable[tuple[Tensor, Tensor]], layers: int, rank: int) ->
         u, values, v_transposed = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
         if found is None:
             most = min(len(b_PR), len(a_PR), rank)
-            shapes = (layers, len(b_PR), most), (layers, most), (layers, len(a_PR), most)
-            found = Updates(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+            # Vector by vector, so that those of all layers are one matrix without a copy.
+            left, right = (
+                torch.zeros(layers, most, len(its), dtype=torch.float64).mT for its in (b_PR, a_PR)
+            )
+            found = Updates(left, torch.zeros(layers, most, dtype=torch.float64), right)
         found.left[place, :, : len(values)] = q_b @ u
         found.values[place, : len(values)] = values
         found.right[place, :, : len(values)] = q_a @ v_transposed.mT
@@ -107,24 +116,32 @@ def cosines(one: Updates, other: Updates) -> Tensor:
     rows = []
     for left, values, right in zip(*one, strict=True):
         products = (left.mT @ other.left) * (right.mT @ other.right)  # (L', K, K')
-        rows.append(torch.einsum("k,lkm,lm->l", values, products, other.values))
+        rows.append(((values @ products) * other.values).sum(-1))
     norms = one.values.norm(dim=-1)[:, None] * other.values.norm(dim=-1)
     return torch.stack(rows) / torch.where(norms > 0, norms, math.nan)
 
 
+def layer_cosines(one: Updates, other: Updates) -> Tensor:
+    """``⟨ΔW_l, ΔW'_l⟩ / (‖ΔW_l‖ ‖ΔW'_l‖)`` for all l: (L,); not a number beside a zero."""
+    products = (one.left.mT @ other.left) * (one.right.mT @ other.right)  # (L, K, K')
+    found = ((products @ other.values[..., None])[..., 0] * one.values).sum(-1)
+    norms = one.values.norm(dim=-1) * other.values.norm(dim=-1)
+    return found / torch.where(norms > 0, norms, math.nan)
+
+
 def spans(basis_LPK: Tensor, ranks_L: Tensor) -> Tensor:
     """Each basis with its columns from ``rank`` on set to zero: the space that an update fills."""
+    if bool((ranks_L >= basis_LPK.shape[-1]).all()):
+        return basis_LPK
     return basis_LPK * (torch.arange(basis_LPK.shape[-1]) < ranks_L[:, None])[:, None, :]
 
 
-def principal_cosines(one_LPK: Tensor, other_LPK: Tensor) -> Tensor:
-    """Cosines of the principal angles between spaces, largest first: ``(L, min(K, K'))``.
+def principal_cosines(one_PK: Tensor, other_LPK: Tensor) -> Tensor:
+    """Cosines of the principal angles between a space and others, largest first.
 
-    Args:
-        one_LPK: `spans`; one of them, (P, K), is compared with all.
-        other_LPK: `spans`.
+    ``(P, K), (L, P, K') -> (L, min(K, K'))``
     """
-    return torch.linalg.svdvals(one_LPK.mT @ other_LPK)
+    return torch.linalg.svdvals(one_PK.mT @ other_LPK)
 
 
 def overlaps(one_LPK: Tensor, other_LPK: Tensor) -> Tensor:
@@ -153,23 +170,26 @@ def mean_principal_cosines(basis_LPK: Tensor) -> Tensor:
     return (sums / counts)[counts > 0]
 
 
-def joint_span(spans_LPK: Sequence[Tensor]) -> Tensor:
-    """An orthonormal basis of the sum of several spaces of each layer, zero columns at its end."""
-    joined = torch.cat(list(spans_LPK), dim=-1)
-    left, values, _ = torch.linalg.svd(joined, full_matrices=False)
-    return left * (values > _SPAN)[:, None, :]
-
-
-def inside(basis_LPK: Tensor, values_LK: Tensor, span_LPM: Tensor) -> Tensor:
-    """The share of each update's square that lies in a space: ``‖P ΔW‖² / ‖ΔW‖²``, (L,).
+def joint_span(bases: Sequence[Tensor]) -> Tensor:
+    """An orthonormal basis of the sum of several spaces: (P, M).
 
     Args:
-        basis_LPK: the update's left singular vectors (for columns) or right ones (for rows).
-        values_LK: its singular values.
-        span_LPM: an orthonormal basis of the space, zero columns allowed.
+        bases: (P, K) each, with orthonormal columns.
     """
-    projected = (span_LPM.mT @ (basis_LPK * values_LK[:, None, :])).square().sum((-2, -1))
-    total = values_LK.square().sum(-1)
+    left, values, _ = torch.linalg.svd(torch.cat(list(bases), dim=1), full_matrices=False)
+    return left[:, values > _SPAN]
+
+
+def inside(basis_PK: Tensor, values_K: Tensor, span_PM: Tensor) -> Tensor:
+    """The share of an update's square that lies in a space: ``‖P ΔW‖² / ‖ΔW‖²``, a number.
+
+    Args:
+        basis_PK: the update's left singular vectors (for columns) or right ones (for rows).
+        values_K: its singular values.
+        span_PM: an orthonormal basis of the space.
+    """
+    projected = (span_PM.mT @ (basis_PK * values_K)).square().sum()
+    total = values_K.square().sum()
     return projected / torch.where(total > 0, total, math.nan)
 
 
@@ -178,8 +198,13 @@ def explained_by_a_space(basis_LPK: Tensor, values_LK: Tensor) -> Tensor:
 
     It is that of the first k singular vectors of all updates side by side.
     """
-    joined = basis_LPK.permute(1, 0, 2).flatten(1) * values_LK.flatten()
-    return _cumulated(torch.linalg.svdvals(joined), values_LK.square().sum())
+    return _cumulated(_gram(basis_LPK, values_LK), values_LK.square().sum())
+
+
+def _gram(basis_LPK: Tensor, values_LK: Tensor) -> Tensor:
+    """``Σ ΔW ΔWᵀ`` (or ``ΔWᵀ ΔW``) of all layers: (P, P)."""
+    joined = basis_LPK.mT.flatten(0, 1) * values_LK.flatten()[:, None]  # (L K, P)
+    return joined.mT @ joined
 
 
 def explained_by_a_pair(updates: Updates) -> Tensor:
@@ -188,17 +213,24 @@ def explained_by_a_pair(updates: Updates) -> Tensor:
     The best M, what one global pair (A, B) could give to every layer, is the mean update cut to
     rank k.
     """
+    return _cumulated(_gram_of_sum(updates), updates.values.square().sum() * len(updates.values))
+
+
+def _gram_of_sum(updates: Updates) -> Tensor:
+    """``M Mᵀ`` of the sum M of all layers' updates: (P, P)."""
     left, values, right = updates
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
     for its_left, its_values, its_right in zip(left, values, right, strict=True):
         total.addmm_(its_left * its_values, its_right.mT)
-    return _cumulated(torch.linalg.svdvals(total) / math.sqrt(len(values)), values.square().sum())
+    return total @ total.mT
 
 
 def _dimensions(basis_LPK: Tensor) -> Tensor:
     """The number of columns that are not zero: (L,)."""
-    return (basis_LPK.square().sum(-2) > 0.5).sum(-1)
+    return (torch.linalg.vector_norm(basis_LPK, dim=-2) > 0.5).sum(-1)
 
 
-def _cumulated(values: Tensor, total: Tensor) -> Tensor:
-    return values.square().cumsum(0) / torch.where(total > 0, total, math.nan)
+def _cumulated(squares_PP: Tensor, total: Tensor) -> Tensor:
+    """The sums of the 1, 2, … largest eigenvalues, as shares of a total."""
+    values = torch.linalg.eigvalsh(squares_PP).flip(0).clamp_min(0)
+    return values.cumsum(0) / torch.where(total > 0, total, math.nan)

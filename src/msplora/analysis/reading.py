@@ -6,18 +6,17 @@ which they are; else they are counted from the pairs of a level that has one per
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
 from msplora.config import MSPLoraConfig
 from msplora.errors import UnsupportedError
-from msplora.loading import WEIGHTS_FILE, BaseOptions, read_config, read_tensors
+from msplora.loading import BaseOptions, read_config
 
 from .base import Base
+from .on_disk import TensorsOnDisk
 from .reading_lora import lora_kinds
 from .reading_pyramid import counted_kinds, planned_kinds
 from .stored import StoredAdapter
@@ -54,18 +53,17 @@ def read_adapter(
             f"{str(folder)!r} uses DoRA, which also rescales the base's weights: its update is not "
             f"the product of two factors. Adapters without DoRA are analysed."
         )
-    tensors = read_tensors(folder)
+    tensors = TensorsOnDisk(folder)
     found = Base(base, config) if base and base.source else None
-    where = str(folder / WEIGHTS_FILE)
     if not isinstance(config, MSPLoraConfig):
-        kinds = lora_kinds(tensors, config, where, found)
+        kinds = lora_kinds(tensors, config, found)
         levels: tuple[str, ...] = ("lora",)
     else:
         levels = tuple(level.name for level in config.pyramid)
         if found is not None:
-            kinds = planned_kinds(tensors, config, where, found)
+            kinds = planned_kinds(tensors, config, found)
         else:
-            kinds = counted_kinds(tensors, config, where)
+            kinds = counted_kinds(tensors, config)
     adapter = StoredAdapter(
         path=folder,
         method="MSPLoRA" if method == "MSPLORA" else "LoRA",
@@ -77,7 +75,7 @@ def read_adapter(
     return adapter, found
 
 
-def _notes(config: Any, tensors: Mapping[str, Tensor], counted: bool) -> list[str]:
+def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
     notes = []
     if counted and not config.layers_to_transform:
         notes.append(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,44 +18,42 @@ from msplora.pyramid import Level, Shape, Site, arrange
 from msplora.spectrum import as_matrices
 
 from .base import Base
+from .on_disk import TensorsOnDisk
 from .stored import StoredKind, StoredPair, StoredSite
 
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 """The name of a factor: its site, and which of the two it is."""
 
 
-def lora_kinds(
-    tensors: Mapping[str, Tensor], config: Any, where: str, base: Base | None
-) -> tuple[StoredKind, ...]:
+def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[StoredKind, ...]:
     """Sort a LoRA's pairs into kinds; raises as `read_adapter`."""
-    matrices: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for key, (a, b) in _factors(tensors, where).items():
+    pairs: dict[str, StoredPair] = {}
+    for key, names in _factors(tensors).items():
+        a, b = (tensors.shapes[name] for name in names)
         scale = scale_of(config, key)
-        for name, a_RI, b_OR in _as_sites(key, a, b, config):
+        for number, (name, a_RI, b_OR) in enumerate(_as_sites(key, a, b, config)):
             fit = a_RI.ndim == b_OR.ndim == 2 and a_RI.shape[0] == b_OR.shape[1]
             if not fit:
                 raise AdapterFileError(
-                    f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} of {key!r} have no "
+                    f"{tensors.path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {key!r} have no "
                     f"product B A. The file is damaged, or no LoRA's."
                 )
-            matrices[name] = a_RI, b_OR, scale(a_RI.shape[0])
+            read = partial(_read_site, tensors, key, names, config, number)
+            rank, in_features = a_RI.shape
+            pairs[name] = StoredPair("lora", 0, scale(rank), rank, in_features, b_OR.shape[0], read)
     if base is not None:
-        _check_fit(matrices, base, where)
+        _check_fit(pairs, base, tensors.path)
     sites = []
-    for key, (a_RI, b_OR, _) in matrices.items():
+    for key, pair in pairs.items():
         stack, block, kind = place_of(key, config, base)
-        shape = Shape("linear", b_OR.shape[0], a_RI.shape[1])
+        shape = Shape("linear", pair.out_features, pair.in_features)
         sites.append(Site(key, stack, kind, block, shape))
     # The level is only there to have the kinds named and ordered as a plan's are.
     kinds = arrange(sites, [Level("lora", rank=1, groups=0, alpha=1)]).kinds
     return tuple(
         StoredKind(
             kind.name,
-            tuple(
-                StoredPair("lora", depth, scale, a_RI, b_OR)
-                for depth, site in enumerate(kind.sites)
-                for a_RI, b_OR, scale in [matrices[site.key]]
-            ),
+            tuple(replace(pairs[site.key], group=depth) for depth, site in enumerate(kind.sites)),
             tuple(
                 StoredSite(site.key, site.block, (depth,)) for depth, site in enumerate(kind.sites)
             ),
@@ -61,24 +62,33 @@ def lora_kinds(
     )
 
 
-def _factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+def _factors(tensors: TensorsOnDisk) -> dict[str, tuple[str, str]]:
+    """Site → the names of its A and its B."""
+    found: dict[str, dict[str, str]] = {}
+    for name in tensors:
         match = LORA_TENSOR.fullmatch(name)
         if match:
-            found.setdefault(match.group(1), {})[match.group(2)] = tensor
+            found.setdefault(match.group(1), {})[match.group(2)] = name
         elif ".lora_" in name and not name.endswith(".bias"):
             raise UnsupportedError(
-                f"{where} holds {name!r}, which is no factor of a plain LoRA: its update is not "
-                f"s B A alone. Adapters of LoRA and MSPLoRA, without DoRA, are analysed."
+                f"{tensors.path} holds {name!r}, which is no factor of a plain LoRA: its update is "
+                f"not s B A alone. Adapters of LoRA and MSPLoRA, without DoRA, are analysed."
             )
     alone = [f"{key}: only {next(iter(its))}" for key, its in found.items() if len(its) < 2]
     if alone or not found:
+        what = f"half of a pair, {alone[0]}" if alone else "no pair of a LoRA"
         raise AdapterFileError(
-            f"{where} holds {'half of a pair, ' + alone[0] if alone else 'no pair of a LoRA'}. The "
-            f"file is not whole; save or copy the adapter again."
+            f"{tensors.path} holds {what}. The file is not whole; save or copy the adapter again."
         )
     return {key: (its["A"], its["B"]) for key, its in found.items()}
+
+
+def _read_site(
+    tensors: TensorsOnDisk, key: str, names: tuple[str, str], config: Any, number: int
+) -> tuple[Tensor, Tensor]:
+    """One of the matrices that a pair of tensors holds."""
+    a, b = (tensors[name] for name in names)
+    return _as_sites(key, a, b, config)[number][1:]
 
 
 def scale_of(config: Any, key: str) -> Any:
@@ -127,21 +137,19 @@ def place_of(key: str, config: Any, base: Base | None) -> tuple[str, int | None,
     return ".".join(names[:at]), int(names[at]), ".".join(names[at + 1 :]) or "self"
 
 
-def _check_fit(
-    matrices: Mapping[str, tuple[Tensor, Tensor, float]], base: Base, where: str
-) -> None:
-    for key, (a_RI, b_OR, _) in matrices.items():
+def _check_fit(pairs: Mapping[str, StoredPair], base: Base, where: Path) -> None:
+    for key, pair in pairs.items():
         path = key.partition("[")[0].replace(".base_layer", "")
+        shape = pair.out_features, pair.in_features
         module = base.module(path)
         found = module is not None
         # Of convolutions and experts it is enough that they are there.
         if isinstance(module, nn.Linear):
-            found = tuple(module.weight.shape) == (b_OR.shape[0], a_RI.shape[1])
+            found = tuple(module.weight.shape) == shape
         if not found:
-            shape = "" if module is None else f" of shape {tuple(module.weight.shape)}"
+            its = "" if module is None else f" of shape {tuple(module.weight.shape)}"
             raise BaseModelError(
                 f"the base {base.source!r} does not match {where}: that adapts {path!r} of shape "
-                f"{(b_OR.shape[0], a_RI.shape[1])}, and the base has "
-                f"{'no such weight' if module is None else 'it' + shape}. Pass the model that the "
-                f"adapter was made for."
+                f"{shape}, and the base has {'no such weight' if module is None else 'it' + its}. "
+                f"Pass the model that the adapter was made for."
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from msplora.spectrum import as_matrices
 from msplora.store import A, B, name_in_file
 
 from .base import Base
+from .on_disk import TensorsOnDisk
 from .stored import StoredKind, StoredPair, StoredSite
 
 _TENSOR = re.compile(
@@ -27,11 +29,11 @@ _SHOWN = 3
 
 
 def planned_kinds(
-    tensors: Mapping[str, Tensor], config: MSPLoraConfig, where: str, base: Base
+    tensors: TensorsOnDisk, config: MSPLoraConfig, base: Base
 ) -> tuple[StoredKind, ...]:
     """The kinds of the plan that the config makes of its base; raises as `read_adapter`."""
     made_for = config.model_type, config.fingerprint
-    wrong = f"the base {base.source!r} does not match {where}: "
+    wrong = f"the base {base.source!r} does not match {tensors.path}: "
     if made_for[0] not in (None, base.model_type):
         raise BaseModelError(
             f"{wrong}that was made for a {made_for[0]}, and this is a {base.model_type}. Pass the "
@@ -46,14 +48,12 @@ def planned_kinds(
             f"{wrong}names and shapes of the adapted weights have the hash {found.fingerprint}, "
             f"and the adapter's had {made_for[1]}. Pass the model that it was made for."
         )
-    return _kinds_of_plan(tensors, found, where)
+    return _kinds_of_plan(tensors, found)
 
 
-def _kinds_of_plan(
-    tensors: Mapping[str, Tensor], found: Plan, where: str
-) -> tuple[StoredKind, ...]:
+def _kinds_of_plan(tensors: TensorsOnDisk, found: Plan) -> tuple[StoredKind, ...]:
     stored = _addresses(tensors)
-    _refuse_missing([pair.address for pair in found.pairs], stored, where)
+    _refuse_missing([pair.address for pair in found.pairs], stored, tensors.path)
     kinds = []
     for kind in found.kinds:
         pairs = [pair for pair in found.pairs if pair.kind == kind.name]
@@ -61,12 +61,13 @@ def _kinds_of_plan(
         for expert in range(experts):
             matrices = []
             for pair in pairs:
-                a, b = stored[pair.address]
+                names = stored[pair.address]
+                a, b = (tensors.shapes[name] for name in names)
                 wanted = kind.shape.a(pair.rank), kind.shape.b(pair.rank)
                 if (tuple(a.shape), tuple(b.shape)) != wanted:
-                    raise _misshapen(where, pair.address, a, b, wanted)
-                a_RI, b_OR = matrices_of(a, b, experts, expert)
-                matrices.append(StoredPair(pair.level, pair.group, pair.scale, a_RI, b_OR))
+                    raise _misshapen(tensors.path, pair.address, a, b, wanted)
+                level = pair.level, pair.group, pair.scale
+                matrices.append(_pair(*level, tensors, names, experts, expert))
             name = kind.name if experts == 1 else f"{kind.name}[expert {expert}]"
             sites = tuple(
                 StoredSite(
@@ -80,10 +81,9 @@ def _kinds_of_plan(
     return tuple(kinds)
 
 
-def counted_kinds(
-    tensors: Mapping[str, Tensor], config: MSPLoraConfig, where: str
-) -> tuple[StoredKind, ...]:
+def counted_kinds(tensors: TensorsOnDisk, config: MSPLoraConfig) -> tuple[StoredKind, ...]:
     """The kinds as the file alone tells them; raises as `read_adapter`."""
+    where = tensors.path
     stored = _addresses(tensors)
     groups: dict[str, dict[str, set[int]]] = {}  # kind -> level -> groups
     for address in stored:
@@ -104,7 +104,7 @@ def counted_kinds(
             for group in range(level.groups_among(layers))
         ]
         _refuse_missing(wanted, stored, where)
-        kinds += _counted(kind, layers, levels[kind], stored, config, where)
+        kinds += _counted(kind, layers, levels[kind], stored, config, tensors)
     return tuple(sorted(kinds, key=lambda kind: kind.name))
 
 
@@ -112,11 +112,12 @@ def _counted(
     kind: str,
     layers: int,
     levels: tuple[Level, ...],
-    stored: Mapping[str, tuple[Tensor, Tensor]],
+    stored: Mapping[str, tuple[str, str]],
     config: MSPLoraConfig,
-    where: str,
+    tensors: TensorsOnDisk,
 ) -> list[StoredKind]:
-    rows = stored[f"{levels[0].name}/0/{kind}"][0].shape[0]
+    first_a, _ = stored[f"{levels[0].name}/0/{kind}"]
+    rows = tensors.shapes[first_a].shape[0]
     experts = max(1, rows // levels[0].rank)
     borrowed: list[list[int]] = [[] for _ in range(layers)]
     matrices: list[list[StoredPair]] = [[] for _ in range(experts)]
@@ -124,16 +125,18 @@ def _counted(
     for level in levels:
         for group in range(level.groups_among(layers)):
             address = f"{level.name}/{group}/{kind}"
-            a, b = stored[address]
+            names = stored[address]
+            a, b = (tensors.shapes[name] for name in names)
             if a.shape[0] != level.rank * experts:
                 wanted = (level.rank * experts, *a.shape[1:]), tuple(b.shape)
-                raise _misshapen(where, address, a, b, wanted)
+                raise _misshapen(tensors.path, address, a, b, wanted)
             for expert in range(experts):
                 a_RI, b_OR = matrices_of(a, b, experts, expert)
                 if a_RI.shape[0] != b_OR.shape[1]:
                     wanted = tuple(a.shape), (b.shape[0], a.shape[0])
-                    raise _misshapen(where, address, a, b, wanted)
-                matrices[expert].append(StoredPair(level.name, group, level.scale, a_RI, b_OR))
+                    raise _misshapen(tensors.path, address, a, b, wanted)
+                its = level.name, group, level.scale
+                matrices[expert].append(_pair(*its, tensors, names, experts, expert))
             for layer in range(layers):
                 if level.group_of(layer, layers) == group:
                     borrowed[layer].append(place)
@@ -151,13 +154,34 @@ def _counted(
     ]
 
 
-def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Address of a pair → (A, B); of a pair that is not whole, nothing."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+def _pair(
+    level: str,
+    group: int,
+    scale: float,
+    tensors: TensorsOnDisk,
+    names: tuple[str, str],
+    experts: int,
+    expert: int,
+) -> StoredPair:
+    """A pair of the file; of experts, that of one."""
+
+    def read() -> tuple[Tensor, Tensor]:
+        a, b = (tensors[name] for name in names)
+        return matrices_of(a, b, experts, expert)
+
+    a, b = (tensors.shapes[name] for name in names)
+    a_RI, b_OR = matrices_of(a, b, experts, expert)
+    rank, in_features = a_RI.shape
+    return StoredPair(level, group, scale, rank, in_features, b_OR.shape[0], read)
+
+
+def _addresses(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Address of a pair → the names of its A and B; of a pair that is not whole, nothing."""
+    found: dict[str, dict[str, str]] = {}
+    for name in tensors:
         place = address_of(name)
         if place:
-            found.setdefault(place[0], {})[place[1]] = tensor
+            found.setdefault(place[0], {})[place[1]] = name
     return {address: (its[A], its[B]) for address, its in found.items() if len(its) == 2}
 
 
@@ -177,9 +201,7 @@ def block_numbers(config: MSPLoraConfig, layers: int) -> list[int]:
     return numbers if len(numbers) == layers else list(range(layers))
 
 
-def _refuse_missing(
-    wanted: list[str], stored: Mapping[str, tuple[Tensor, Tensor]], where: str
-) -> None:
+def _refuse_missing(wanted: list[str], stored: Mapping[str, tuple[str, str]], where: Path) -> None:
     missing = [address for address in wanted if address not in stored]
     left_over = [address for address in stored if address not in wanted]
     # Another kind's are not left over: whoever asks for one kind knows only of that.
@@ -198,7 +220,9 @@ def _refuse_missing(
     )
 
 
-def _layers(kind: str, found: Mapping[str, set[int]], levels: tuple[Level, ...], where: str) -> int:
+def _layers(
+    kind: str, found: Mapping[str, set[int]], levels: tuple[Level, ...], where: Path
+) -> int:
     """How many layers share the pairs of a kind: as many as a level of one pair each has."""
     missing = [level.name for level in levels if level.name not in found]
     if missing:
@@ -250,7 +274,7 @@ def matrices_of(a: Tensor, b: Tensor, experts: int, expert: int) -> tuple[Tensor
     return as_matrices(a, b, groups=groups)
 
 
-def _misshapen(where: str, address: str, a: Tensor, b: Tensor, wanted: Any) -> AdapterFileError:
+def _misshapen(where: Path, address: str, a: Tensor, b: Tensor, wanted: Any) -> AdapterFileError:
     return AdapterFileError(
         f"{where}: pair {address} has A {tuple(a.shape)} and B {tuple(b.shape)}; the config asks "
         f"for {wanted[0]} and {wanted[1]}. The file is not this config's; save or copy the adapter "

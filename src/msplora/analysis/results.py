@@ -200,7 +200,7 @@ class Ablation:
     data: str
     rows: int
     unit: str
-    """What the loss is a mean over: "token" or "row"."""
+    """What the loss is a mean over: "token", "row" or "pair"."""
     runs: tuple[SwitchedOff, ...]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -15,8 +16,16 @@ class StoredPair:
     level: str
     group: int
     scale: float
-    a_RI: Tensor
-    b_OR: Tensor
+    rank: int
+    in_features: int
+    out_features: int
+    read: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
+    """A (R, I) and B (O, R), from the file each time: they are not kept here."""
+
+    @property
+    def parameters(self) -> int:
+        """The numbers in A and B, as matrices."""
+        return self.rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,11 @@ class StoredKind:
 
     @property
     def out_features(self) -> int:
-        return self.pairs[0].b_OR.shape[0]
+        return self.pairs[0].out_features
 
     @property
     def in_features(self) -> int:
-        return self.pairs[0].a_RI.shape[1]
+        return self.pairs[0].in_features
 
 
 @dataclass(frozen=True)

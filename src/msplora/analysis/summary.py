@@ -26,7 +26,7 @@ def summarise(
                 mean(its.effective_rank for its in acting),
                 mean(its.stable_rank for its in acting),
                 max(
-                    len(pair.a_RI)
+                    pair.rank
                     for kind in adapter.kinds
                     for pair in kind.pairs
                     if pair.level == level

@@ -48,7 +48,7 @@ def analyse(
         with report_extra():
             import jinja2  # noqa: F401  (missed now, not after the work)
         check_free(output, force)
-    options = BaseOptions(base, "auto", revision, trust_remote_code) if base else None
+    options = BaseOptions(base, "auto", revision, trust_remote_code)
     with progress_bar() as progress:
         found = measure(
             *adapters, base=options, intruder_vectors=intruders, data=data, progress=progress

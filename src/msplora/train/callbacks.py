@@ -1,4 +1,4 @@
-"""The callbacks a run's settings ask for: stages, norms of the levels, early stopping, trackers."""
+"""The callbacks a run's settings ask for: stages, the levels' figures, early stopping, trackers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from msplora.sisters.elalora.ranks import Phases
 
 from .adalora import AllocateRanks, pruning
 from .devices import is_main_process
+from .level_history import LevelHistory
 from .level_norms import LevelNorms
 from .methods import Adapted
 from .settings import Settings
@@ -94,6 +95,7 @@ def add_callbacks(
             trainer.add_callback(StagedTraining(stages, restart_schedule=restarts, tell=told))
         if not is_deepspeed_zero3_enabled():  # which leaves no process a whole pair
             LevelNorms().attach(trainer)
+    trainer.add_callback(LevelHistory(folder / "checkpoints", settings, tell))
     if is_main_process() and TENSORBOARD in training.report_to:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,28 @@ class HeldOutDPOTrainer(JudgesHeldOutRows, RunTrainer, DPOTrainer):
         """Keep the rows: TRL would tokenise texts, in a form of its own."""
         return dataset
 
-    @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Return the loss and the rewards of the held-out pairs."""
+        totals: dict[str, float] = dict.fromkeys(("loss", *REWARDS), 0.0)
+        rows = 0
+        for pairs, found in self._measured(self.args.per_device_eval_batch_size):
+            rows += pairs
+            for name, value in found.items():
+                totals[name] += value * pairs
+        return {name: total / rows for name, total in totals.items()}
+
+    def losses(self) -> torch.Tensor:
+        """The loss of each held-out pair by itself: float64 (pairs,)."""
+        found = [its["loss"] for _, its in self._measured(1)]
+        return torch.tensor(found, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _measured(self, size: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """For every batch of held-out pairs: how many they are, and the means over them."""
         assert self.model is not None
         was_training = self.model.training
         self.model.eval()
         rows: list[Any] = list(self.eval_dataset)  # pyright: ignore[reportArgumentType]
-        size = self.args.per_device_eval_batch_size
-        totals = dict.fromkeys(("loss", *REWARDS), 0.0)
         seen = self._metrics["eval"]
         try:
             for start in range(0, len(rows), size):
@@ -65,13 +79,10 @@ class HeldOutDPOTrainer(JudgesHeldOutRows, RunTrainer, DPOTrainer):
                 batch = self._prepare_inputs(self.data_collator(pairs))
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(self.model, batch)
-                totals["loss"] += float(loss) * len(pairs)
-                for name in REWARDS:
-                    totals[name] += seen[name][-1] * len(pairs)
+                yield len(pairs), {"loss": float(loss), **{its: seen[its][-1] for its in REWARDS}}
         finally:
             seen.clear()
             self.model.train(was_training)
-        return {name: total / len(rows) for name, total in totals.items()}
 
 
 def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
@@ -127,7 +138,7 @@ def preference_trainer(
     train: list[PairTokens],
     held_out: list[PairTokens],
     reference: Any = None,
-) -> DPOTrainer:
+) -> HeldOutDPOTrainer:
     """Make the trainer that trains and evaluates.
 
     An adapter is compared with the model it started from: the base, or the base with the adapter

@@ -15,7 +15,7 @@ from .data_glue import read_glue_file
 from .data_images import labelled_images, read_images, read_more_images
 from .data_preference import Pair, read_more_preferences, read_preferences
 from .data_sft import Sample, read_more_sft, read_sft
-from .dpo import preference_trainer
+from .dpo import HeldOutDPOTrainer, preference_trainer
 from .held_out_loss import held_out_loss
 from .image_classification import Pixels
 from .lengths import LengthReport, row_limit
@@ -25,7 +25,7 @@ from .saved_run import SavedRun, open_run
 from .settings import Task
 from .sft import padding_id
 from .tokenise_classification import tokenise_examples
-from .tokenise_preference import tokenise_pairs
+from .tokenise_preference import PairTokens, tokenise_pairs
 from .tokenise_sft import Tokens, tokenise_samples
 from .trainer_arguments import trainer_arguments
 
@@ -123,6 +123,13 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
 
 
 def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
+    rows, report = pair_rows(run, data)
+    trainer = pair_judge(run, rows, batch_size)
+    return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
+
+
+def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], LengthReport]:
+    """Pairs as token ids; without `data`, those the run held out."""
     settings, form = run.settings, run.record.form
     assert form
     held_out: list[Pair]
@@ -133,15 +140,19 @@ def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, 
         if not held_out:
             raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
     limit = row_limit(settings, run.base.model)
-    rows, report = tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out")
+    return tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out")
+
+
+def pair_judge(run: SavedRun, rows: list[PairTokens], batch_size: int) -> HeldOutDPOTrainer:
+    """What compares the model's answers to pairs with those of the model it started from."""
+    settings = run.settings
     reference = load_base(settings, None).model if settings.method == "full" else None
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
         arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
         arguments["per_device_eval_batch_size"] = batch_size
-        trainer = preference_trainer(
+        return preference_trainer(
             settings, run.base, run.model, arguments, rows, rows, reference=reference
         )
-        return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
 
 
 _BY_TASK: dict[Task, Callable[[SavedRun, str | None, int], dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from msplora.analysis.history import RECORD
 from msplora.versions import versions
 
 from .devices import is_main_process, is_sharded, wait_for_everyone
@@ -83,6 +84,8 @@ def write_records(
     ]
     folder.write_json(METRICS, metrics)
     folder.write_json(HISTORY, [_as_json(its) for its in trainer.state.log_history])
+    if (folder.checkpoints / RECORD).is_file():
+        shutil.copy(folder.checkpoints / RECORD, here / RECORD)
     folder.write_json("versions.json", versions())
     folder.write_json("plan.json", plan_record(adapted, settings.method))
     (here / "plan.txt").write_text(plan_text(adapted, settings.method), encoding="utf-8")

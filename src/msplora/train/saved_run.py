@@ -12,7 +12,7 @@ import peft
 import torch
 
 from msplora.errors import MSPLoraError
-from msplora.loading import TASK_FILE, read_config
+from msplora.loading import TASK_FILE, BaseOptions, read_config
 
 from .base_model import Base, load_base
 from .methods import load_adapter
@@ -46,43 +46,46 @@ class SavedRun:
 
 def open_run(
     path: Path | str,
-    base_override: str | None = None,
+    base: str | BaseOptions | None = None,
     put_on: Callable[[Any, Path], Any] = load_adapter,
 ) -> SavedRun:
     """Load the model of a run folder, of an adapter folder or of a saved model's folder.
 
-    `base_override` is the base to put the adapter on, where the recorded one has moved; `put_on`
-    does so.
+    `base` is the base to put the adapter on, where the recorded one has moved, or how to load it;
+    `put_on` does so.
     """
     path = Path(path).expanduser()
+    options = base if isinstance(base, BaseOptions) else BaseOptions(base)
     weights = _weights(path)
-    record = TaskRecord.load(weights) or _record_of_foreign_adapter(weights, base_override)
+    record = TaskRecord.load(weights) or _record_of_foreign_adapter(weights, options.source)
     settings = record.settings.model_copy(deep=True)
     adapted = (weights / "adapter_config.json").is_file()
-    if base_override and not adapted:
+    if options.source and not adapted:
         raise SavedRunError(
             f"{weights} holds a whole model (method {settings.method}), not an adapter; leave "
             f"--base out."
         )
     if not adapted:
         settings.model = str(weights)
-    elif base_override:
-        # The recorded revision is one of the recorded base.
-        settings.model, settings.revision = base_override, None
+    else:
+        if options.source:  # the recorded revision is one of the recorded base
+            settings.model, settings.revision = options.source, None
+        settings.revision = options.revision or settings.revision
+        settings.trust_remote_code |= options.trust_remote_code
     # The tokenizer was saved with the weights, and with it what the run set on it.
     with_it = any((weights / name).is_file() for name in _TOKENIZERS)
     settings.tokenizer = str(weights) if with_it else None
     settings.data.chat_template = None
-    base = load_base(settings, record.classes, for_training=settings.method == "full")
-    model = base.model
+    loaded = load_base(settings, record.classes, for_training=settings.method == "full")
+    model = loaded.model
     if adapted:
         with warnings.catch_warnings():
-            if base_override:  # that it is not the recorded path is what was asked for
+            if options.source:  # that it is not the recorded path is what was asked for
                 warnings.filterwarnings("ignore", message="the adapter names")
             model = put_on(model, weights)
-    if not is_quantised(base.model):  # which is where it shall be already, and may not be moved
+    if not is_quantised(loaded.model):  # which is where it shall be already, and may not be moved
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return SavedRun(path, base, model.eval(), record)
+    return SavedRun(path, loaded, model.eval(), record)
 
 
 def _weights(path: Path) -> Path:

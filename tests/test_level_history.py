@@ -1,0 +1,96 @@
+"""What a run records of its levels, checkpoint by checkpoint, and `msplora analyse` then shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import msplora as library
+from adapted_llama import adapted
+from msplora.analysis.history import checkpoint
+from msplora.errors import MSPLoraError
+from msplora.train.level_history import LevelHistory
+from msplora.train.settings import Settings
+from runs import config_on, msplora, save_bases, write_config
+
+
+def history(run: Path) -> Any:
+    (found,) = library.analyse(run).adapters
+    return found.history
+
+
+def test_a_finished_run_has_the_history_of_its_checkpoints(tmp_path: Path) -> None:
+    bases = save_bases(tmp_path)
+    training = {"epochs": 3, "learning_rate": 1e-3}  # the loss falls: the last checkpoint is kept
+    content = config_on(bases, output=str(tmp_path / "run"), training=training)
+    result = msplora("train", write_config(tmp_path / "config.yaml", content))
+    assert result.code == 0, result.error
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    (found,) = library.analyse(run).adapters
+    assert [its.step for its in found.history] == [its["step"] for its in metrics["evaluations"]]
+    by_step = {its.step: its for its in found.history}
+    assert by_step[metrics["best"]["step"]].levels == found.levels
+    assert len({its.levels[0].norm for its in found.history}) == 3
+    assert found.history[0].coarser_columns is not None
+    assert "Over training" in library.analyse(run).to_html()
+
+    record = run / "levels.json"
+    record.write_text(record.read_text()[:-20])
+    with pytest.raises(MSPLoraError, match="is no record of a run's levels"):
+        library.analyse(run)
+
+
+def test_what_a_killed_process_did_not_record_is_made_up_for(tmp_path: Path) -> None:
+    model, checkpoints = adapted(), tmp_path / "checkpoints"
+    for step in (5, 10):
+        with torch.no_grad():
+            for _, b, _ in library.factors(model).values():
+                b.mul_(2)
+        model.save_pretrained(checkpoints / f"checkpoint-{step}")
+    said: list[str] = []
+    recorder = LevelHistory(checkpoints, settings(tmp_path), said.append)
+    recorder.on_train_begin(None, state(0), None)
+    assert not (checkpoints / "levels.json").exists()
+    recorder.on_train_begin(None, state(5), None)
+    recorder.on_save(None, state(10), None)
+    recorder.on_save(None, state(10), None)  # the end of an epoch, and a stop
+    expected = tuple(checkpoint(checkpoints / f"checkpoint-{step}") for step in (5, 10))
+    assert history(tmp_path) == expected
+    for step in (5, 10):  # the record stays when checkpoints go
+        (checkpoints / f"checkpoint-{step}").rename(tmp_path / f"{step}")
+    model.save_pretrained(checkpoints / "checkpoint-20")
+    assert history(tmp_path)[:2] == expected
+    assert [its.step for its in history(tmp_path)] == [5, 10, 20]
+    assert not said
+
+
+def test_what_the_file_alone_does_not_tell_ends_the_record_and_not_the_run(tmp_path: Path) -> None:
+    model = adapted(levels=["all"], ranks=[4], groups=[1], alphas=[8])
+    model.save_pretrained(tmp_path / "checkpoints/checkpoint-5")
+    said: list[str] = []
+    recorder = LevelHistory(tmp_path / "checkpoints", settings(tmp_path), said.append)
+    for _ in range(2):
+        recorder.on_save(None, state(5), None)
+    assert len(said) == 1
+    assert said[0].startswith("the levels are not followed over training: ")
+    assert not (tmp_path / "checkpoints/levels.json").exists()
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    recorder = LevelHistory(tmp_path / "checkpoints", settings(tmp_path), said.append)
+    recorder.on_save(None, state(5), None)
+    assert [its["step"] for its in json.loads((tmp_path / "checkpoints/levels.json").read_text())]
+
+
+def settings(folder: Path) -> Settings:
+    return Settings(
+        model=str(folder / "base"), task="sft", output="run", data={"train": "rows.jsonl"}
+    )  # pyright: ignore[reportArgumentType]
+
+
+def state(step: int) -> SimpleNamespace:
+    return SimpleNamespace(global_step=step, is_world_process_zero=True)
