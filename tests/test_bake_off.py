@@ -530,27 +530,25 @@ def test_its_runs_are_those_that_train_makes(here: Path) -> None:
     content = {
         **SPEC,
         "methods": {"lora": {"method": "lora"}},
-        "learning_rates": [1e-2, 1e-5],
+        "learning_rates": [1e-5, 1e-1],
         "choose": {"tasks": ["one"], "extend": 0},
         "reject": {"after": 0.3, "behind": 0.01},
         "seeds": [0],
     }
-    content["tasks"] = {"one": SPEC["tasks"]["one"]}
+    content["tasks"] = {"one": {**SPEC["tasks"]["one"], "training": {"metric_for_best": "loss"}}}
     done = msplora("bake-off", write_config(here / "spec.yaml", content))
     assert done.code == 0, done.err
     rows = {row["name"]: row for row in rows_in("out")}
-    best, low = (rows[f"one,lora,learning_rate={rate:g},seed=0"] for rate in (1e-2, 1e-5))
-    # Far too low, it stays at what it was, and is stopped for real.
-    assert (best["status"], low["status"]) == ("complete", "rejected")
-    assert len(low["evaluations"]) < 3
-    assert not list(Path("out/runs").glob("*learning_rate=1e-05*"))
+    best, high = (rows[f"one,lora,learning_rate={rate:g},seed=0"] for rate in (1e-5, 1e-1))
+    # Far too high, the loss rises at first, and the run is stopped for real.
+    assert (best["status"], high["status"]) == ("complete", "rejected")
+    assert len(high["evaluations"]) < 3
+    assert not list(Path("out/runs").glob("*learning_rate=0.1*"))
     alone = {**_content_of(make_bake_off(content, "spec.yaml"), best["name"]), "output": "alone"}
     assert msplora("train", write_config(here / "alone.yaml", alone)).code == 0
     metrics = json.loads(Path("alone/metrics.json").read_text())
-    assert (best["value"], best["evaluations"]) == (
-        metrics["best"]["accuracy"],
-        metrics["evaluations"],
-    )
+    found = best["value"], best["evaluations"]
+    assert found == (metrics["best"]["loss"], metrics["evaluations"])
     assert best["resident_bytes"] > 2**20
     assert f"{best['value']:.4f}" in done.out
 
