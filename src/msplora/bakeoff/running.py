@@ -11,6 +11,7 @@ from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals, run_apart
 from msplora.train.run_folder import has_to_start_anew
 from msplora.train.settings import Settings
+from msplora.versions import versions
 
 from .rejecting import Evaluations, Rejecting, evaluations_so_far
 
@@ -53,7 +54,7 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     row.status, row.error = outcome.status, outcome.error
     row.seconds += outcome.seconds
     row.resident_bytes = max(row.resident_bytes or 0, outcome.resident_bytes or 0) or None
-    row.commit, row.hardware = commit(), hardware()
+    row.commit, row.hardware, row.versions = commit(), hardware(), versions()
     if outcome.status == "complete":
         whole = replace(row)
         whole.read_run(output)
