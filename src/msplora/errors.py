@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MSPLoraError(ValueError):
@@ -39,3 +40,11 @@ def nearest(wanted: str, known: Iterable[str], count: int = 3) -> str:
     if not matches:
         return ""
     return " Did you mean " + " or ".join(repr(match) for match in matches) + "?"
+
+
+def nearest_path(wanted: Path, pattern: str = "*") -> str:
+    """The same of what lies beside a path, by its name alone: all beside it have the folder."""
+    folder = wanted.parent
+    beside = [its.name for its in folder.glob(pattern)] if folder.is_dir() else []
+    matches = difflib.get_close_matches(wanted.name, beside, n=1, cutoff=0.6)
+    return f" Did you mean {str(folder / matches[0])!r}?" if matches else ""

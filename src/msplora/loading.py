@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import sisters
-from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest
+from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -60,10 +60,7 @@ def adapter_folder(path: Path) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     if not path.exists():
-        siblings = [str(its) for its in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise AdapterFileError(
-            f"there is no folder {str(path)!r}.{nearest(str(path), siblings, count=1)}"
-        )
+        raise AdapterFileError(f"there is no folder {str(path)!r}.{nearest_path(path)}")
     found = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "it is a file"
     raise AdapterFileError(
         f"{str(path)!r} is no adapter: it has no {CONFIG_FILE} (found: {found or 'nothing'})."
@@ -264,8 +261,7 @@ def resolve_source(name: str, what: str = "model") -> str:
         or (len(path.parts) > 1 and first.is_dir())
     )
     if looks_like_path:
-        siblings = [str(its) for its in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(str(path), siblings, count=1) or (
+        hint = nearest_path(path) or (
             " Give a folder with config.json, or a hub id such as org/name."
         )
         raise BaseModelError(f"{what} {name!r}: there is no such folder.{hint}")

@@ -24,10 +24,12 @@ def list_recipes(context: typer.Context) -> None:
 
     from msplora.recipes import recipes
 
-    table = Table("recipe", "what it is", "expected", "time", "memory")
+    table = Table(show_lines=True)
+    table.add_column("recipe", no_wrap=True)  # to be copied whole, from the narrowest terminal
+    table.add_column("what it is, and what to expect")
     for recipe in recipes():
-        facts = (recipe.facts[its] for its in ("Expected", "Time", "Memory"))
-        table.add_row(recipe.name, recipe.title.rstrip("."), *facts)
+        facts = [f"{name}: {recipe.facts[name]}" for name in ("Expected", "Time", "Memory")]
+        table.add_row(recipe.name, "\n".join([recipe.title, *facts]))
     console = Console()
     console.print(table)
     console.print("msplora recipes copy NAME gives you the file; msplora train FILE runs it.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msplora.errors import MSPLoraError, nearest
+from msplora.errors import MSPLoraError, nearest, nearest_path
 
 TABLES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 GZIP = ".gz"
@@ -67,8 +67,7 @@ def read_text(file: Path | str) -> str:
 
 def _refuse_missing(file: Path) -> None:
     if not file.exists():
-        beside = [str(its) for its in file.parent.iterdir()] if file.parent.is_dir() else []
-        hint = nearest(str(file), beside, count=1) or " Check the path."
+        hint = nearest_path(file) or " Check the path."
         raise DataError(f"the data file {file} does not exist.{hint}")
     if file.is_dir():
         raise DataError(

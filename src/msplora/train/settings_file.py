@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from msplora.errors import ConfigError, nearest
+from msplora.errors import ConfigError, nearest, nearest_path
 
 from .other_names import OTHER_NAMES
 from .peft_methods import check_method, takes_bits
@@ -92,11 +92,8 @@ def read_content(
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give the path of the YAML file in it.")
     if not file.is_file():
-        beside = [str(file.parent / its.name) for its in file.parent.glob("*.y*ml")]
-        raise ConfigError(
-            f"the config file {file} does not exist."
-            + (nearest(str(file), beside) or " Give the path of a YAML file.")
-        )
+        hint = nearest_path(file, "*.y*ml") or " Give the path of a YAML file."
+        raise ConfigError(f"the config file {file} does not exist.{hint}")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
