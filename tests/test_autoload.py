@@ -82,7 +82,7 @@ def test_a_process_without_peft_imports_nothing_more(environment: Environment) -
     assert set(eval(environment.run("-c", script))) - before == {autoload.HOOK}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_looking_whether_peft_is_there_is_enough(environment: Environment) -> None:
     """As transformers does, before it imports it."""
     environment.autoload("enable")

@@ -525,7 +525,7 @@ def test_names_from_files_are_escaped(made_up: MadeUp) -> None:
     assert r"&lt;b>not \| bold&lt;/b>" in text
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_its_runs_are_those_that_train_makes(here: Path) -> None:
     content = {
         **SPEC,

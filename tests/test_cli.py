@@ -115,8 +115,10 @@ def test_a_malformed_command_exits_with_2_and_says_so(arguments: list[str]) -> N
     ("missing", "arguments"),
     [
         ("yaml", ["train", "answered.yaml"]),
-        pytest.param("trl", ["train", "answered.yaml", "--output", "x"], marks=pytest.mark.slow),
-        pytest.param("sklearn", ["eval", "labelled-run"], marks=pytest.mark.slow),
+        pytest.param(
+            "trl", ["train", "answered.yaml", "--output", "x"], marks=pytest.mark.thorough
+        ),
+        pytest.param("sklearn", ["eval", "labelled-run"], marks=pytest.mark.thorough),
         pytest.param("datasets", ["predict", "run", "rows.tsv"], marks=pytest.mark.slow),
         pytest.param("datasets", ["generate", "run", "--prompt", "a"], marks=pytest.mark.slow),
     ],

@@ -121,7 +121,7 @@ def test_two_processes_train_what_one_trains(bases: Path, task: str) -> None:
 
 
 # By hand, for it may crash where nobody can help it: FSDP2 on a CPU exchanges tensors by gloo, in
-# which one process of many runs ended with a segmentation fault.
+# which one process of many runs ended with a segmentation fault. test_distributed.py is CI's.
 @pytest.mark.thorough
 def test_a_sharded_model_trains_saves_and_resumes(bases: Path) -> None:
     """FSDP2, every block and the rest sharded, with gradient checkpointing."""

@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert read_json(Path("straight") / name) == read_json(Path("run") / name)
     histories = [
         [
-            (entry["step"], entry["loss"], entry["learning_rate"])
+            (list(entry), entry["step"], entry["loss"], entry["learning_rate"])
             for entry in read_json(Path(run) / "log_history.json")
             if "loss" in entry
         ]

@@ -97,12 +97,12 @@ def write_records(
 
 
 def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of the loss curve; a norm that is no number, as in float16 where a step was skipped,
-    is null.
+    """An entry of the loss curve, by keys in order, as in one that a checkpoint had; a norm that is
+    no number, as in float16 where a step was skipped, is null.
     """
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in entry.items()
+        for key, value in sorted(entry.items())
     }
 
 
