@@ -90,7 +90,7 @@ def test_looking_whether_peft_is_there_is_enough(environment: Environment) -> No
     assert environment.run("-W", "ignore", "-c", script).split() == ["True", "True"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_msplora_that_is_broken_does_not_break_peft(
     environment: Environment, tmp_path: Path
 ) -> None:

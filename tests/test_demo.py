@@ -183,7 +183,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in content["models"]}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_demo_leaves_everything_and_replaces_only_a_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     out.mkdir()

@@ -183,6 +183,7 @@ CASES: dict[str, Callable[[int], None]] = {
 
 
 BY_HAND = {
+    "ddp_with_checkpointing",
     "ddp_with_reentrant_checkpointing",
     "ddp_with_reentrant_checkpointing_and_static_graph",
     "fsdp1",
