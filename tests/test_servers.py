@@ -19,10 +19,11 @@ from torch import Tensor
 
 import msplora
 from msplora.cli.convert import ServerName
+from msplora.convert import to_lora
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
 from msplora.plain_lora import lora_of
-from msplora.server_limits import check_server
-from msplora.serving import SERVERS, serve_command
+from msplora.server_limits import asked_server, check_served
+from msplora.serving import SERVERS, Form, serve_command
 from msplora.to_gguf import rotary_order
 from oracle import randomise
 from runs import msplora as command
@@ -264,39 +265,55 @@ LACKING: dict[str, tuple[str, Callable[[], Any]]] = {
 def test_what_a_server_lacks_is_refused_with_the_reason(feature: str) -> None:
     where, build = LACKING[feature]
     model = build()
-    for name, server in SERVERS.items():
+    for server in SERVERS.values():
         if feature not in server.lacks:
-            check_server(model, name, server.form, 7)
+            check_served(model, server, 7)
             continue
         with pytest.raises(
             UnsupportedError, match=rf"{server.title} cannot serve.*{where}"
         ) as said:
-            check_server(model, name, server.form, 7)
+            check_served(model, server, 7)
         assert server.lacks[feature] in str(said.value)
-    check_server(model, None, "lora", 7)  # PEFT reads them all
 
 
 def test_a_rank_above_a_server_s_limit_names_the_limit_and_the_flag() -> None:
     model = adapted(DENSE)
-    check_server(model, "vllm", "lora", 512)
+    vllm, sglang = SERVERS["vllm"], SERVERS["sglang"]
+    check_served(model, vllm, 512)
     with pytest.raises(UnsupportedError, match=r"513.*--max-lora-rank goes up to 512.*merged"):
-        check_server(model, "vllm", "lora", 513)
-    check_server(model, "vllm", "lora", 28, max_lora_rank=32)
+        check_served(model, vllm, 513)
+    check_served(model, vllm, 28, max_lora_rank=32)
     with pytest.raises(
         UnsupportedError, match=r"28, above the 16.*Start it with --max-lora-rank 32"
     ):
-        check_server(model, "vllm", "lora", 28, max_lora_rank=16)
-    with pytest.raises(ConfigError, match="takes 1, 8, 16, 32, 64, 128, 256, 320, 512, not 30"):
-        check_server(model, "vllm", "lora", 28, max_lora_rank=30)
-    check_server(model, "sglang", "lora", 2000)
+        check_served(model, vllm, 28, max_lora_rank=16)
+    check_served(model, sglang, 2000)
     with pytest.raises(UnsupportedError, match="--max-lora-rank 28"):
-        check_server(model, "sglang", "lora", 28, max_lora_rank=27)
-    with pytest.raises(ConfigError, match="no limit"):
-        check_server(model, "llama.cpp", "gguf", 28, max_lora_rank=32)
-    with pytest.raises(ConfigError, match="--for"):
-        check_server(model, None, "lora", 28, max_lora_rank=32)
-    with pytest.raises(ConfigError, match="vllm, sglang"):
-        check_server(model, "ollama", "lora", 28)
+        check_served(model, sglang, 28, max_lora_rank=27)
+
+
+@pytest.mark.parametrize(
+    ("server", "form", "limit", "reason"),
+    [
+        ("vllm", "lora", 30, "takes 1, 8, 16, 32, 64, 128, 256, 320, 512, not 30"),
+        ("llama.cpp", "gguf", 32, "no limit"),
+        (None, "gguf", 32, "no limit"),
+        (None, "lora", 32, "--for"),
+        ("ollama", "lora", None, "vllm, sglang"),
+        ("vllm", "gguf", None, "--to lora"),
+    ],
+)
+def test_what_no_adapter_could_have_is_refused_before_one_is_read(
+    tmp_path: Path, server: str | None, form: Form, limit: int | None, reason: str
+) -> None:
+    nowhere, out = tmp_path / "no-adapter", tmp_path / "out"
+    with pytest.raises(ConfigError, match=reason):
+        to_lora(nowhere, out, server=server, form=form, max_lora_rank=limit)
+
+
+def test_without_a_server_nothing_is_refused_for_one() -> None:
+    assert asked_server(None, "lora") is None  # PEFT reads them all
+    assert asked_server(None, "gguf") is SERVERS["llama.cpp"]
 
 
 def test_the_command_line_offers_every_server() -> None:

@@ -205,6 +205,11 @@ def test_a_malformed_set_is_refused(tmp_path: Path, override: str) -> None:
     assert "--set" in refusal(tmp_path, text, override)
 
 
+def test_what_a_set_value_breaks_names_the_set(tmp_path: Path) -> None:
+    assert "--set seed=x" in refusal(tmp_path, f"{MINIMAL}seed: 1", "seed=x")
+    assert "--set" not in refusal(tmp_path, f"{MINIMAL}seed: x")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_bytes(b"model: \xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):

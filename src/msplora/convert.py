@@ -41,7 +41,7 @@ from .loading import (
 )
 from .plain_lora import Padding, lora_of
 from .released import is_released, load_released
-from .server_limits import check_server
+from .server_limits import asked_server, check_served
 from .serving import GGUF_FILE, Form
 from .store import STORE_NAME
 from .verifying import Comparison, compare, logits, probe_inputs
@@ -109,6 +109,7 @@ def to_lora(
     """
     if form not in (forms := get_args(Form)):
         raise ConfigError(f"no form {form!r} of a LoRA; there are {', '.join(forms)}.")
+    asked = asked_server(server, form, max_lora_rank)
     folder, out = adapter_folder(Path(source)), Path(out)
     check_apart(out, _read_from(folder, base))
     check_output(out, force)
@@ -119,7 +120,8 @@ def to_lora(
         )
     model, others = _load_pyramid(folder, base)
     tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
-    check_server(model, server, form, config["r"], max_lora_rank)
+    if asked is not None:
+        check_served(model, asked, config["r"], max_lora_rank)
     tensors |= others
     check_finite(tensors, f"the LoRA in {dtype}")
     root: Any = model.get_base_model()

@@ -56,28 +56,23 @@ def _kind(layer: Any) -> str | None:
     return "Conv1D" if type(base).__name__ == "Conv1D" else None
 
 
-def check_server(
-    model: Any, name: str | None, form: Form, rank: int, max_lora_rank: int | None = None
-) -> None:
-    """Refuse to convert for a server what it cannot serve.
+def asked_server(name: str | None, form: Form, max_lora_rank: int | None = None) -> Server | None:
+    """Return the server that is converted for, if any; refuse what needs no adapter to be refused.
 
     Args:
-        model: the base with the adapter.
         name: one of `SERVERS`; if left out, the one server that reads the form, if there is one.
         form: what is to be written.
-        rank: of the LoRA that would be written.
         max_lora_rank: what the server is started with, where a flag of it sets the limit.
 
     Raises:
         ConfigError: there is no such server, it reads another form, or its flag takes no such
             value.
-        UnsupportedError: the server lacks a feature, or the rank is above its limit.
     """
     name = name or WRITTEN_FOR.get(form)
     if name is None:
         if max_lora_rank is not None:
             raise ConfigError("max_lora_rank is a server's limit: say which with --for.")
-        return
+        return None
     if name not in SERVERS:
         raise ConfigError(f"no server {name!r}; there are {', '.join(SERVERS)}.")
     server = SERVERS[name]
@@ -85,25 +80,36 @@ def check_server(
         raise ConfigError(
             f"{server.title} does not read that form: convert with --to {server.form}."
         )
+    if max_lora_rank is None:
+        return server
+    if server.flag is None:
+        raise ConfigError(f"{server.title} has no limit of the rank, and no --max-lora-rank.")
+    if server.ranks is not None and max_lora_rank not in server.ranks:
+        raise ConfigError(
+            f"{server.title}'s {server.flag} takes {', '.join(map(str, server.ranks))}, not "
+            f"{max_lora_rank}."
+        )
+    return server
+
+
+def check_served(model: Any, server: Server, rank: int, max_lora_rank: int | None = None) -> None:
+    """Refuse to convert for a server what it cannot serve.
+
+    Args:
+        model: the base with the adapter.
+        server: see `asked_server`.
+        rank: of the LoRA that would be written.
+        max_lora_rank: as asked.
+
+    Raises:
+        UnsupportedError: the server lacks a feature, or the rank is above its limit.
+    """
     for feature, where in features(model).items():
         if feature in server.lacks:
             raise UnsupportedError(
                 f"{server.title} cannot serve this adapter ({where}): {server.lacks[feature]}. "
                 f"Serve the merged model: --to merged."
             )
-    _check_rank(server, rank, max_lora_rank)
-
-
-def _check_rank(server: Server, rank: int, max_lora_rank: int | None) -> None:
-    if server.flag is None:
-        if max_lora_rank is not None:
-            raise ConfigError(f"{server.title} has no limit of the rank, and no --max-lora-rank.")
-        return
-    if server.ranks is not None and max_lora_rank is not None and max_lora_rank not in server.ranks:
-        raise ConfigError(
-            f"{server.title}'s {server.flag} takes {', '.join(map(str, server.ranks))}, not "
-            f"{max_lora_rank}."
-        )
     if server.ranks is not None and rank > server.ranks[-1]:
         raise UnsupportedError(
             f"the LoRA has rank {rank}, and {server.title}'s {server.flag} goes up to "

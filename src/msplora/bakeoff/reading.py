@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
+from msplora.train.problems import described, together
 from msplora.train.settings import Settings
-from msplora.train.settings_file import has_validation, make_settings, override, put, read_content
+from msplora.train.settings_file import has_validation, make_settings, overridden, put, read_content
 
 from .settings import BakeOffSettings, ChooseSettings, RejectSettings
 
@@ -139,11 +140,10 @@ def read_bake_off(
         ConfigError: it cannot be read, or one of its runs could not be started.
     """
     content = read_content(file, "at least output, base, tasks, methods and learning_rates")
-    for change in overrides:
-        override(content, change)
+    source = overridden(content, overrides, str(file))
     if output is not None:
         content["output"] = output
-    return make_bake_off(content, str(file))
+    return make_bake_off(content, source)
 
 
 def make_bake_off(content: Mapping[str, Any], source: str) -> BakeOff:
@@ -287,21 +287,15 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        if problem["type"] == "extra_forbidden":
-            known = _SECTIONS.get(path[0], BakeOffSettings).model_fields
-            hint = nearest(path[-1], known, count=1) or f" Known here: {', '.join(known)}."
-            if len(path) == 1 and path[0] in Settings.model_fields:
-                hint = f" Keys of the runs stand under base, as in base: {{{path[0]}: …}}."
-            lines.append(f"unknown key {'.'.join(path)!r}.{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"the key {'.'.join(path)!r} is missing; it is required.")
-        else:
-            message = problem["msg"].replace("Input should", "it should")
-            lines.append(f"{'.'.join(path)} = {problem['input']!r}: {message}.")
-    lines = list(dict.fromkeys(lines))
-    if len(lines) == 1:
-        return f"in {source}: {lines[0]}"
-    return f"in {source}:\n" + "\n".join(f"  - {line}" for line in lines)
+    return together((_sentence(problem) for problem in error.errors()), source)
+
+
+def _sentence(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    hint = ""
+    if problem["type"] == "extra_forbidden":
+        known = _SECTIONS.get(path[0], BakeOffSettings).model_fields
+        hint = nearest(path[-1], known, count=1) or f" Known here: {', '.join(known)}."
+        if len(path) == 1 and path[0] in Settings.model_fields:
+            hint = f" Keys of the runs stand under base, as in base: {{{path[0]}: …}}."
+    return described(problem, ".".join(path), hint)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
+from msplora.train.problems import described, together
 from msplora.train.run_folder import flat
 from msplora.train.settings import Settings
 from msplora.train.settings_file import has_validation, make_settings, put, read_content
@@ -249,24 +250,19 @@ def _ends(key: str, searched: SearchSettings) -> list[Any]:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        if problem["type"] == "extra_forbidden":
-            inside = path[0] == "search"
-            known = (SearchSettings if inside else SweepSettings).model_fields
-            hint = nearest(path[-1], known, count=1) or f" Known here: {', '.join(known)}."
-            if not inside and path[0] in Settings.model_fields:
-                hint = f" Keys of the runs stand under config, as in config: {{{path[0]}: …}}."
-            lines.append(f"unknown key {'.'.join(path)!r}.{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"the key {'.'.join(path)!r} is missing; it is required.")
-        else:
-            # Members of a union are in the location too.
-            key = ".".join(path[:3] if path[0] == "search" else path[:2])
-            message = problem["msg"].replace("Input should", "it should")
-            lines.append(f"{key} = {problem['input']!r}: {message}.")
-    lines = list(dict.fromkeys(lines))
-    if len(lines) == 1:
-        return f"in {source}: {lines[0]}"
-    return f"in {source}:\n" + "\n".join(f"  - {line}" for line in lines)
+    return together((_sentence(problem) for problem in error.errors()), source)
+
+
+def _sentence(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "missing":
+        return described(problem, ".".join(path))
+    inside = path[0] == "search"
+    if problem["type"] != "extra_forbidden":
+        # Members of a union are in the location too.
+        return described(problem, ".".join(path[: 3 if inside else 2]))
+    known = (SearchSettings if inside else SweepSettings).model_fields
+    hint = nearest(path[-1], known, count=1) or f" Known here: {', '.join(known)}."
+    if not inside and path[0] in Settings.model_fields:
+        hint = f" Keys of the runs stand under config, as in config: {{{path[0]}: …}}."
+    return described(problem, ".".join(path), hint)

@@ -16,6 +16,7 @@ from msplora.errors import ConfigError, nearest, nearest_path
 
 from .other_names import OTHER_NAMES
 from .peft_methods import check_method, takes_bits
+from .problems import described, together
 from .settings import TASKS_OF_KEY, Settings
 from .settings_data import DataSettings, DataSource
 from .settings_methods import LORAS, METHOD_SECTIONS
@@ -72,12 +73,11 @@ def read_settings(
         ConfigError: the file cannot be read, or says something no run can do.
     """
     content = read_content(file)
-    for change in overrides:
-        override(content, change)
+    source = overridden(content, overrides, str(file))
     for key, value in (flags or {}).items():
         if value is not None:
             content[key] = value
-    return make_settings(content, str(file))
+    return make_settings(content, source)
 
 
 def read_content(
@@ -144,14 +144,21 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def override(content: dict[str, Any], change: str) -> None:
-    """Change a config's content as "dotted.key=value" says, the value in YAML."""
-    key, equals, text = change.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"--set takes key=value, as in training.learning_rate=1e-4; found {change!r}."
-        )
-    put(content, key, _parse(text, f"--set {change}"), f"--set {change}")
+def overridden(content: dict[str, Any], changes: Iterable[str], source: str) -> str:
+    """Change a config's content as each "dotted.key=value" says, the value in YAML.
+
+    Returns:
+        what the content is now from, for messages: `source`, and the changes.
+    """
+    changes = list(changes)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"--set takes key=value, as in training.learning_rate=1e-4; found {change!r}."
+            )
+        put(content, key, _parse(text, f"--set {change}"), f"--set {change}")
+    return " ".join([source, *(f"--set {change}" for change in changes)])
 
 
 def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -168,36 +175,26 @@ def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = []
-    for problem in error.errors():
-        # Members of a union and of a list are in the location too; the key is what a file shows.
-        path = [str(part) for part in problem["loc"]]
-        entry = path[3:] if path[2:3] == ["several"] else []
-        if path[2:3] == ["one"]:
-            lines.append(
-                f"{'.'.join(path[:2])} = {problem['input']!r}: it takes a path, or a list of paths "
-                f"and of mappings such as {_A_SOURCE}."
-            )
-            continue
-        if entry:
-            lines.append(_explain_source(".".join(path[:2]), entry, problem))
-            continue
-        key = ".".join(path)
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}.{_nearest_key(path)}")
-        elif problem["type"] == "missing":
-            lines.append(f"the key {key!r} is missing; it is required.")
-        else:
-            known = known_keys()
-            while len(path) > 1 and ".".join(path) not in known:
-                path.pop()
-            key = ".".join(path)
-            message = problem["msg"].replace("Input should", "it should")
-            line = f"{key} = {problem['input']!r}: {message}.{_nearest_value(problem)}"
-            lines.append(line)
-    if len(lines) == 1:
-        return f"in {source}: {lines[0]}"
-    return f"in {source}:\n" + "\n".join(f"  - {line}" for line in lines)
+    return together((_sentence(problem) for problem in error.errors()), source)
+
+
+def _sentence(problem: Any) -> str:
+    # Members of a union and of a list are in the location too; the key is what a file shows.
+    path = [str(part) for part in problem["loc"]]
+    if path[2:3] == ["one"]:
+        return (
+            f"{'.'.join(path[:2])} = {problem['input']!r}: it takes a path, or a list of paths "
+            f"and of mappings such as {_A_SOURCE}."
+        )
+    if path[2:3] == ["several"] and path[3:]:
+        return _explain_source(".".join(path[:2]), path[3:], problem)
+    if problem["type"] == "extra_forbidden":
+        return described(problem, ".".join(path), _nearest_key(path))
+    if problem["type"] != "missing":
+        known = known_keys()
+        while len(path) > 1 and ".".join(path) not in known:
+            path.pop()
+    return described(problem, ".".join(path), _nearest_value(problem))
 
 
 def _explain_source(key: str, entry: list[str], problem: Any) -> str:
@@ -207,15 +204,13 @@ def _explain_source(key: str, entry: list[str], problem: Any) -> str:
     if problem["type"] == "model_type":
         return f"{where} = {problem['input']!r}: it takes a path or a mapping such as {_A_SOURCE}."
     if not inside:
-        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-        return f"{where} = {problem['input']!r}: {message}."
+        return described(problem, where)
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key {inside[0]!r}." + (
             nearest(inside[0], DataSource.model_fields, count=1)
             or f" Known here: {', '.join(DataSource.model_fields)}."
         )
-    message = problem["msg"].replace("Input should", "it should")
-    return f"{where}: {inside[0]} = {problem['input']!r}: {message}."
+    return described(problem, f"{where}: {inside[0]}")
 
 
 def _nearest_key(path: list[str]) -> str:
