@@ -60,7 +60,12 @@ def commit() -> str:
     # An environment may lie inside another project, whose commit would say nothing about us.
     if Path(_git(package, "rev-parse", "--show-toplevel")) / "src" / "msplora" != package:
         return "unknown"
-    return _git(package, "describe", "--always", "--dirty", "--exclude=*") or "unknown"
+    head = _git(package, "rev-parse", "--short", "HEAD")
+    # What is written here changes nothing that is measured, and one result file is not to make
+    # the commit of the next one doubtful.
+    written = [f":(top,exclude){folder}" for folder in ("benchmarks/results", "docs")]
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
+    return (f"{head}-dirty" if changed else head) or "unknown"
 
 
 def _git(folder: Path, *arguments: str) -> str:
