@@ -29,6 +29,18 @@ def test_the_short_form_is_the_papers_pyramid() -> None:
     assert isinstance(config, LoraConfig)
 
 
+@pytest.mark.parametrize("given", [{}, {"split_alpha": True}, {"ranks": [8, 2, 2]}])
+@pytest.mark.parametrize("changed", [{"r": 16}, {"lora_alpha": 32}])
+def test_a_change_that_the_levels_would_not_follow_is_refused(
+    given: dict[str, object], changed: dict[str, int]
+) -> None:
+    config = msplora.MSPLoraConfig(**given)  # pyright: ignore
+    for name, value in changed.items():
+        setattr(config, name, value)
+        with pytest.raises(ConfigError, match=rf"replace\(config, {name}={value}\)"):
+            _ = config.pyramid
+
+
 @pytest.mark.parametrize(("r", "ranks"), [(4, [4, 2, 1]), (6, [6, 3, 1]), (7, [7, 3, 1])])
 def test_ranks_that_do_not_halve_evenly(r: int, ranks: list[int]) -> None:
     assert msplora.MSPLoraConfig(r=r).ranks == ranks

@@ -132,7 +132,12 @@ class MSPLoraConfig(LoraConfig):
 
     @property
     def pyramid(self) -> tuple[Level, ...]:
-        """The levels asked for, first to last."""
+        """The levels asked for, first to last.
+
+        Raises:
+            ConfigError: `r` or `lora_alpha` was set after the levels had been made of it.
+        """
+        self._refuse_late_changes()
         levels: Any = zip(self.levels, self.ranks, self.groups, self.alphas, strict=True)  # pyright: ignore
         return tuple(
             Level(name=name, rank=rank, groups=groups, alpha=alpha, use_rslora=self.use_rslora)
@@ -168,6 +173,20 @@ class MSPLoraConfig(LoraConfig):
             )
             for level, its_rank, its_alpha in zip(self.pyramid, ranks, alphas, strict=True)
         )
+
+    def _refuse_late_changes(self) -> None:
+        ranks: Any = self.ranks
+        alphas: Any = self.alphas
+        meant = {"r": ranks[0]}
+        if isinstance(alphas, _FilledIn):
+            meant["lora_alpha"] = sum(alphas) if self.split_alpha else alphas[0]
+        for name, value in meant.items():
+            if not math.isclose(found := getattr(self, name), value):
+                raise ConfigError(
+                    f"{name} is {found} and the levels were made of {value} (ranks = {ranks}, "
+                    f"alphas = {alphas}): a finished config was changed. Make another: "
+                    f"dataclasses.replace(config, {name}={found})."
+                )
 
     def _fill_in_levels(self) -> None:
         for name in _LISTS:
