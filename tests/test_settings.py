@@ -206,7 +206,7 @@ def test_a_malformed_set_is_refused(tmp_path: Path, override: str) -> None:
 
 
 def test_what_a_set_value_breaks_names_the_set(tmp_path: Path) -> None:
-    assert "--set seed=x" in refusal(tmp_path, f"{MINIMAL}seed: 1", "seed=x")
+    assert "with --set: seed = 'x'" in refusal(tmp_path, f"{MINIMAL}seed: 1", "seed=x")
     assert "--set" not in refusal(tmp_path, f"{MINIMAL}seed: x")
 
 

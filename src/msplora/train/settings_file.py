@@ -148,7 +148,7 @@ def overridden(content: dict[str, Any], changes: Iterable[str], source: str) -> 
     """Change a config's content as each "dotted.key=value" says, the value in YAML.
 
     Returns:
-        what the content is now from, for messages: `source`, and the changes.
+        what the content is now from, for messages.
     """
     changes = list(changes)
     for change in changes:
@@ -158,7 +158,7 @@ def overridden(content: dict[str, Any], changes: Iterable[str], source: str) -> 
                 f"--set takes key=value, as in training.learning_rate=1e-4; found {change!r}."
             )
         put(content, key, _parse(text, f"--set {change}"), f"--set {change}")
-    return " ".join([source, *(f"--set {change}" for change in changes)])
+    return f"{source} with --set" if changes else source
 
 
 def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
