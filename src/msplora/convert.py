@@ -18,11 +18,10 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import __version__
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
-from .folders import MARK, check_apart, check_output, new_folder
+from .folders import check_apart, check_output, new_folder
 from .forms import PlainLora, Written, in_form
 from .loading import (
     CONFIG_FILE,
@@ -37,6 +36,7 @@ from .loading import (
     quiet_loading,
     read_config,
     read_tensors,
+    resolve_source,
     write_json,
 )
 from .plain_lora import Padding, lora_of
@@ -110,8 +110,8 @@ def to_lora(
     if form not in (forms := get_args(Form)):
         raise ConfigError(f"no form {form!r} of a LoRA; there are {', '.join(forms)}.")
     asked = asked_server(server, form, max_lora_rank)
-    folder, out = adapter_folder(Path(source)), Path(out)
-    check_apart(out, _read_from(folder, base))
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     if out.suffix == ".gguf":
         raise ConfigError(
@@ -126,12 +126,11 @@ def to_lora(
     check_finite(tensors, f"the LoRA in {dtype}")
     root: Any = model.get_base_model()
     written = in_form(form, PlainLora(tensors, config, root.config))
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         written.write(partial)
         if form == "lora":
             (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
             copy_companions(folder, partial)
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             probe = _Probe(model)
@@ -172,8 +171,8 @@ def to_merged(
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
-    folder, out = adapter_folder(Path(source)), Path(out)
-    check_apart(out, _read_from(folder, base))
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     _check_merges(folder)
     model = load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
@@ -188,11 +187,10 @@ def to_merged(
     rank = sum(_ranks(model))
     merged: Any = model.merge_and_unload(safe_merge=True)
     model_class = type(merged)
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
         copy_companions(folder, partial)
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
         if probe is not None:
@@ -241,10 +239,15 @@ class _Probe:
         return compare(self.base, self.adapted, logits(converted, self.inputs), dtypes)
 
 
-def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
-    """The folders a conversion reads, which its output must not replace."""
+def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
+    """The folders a conversion reads, which its output must not replace.
+
+    Raises:
+        MSPLoraError: the adapter's config cannot be read, or there is no such base.
+    """
     source = (base.source if base else None) or base_named_by(folder)
-    return [folder, *([Path(source)] if source and Path(source).is_dir() else [])]
+    place = Path(resolve_source(source)) if source else folder
+    return [folder, *([place] if place.is_dir() else [])]
 
 
 def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, dict[str, Tensor]]:

@@ -20,14 +20,13 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
-from .convert import copy_companions
+from .convert import copy_companions, folders_read
 from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError
 from .explained import Explained, explain, measure, total
 from .fitting import Shared, fit
-from .folders import MARK, check_apart, check_output, new_folder
+from .folders import check_apart, check_output, new_folder
 from .loading import (
     WEIGHTS_FILE,
     BaseOptions,
@@ -37,7 +36,6 @@ from .loading import (
     load_adapted,
     read_config,
     read_tensors,
-    write_json,
 )
 from .matching import STORE_NAME, model_type_of
 from .planning import plan
@@ -121,9 +119,9 @@ def to_msplora(
         MSPLoraError: the adapter or its base cannot be read, the adapter does what a pyramid
             cannot, or what was written is not what was found.
     """
-    folder, out = adapter_folder(Path(source)), Path(out)
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
     named = (base.source if base else None) or base_named_by(folder)
-    check_apart(out, [folder, *([Path(named)] if named and Path(named).is_dir() else [])])
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     shape: dict[str, Any] = {"r": r, "ranks": ranks, "groups": groups, "levels": levels}
     shape = {key: its if key == "r" else list(its) for key, its in shape.items() if its is not None}
@@ -149,13 +147,12 @@ def to_msplora(
     config.model_type, config.fingerprint = model_type_of(model.get_base_model()), found.fingerprint
     config.base_model_name_or_path = config.base_model_name_or_path or named
     expected = explain(found, changed, sums_of(found, pairs))
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
         copy_companions(folder, partial)
         card = card_of_pyramid(config, found, folder.name, total(expected))
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             expected, comparison = measure(model, partial, found, changed, expected, dtype)

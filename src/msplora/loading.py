@@ -56,6 +56,7 @@ def adapter_folder(path: Path) -> Path:
     Raises:
         AdapterFileError: neither is one.
     """
+    path = path.expanduser()
     for folder in (path, path / "adapter"):
         if (folder / CONFIG_FILE).is_file():
             return folder
