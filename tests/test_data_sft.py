@@ -274,19 +274,21 @@ def test_the_template_s_start_token_is_not_doubled() -> None:
     )
 
 
-def test_where_earlier_turns_change_later_only_the_last_is_learnt() -> None:
+def test_a_turn_that_loses_words_later_is_not_learnt() -> None:
     template = CHAT.replace(
         "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split()[0] }}"
     )
     sample = chat(
-        *(("user", "w0"), ("assistant", "w1")),  # rendered alike, but not learnt either
+        *(("user", "w0"), ("assistant", "w1")),  # has no more than one word
         *(("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5 w6")),
     )
     assert learnt(sample, tokenizer_of(template=template)) == [
-        *("<s>", "[user]", "w0", "[assistant]", "w1", "</s>"),
+        *("<s>", "[user]", "w0", "[assistant]", "W1", "</S>"),
         *("[user]", "w1", "[assistant]", "w2", "</s>"),
         *("[user]", "w4", "[assistant]", "W5", "W6", "</S>"),
     ]
+    _, report = tokenise_samples([sample], tokenizer_of(template=template), UNBOUNDED, "training")
+    assert (report.turns, report.unlearnt_turns) == (3, 1)
 
 
 def test_spaces_alone_are_learnt_where_a_tokenizer_trims_their_span() -> None:
