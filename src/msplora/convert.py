@@ -22,6 +22,7 @@ from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
 from .folders import check_apart, check_output, new_folder
+from .foreseen import foresee
 from .forms import PlainLora, Written, in_form
 from .loading import (
     CONFIG_FILE,
@@ -32,14 +33,14 @@ from .loading import (
     base_named_by,
     check_finite,
     dtype_argument,
+    dtype_named,
     load_adapted,
     quiet_loading,
     read_config,
     read_tensors,
-    resolve_source,
     write_json,
 )
-from .plain_lora import Padding, lora_of
+from .plain_lora import Padding, check_padding, lora_of
 from .released import is_released, load_released
 from .server_limits import asked_server, check_served
 from .serving import GGUF_FILE, Form
@@ -110,6 +111,8 @@ def to_lora(
     if form not in (forms := get_args(Form)):
         raise ConfigError(f"no form {form!r} of a LoRA; there are {', '.join(forms)}.")
     asked = asked_server(server, form, max_lora_rank)
+    check_padding(pad_to)
+    stored = dtype_named(dtype)
     folder, out = adapter_folder(Path(source)), Path(out).expanduser()
     check_apart(out, folders_read(folder, base))
     check_output(out, force)
@@ -118,10 +121,22 @@ def to_lora(
             f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
             f"folder's name."
         )
+    options = base or BaseOptions()
+    if not is_released(folder):
+        foresee(
+            _pyramid_in(folder),
+            options,
+            form=form,
+            pad_to=pad_to,
+            server=asked,
+            max_lora_rank=max_lora_rank,
+        )
     model, others = _load_pyramid(folder, base)
-    tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
+    tensors, config = lora_of(model, dtype=stored, pad_to=pad_to)
     if asked is not None:
         check_served(model, asked, config["r"], max_lora_rank)
+    own: Any = next(iter(model.peft_config.values()))
+    config["base_model_name_or_path"], config["revision"] = options.recorded_for(own)
     tensors |= others
     check_finite(tensors, f"the LoRA in {dtype}")
     root: Any = model.get_base_model()
@@ -136,7 +151,7 @@ def to_lora(
             probe = _Probe(model)
             base_model: Any = model.unload()
             converted = _with_lora(base_model, written, partial, config)
-            dtypes = {base_model.dtype, getattr(torch, dtype)}
+            dtypes = {base_model.dtype, stored}
             comparison = probe.compare_with(converted, dtypes)
     return Converted(
         out,
@@ -240,13 +255,9 @@ class _Probe:
 
 
 def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
-    """The folders a conversion reads, which its output must not replace.
-
-    Raises:
-        MSPLoraError: the adapter's config cannot be read, or there is no such base.
-    """
+    """The folders a conversion reads, which its output must not replace."""
     source = (base.source if base else None) or base_named_by(folder)
-    place = Path(resolve_source(source)) if source else folder
+    place = Path(source).expanduser() if source else folder
     return [folder, *([place] if place.is_dir() else [])]
 
 
@@ -254,13 +265,17 @@ def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, di
     """The adapted model, and what the adapter's file holds besides pairs."""
     if is_released(folder):
         return load_released(folder, base)
+    return load_adapted(folder, base), other_tensors(read_tensors(folder))
+
+
+def _pyramid_in(folder: Path) -> MSPLoraConfig:
     config = read_config(folder)
     if not isinstance(config, MSPLoraConfig):
+        kind = str(config.peft_type).rpartition(".")[2]
         raise ConfigError(
-            f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; there is nothing to "
-            f"convert."
+            f"{str(folder)!r} is a {kind} adapter, not MSPLoRA; there is nothing to convert."
         )
-    return load_adapted(folder, base), other_tensors(read_tensors(folder))
+    return config
 
 
 def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
