@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from msplora.train.data_files import DataError, Row
 from msplora.train.data_sft import (
+    Form,
     Sample,
     alpaca_prompt,
     detect_form,
@@ -135,6 +136,18 @@ def test_columns_of_other_names_are_named() -> None:
         detect_form(rows, {"prompt": "questoin"})
 
 
+def test_columns_may_change_places_in_any_order() -> None:
+    asked = row(instruction="i", input="x", output="o", context="c")
+    expected = Sample("row 1", alpaca_prompt("i", "c", "x"), "o")
+    for columns in (
+        {"system": "input", "input": "context"},
+        {"input": "context", "system": "input"},
+    ):
+        assert samples([asked], "alpaca", columns) == [expected]
+    swapped = samples([asked], "alpaca", {"instruction": "output", "output": "instruction"})
+    assert swapped == [Sample("row 1", alpaca_prompt("o", "x"), "i")]
+
+
 def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": c} for c in ("a", "", "b", "  ", "c", "d")]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -151,7 +164,14 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path)
     [
         ([{"promt": "a", "completion": "b"}], "Did you mean 'prompt'?"),
         ([{"text": "a"}, {"prompt": "a", "completion": "b"}], "mixed forms"),
-        ([{"prompt": ["a"], "completion": "b"}], "'prompt' holds a list, not text"),
+        (
+            [{"prompt": ["a"], "completion": "b"}],
+            "a list, not text. Chat turns go under 'messages'",
+        ),
+        (
+            [{"prompt": "a", "completion": 5}],
+            "'completion' holds a int, not text. Put it into quote",
+        ),
         ([{"instruction": "a", "output": "b", "input": 3}], "'input' holds a int"),
         ([{"messages": []}], "at least one"),
         ([{"messages": ["hello"]}], "turn 1: found a str"),
@@ -204,6 +224,20 @@ def test_another_file_is_of_one_of_the_run_s_forms(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             read(file, form, unanswered=False)
         assert said in str(caught.value)
+
+
+def test_another_file_may_be_called_like_any_source_of_the_run(tmp_path: Path) -> None:
+    given = str(write_jsonl(tmp_path / "given.jsonl", [{"question": "q", "answer": "a"}]))
+    columns = {"prompt": "question", "completion": "answer"}
+    sources = [{"path": "x.jsonl"}, {"path": "y.jsonl", "columns": columns}]
+    data = DataSettings.model_validate({"train": sources})
+    known: tuple[tuple[Form, ...], ...] = ((), ("text", "prompt-completion"))
+    for forms in known:
+        for unanswered, answer in ((False, "a"), (True, "")):
+            (sample,) = read_more_sft(given, forms, data, unanswered)
+            assert (sample.prompt, sample.completion) == ("q", answer)
+    with pytest.raises(DataError, match="fit no form"):
+        read_more_sft(given, (), DataSettings(train="x.jsonl"))
 
 
 # The mask, token by token.
