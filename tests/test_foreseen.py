@@ -11,14 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import msplora
 from msplora import loading
 from msplora.errors import BaseModelError, ConfigError, MSPLoraError, UnsupportedError
 from msplora.loading import BaseOptions
+from msplora.updates import updates_of
 from tiny import MODELS, llama
 
 SHAPE: dict[str, Any] = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -35,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pyramid": msplora.MSPLoraConfig(target_modules=names, **SHAPE),
         "dora": msplora.MSPLoraConfig(target_modules=names, use_dora=True, **SHAPE),
         "lora": LoraConfig(target_modules=names, **SHAPE),
+        "adalora": AdaLoraConfig(target_modules=names, total_step=9, **SHAPE),
     }
     for name, config in adapters.items():
         base = LlamaForCausalLM.from_pretrained(folder / "base")
@@ -60,6 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (msplora.to_lora, "of-gpt2", {"server": "vllm"}, "vLLM cannot serve.*Conv1D"),
         (msplora.to_lora, "of-gpt2", {"form": "gguf"}, "transposed"),
         (msplora.to_lora, "of-gpt2", {"form": "mlx"}, "mlx-lm cannot serve"),
+        (msplora.to_lora, "lora", {}, "a plain LoRA already"),
+        (msplora.to_lora, "lora", {"form": "gguf"}, "--to msplora --ranks 4 --groups 0"),
+        (msplora.to_lora, "adalora", {}, "of type ADALORA.*merge it"),
         (msplora.to_msplora, "lora", {"dtype": "fp16"}, "no dtype 'fp16'"),
         (msplora.to_msplora, "lora", {"ranks": [8, 4]}, "say with groups"),
         (msplora.to_msplora, "lora", {"levels": ["A", "b", "c"]}, "level name 'A'"),
@@ -106,6 +112,21 @@ def test_a_base_that_cannot_be_built_without_weights_is_loaded(
     monkeypatch.setattr("msplora.foreseen.without_weights", with_weights_only)
     with pytest.raises(UnsupportedError, match=r"vLLM cannot serve.*DoRA"):
         msplora.to_lora(folder / "dora", tmp_path / "out", server="vllm")
+
+
+def test_a_plain_lora_gets_another_form_by_way_of_a_pyramid(folder: Path, tmp_path: Path) -> None:
+    """As the refusal says, and nothing is lost on the way."""
+    pyramid = tmp_path / "pyramid"
+    msplora.to_msplora(folder / "lora", pyramid, ranks=[4], groups=[0], verify=False)
+    msplora.to_lora(pyramid, tmp_path / "back", verify=False)
+    updates = [
+        {key: [b @ a for a, b in blocks] for key, blocks in updates_of(loading.load_adapted(its))}
+        for its in (folder / "lora", tmp_path / "back")
+    ]
+    assert set(updates[0]) == set(updates[1])
+    for key, (update,) in updates[0].items():
+        torch.testing.assert_close(updates[1][key][0], update, rtol=1e-5, atol=1e-6)
+    msplora.to_lora(pyramid, tmp_path / "mlx", form="mlx")
 
 
 def test_a_dtype_of_the_base_is_one() -> None:

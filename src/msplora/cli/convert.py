@@ -121,6 +121,8 @@ def convert(
         raise typer.BadParameter(
             f"--for, --max-lora-rank, --pad-to: for LoRAs only, not --to {to.value}."
         )
+    if to is not Target.merged and allow_quantized:
+        raise typer.BadParameter(f"--allow-quantized: for --to merged only, not --to {to.value}.")
     if to is Target.msplora:
         to_pyramid(
             source,
