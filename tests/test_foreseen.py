@@ -138,6 +138,10 @@ class OfTheUser(LlamaForCausalLM):
     """A class that transformers does not know."""
 
 
+class GemmaForCausalLM(LlamaForCausalLM):
+    """One that has the name of another class there."""
+
+
 def edited(folder: Path, out: Path, **values: Any) -> Path:
     shutil.copytree(folder, out)
     config = json.loads((out / "adapter_config.json").read_text())
@@ -150,8 +154,13 @@ def test_a_base_of_the_user_s_own_class_is_loaded_as_that(folder: Path, tmp_path
     adapter = edited(folder / "pyramid", tmp_path / "own", task_type=None, auto_mapping=own)
     assert type(loading.load_adapted(adapter).get_base_model()) is OfTheUser
     assert msplora.to_lora(adapter, tmp_path / "out").comparison is not None
+    own["base_model_class"] = "GemmaForCausalLM"
+    config = loading.read_config(
+        edited(folder / "pyramid", tmp_path / "named-alike", task_type=None, auto_mapping=own)
+    )
+    assert loading.base_class(config, str(folder / "base"), BaseOptions()) is GemmaForCausalLM
     # A module that nothing has imported is not imported because a file names it.
-    own["parent_library"] = "antigravity"
+    own = {"base_model_class": "OfTheUser", "parent_library": "antigravity"}
     adapter = edited(folder / "pyramid", tmp_path / "other", task_type=None, auto_mapping=own)
     with pytest.raises(BaseModelError, match=r"OfTheUser of antigravity.*has imported OfTheUser"):
         loading.load_adapted(adapter)

@@ -103,7 +103,7 @@ def to_lora(
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
         verify: load base and result with PEFT and compare the logits before anything is written.
-        force: replace `out` if it is not empty.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
@@ -181,7 +181,7 @@ def to_merged(
         base: how to load the base model, its dtype included; the adapter names it.
         verify: load the result and compare the logits before it takes its place.
         allow_quantized: merge into a quantised base, which rounds the sum again.
-        force: replace `out` if it is not empty.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
