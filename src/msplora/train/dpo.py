@@ -129,7 +129,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.form),
+        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
         best,
         held_out=bool(held_out),
         data_notes=notes,

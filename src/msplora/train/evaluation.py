@@ -136,11 +136,10 @@ def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, 
 
 def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], LengthReport]:
     """Pairs as token ids; without `data`, those the run held out."""
-    settings, form = run.settings, run.record.form
-    assert form
+    settings, forms = run.settings, run.record.forms
     held_out: list[Pair]
     if data:
-        held_out = read_more_preferences(data, form, settings.data)
+        held_out = read_more_preferences(data, forms, settings.data)
     else:
         held_out = read_preferences(settings.data, settings.seed).held_out
         if not held_out:
