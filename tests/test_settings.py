@@ -176,6 +176,7 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
         (MINIMAL.replace("{train:", "{validation_split: a, train:"), "no data.hub"),
         (CLASSIFIER.replace("{train:", "{validation_fraction: 0, train:"), "needs held-out rows"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b], regression: true, train:"), "is set"),
+        (CLASSIFIER.replace("{train:", "{labels: [a, b, a], train:"), "names 'a' more than once"),
         (CLASSIFIER.replace("train: rows.jsonl", "glue: mrpc"), "needs data.path"),
         (CLASSIFIER.replace("train: rows.jsonl", "glue: mprc, path: a"), "Did you mean 'mrpc'?"),
         (MINIMAL.replace("train: rows.jsonl", "glue: mrpc, path: a"), "not 'sft'"),
