@@ -11,8 +11,13 @@ from .settings import Settings
 
 
 def checksums(settings: Settings) -> dict[str, int]:
-    """Every local file that the data section names, or that is in a folder it names."""
-    return {str(file): checksum(file) for file in _files(settings.data.model_dump())}
+    """Every local file that the data section names, that is in a folder it names, or an image."""
+    files = dict.fromkeys(_files(settings.data.model_dump()))
+    if settings.task == "image-classification":
+        from .data_images import image_files  # which needs Pillow
+
+        files |= dict.fromkeys(image_files(settings.data))
+    return {str(file): checksum(file) for file in files}
 
 
 def changed(before: dict[str, int], settings: Settings) -> list[str]:
