@@ -9,7 +9,7 @@ import torch
 from .kinds import Coordinates
 from .measures import layer_cosines, numerical_ranks, overlaps, spans
 from .results import Comparison, KindComparison, numbers
-from .stored import StoredAdapter, StoredKind
+from .stored import StoredAdapter, StoredKind, StoredSite
 
 
 def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> Comparison:
@@ -47,9 +47,21 @@ def _bare(kind: StoredKind) -> tuple[str, int, int]:
     return kind.name.rpartition(":")[2], kind.out_features, kind.in_features
 
 
-def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
+def _shared(first: StoredKind, second: StoredKind) -> list[tuple[StoredSite, StoredSite]]:
+    """The sites of the same layers; none where it is not certain which these are."""
+    if first.counted or second.counted:
+        # Certain only if no block is skipped, which whoever knows the numbers has to tell.
+        count = len(first.sites)
+        known = [[its.layer for its in kind.sites] for kind in (first, second) if not kind.counted]
+        certain = all(its in (list(range(count)), [None]) for its in known)
+        same = certain and len(second.sites) == count
+        return list(zip(first.sites, second.sites, strict=True)) if same else []
     places = {site.layer: site for site in second.sites}
-    shared = [(site, places[site.layer]) for site in first.sites if site.layer in places]
+    return [(site, places[site.layer]) for site in first.sites if site.layer in places]
+
+
+def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
+    shared = _shared(first, second)
     if not shared:
         return None
     coordinates = Coordinates([*first.pairs, *second.pairs])
