@@ -186,6 +186,22 @@ def test_a_pyramid_and_the_lora_that_it_is_have_the_same_updates(tmp_path: Path)
         np.testing.assert_allclose([kind.cosine, kind.columns, kind.rows], 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
+def test_an_encoder_is_compared_with_an_encoder(method: Any, tmp_path: Path) -> None:
+    """Kinds of two stacks may have one name and shape: beside itself an adapter is itself."""
+    model: Any = get_peft_model(MODELS["t5"].model(), method(target_modules=["q", "v"], r=4))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    for name in ("one", "other"):
+        save(model, tmp_path / name)
+    found = msplora.analyse(tmp_path / "one/adapter", tmp_path / "other/adapter")
+    assert found.comparisons[0].kinds
+    for kind in found.comparisons[0].kinds:
+        np.testing.assert_allclose([kind.cosine, kind.columns, kind.rows], 1, rtol=1e-6)
+
+
 def test_two_adapters_that_have_nothing_in_common(tmp_path: Path) -> None:
     query = save(adapted(target_modules=["q_proj"]), tmp_path / "query")
     value = save(adapted(target_modules=["v_proj"]), tmp_path / "value")

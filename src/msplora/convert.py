@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import __version__
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
-from .folders import MARK, check_apart, check_output, new_folder
+from .folders import check_apart, check_output, new_folder
+from .foreseen import foresee
 from .forms import PlainLora, Written, in_form
 from .loading import (
     CONFIG_FILE,
@@ -33,13 +33,14 @@ from .loading import (
     base_named_by,
     check_finite,
     dtype_argument,
+    dtype_named,
     load_adapted,
     quiet_loading,
     read_config,
     read_tensors,
     write_json,
 )
-from .plain_lora import Padding, lora_of
+from .plain_lora import Padding, check_padding, lora_of
 from .released import is_released, load_released
 from .server_limits import asked_server, check_served
 from .serving import GGUF_FILE, Form
@@ -102,7 +103,7 @@ def to_lora(
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
         verify: load base and result with PEFT and compare the logits before anything is written.
-        force: replace `out` if it is not empty.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
@@ -110,34 +111,47 @@ def to_lora(
     if form not in (forms := get_args(Form)):
         raise ConfigError(f"no form {form!r} of a LoRA; there are {', '.join(forms)}.")
     asked = asked_server(server, form, max_lora_rank)
-    folder, out = adapter_folder(Path(source)), Path(out)
-    check_apart(out, _read_from(folder, base))
+    check_padding(pad_to)
+    stored = dtype_named(dtype)
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     if out.suffix == ".gguf":
         raise ConfigError(
             f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
             f"folder's name."
         )
+    options = base or BaseOptions()
+    if not is_released(folder):
+        foresee(
+            _pyramid_in(folder, form),
+            options,
+            form=form,
+            pad_to=pad_to,
+            server=asked,
+            max_lora_rank=max_lora_rank,
+        )
     model, others = _load_pyramid(folder, base)
-    tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
+    tensors, config = lora_of(model, dtype=stored, pad_to=pad_to)
     if asked is not None:
         check_served(model, asked, config["r"], max_lora_rank)
+    own: Any = next(iter(model.peft_config.values()))
+    config["base_model_name_or_path"], config["revision"] = options.recorded_for(own)
     tensors |= others
     check_finite(tensors, f"the LoRA in {dtype}")
     root: Any = model.get_base_model()
     written = in_form(form, PlainLora(tensors, config, root.config))
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         written.write(partial)
         if form == "lora":
             (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
             copy_companions(folder, partial)
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             probe = _Probe(model)
             base_model: Any = model.unload()
             converted = _with_lora(base_model, written, partial, config)
-            dtypes = {base_model.dtype, getattr(torch, dtype)}
+            dtypes = {base_model.dtype, stored}
             comparison = probe.compare_with(converted, dtypes)
     return Converted(
         out,
@@ -167,13 +181,13 @@ def to_merged(
         base: how to load the base model, its dtype included; the adapter names it.
         verify: load the result and compare the logits before it takes its place.
         allow_quantized: merge into a quantised base, which rounds the sum again.
-        force: replace `out` if it is not empty.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
-    folder, out = adapter_folder(Path(source)), Path(out)
-    check_apart(out, _read_from(folder, base))
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     _check_merges(folder)
     model = load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
@@ -188,11 +202,10 @@ def to_merged(
     rank = sum(_ranks(model))
     merged: Any = model.merge_and_unload(safe_merge=True)
     model_class = type(merged)
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
         copy_companions(folder, partial)
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
         if probe is not None:
@@ -241,23 +254,41 @@ class _Probe:
         return compare(self.base, self.adapted, logits(converted, self.inputs), dtypes)
 
 
-def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
+def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
     """The folders a conversion reads, which its output must not replace."""
     source = (base.source if base else None) or base_named_by(folder)
-    return [folder, *([Path(source)] if source and Path(source).is_dir() else [])]
+    place = Path(source).expanduser() if source else folder
+    return [folder, *([place] if place.is_dir() else [])]
 
 
 def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, dict[str, Tensor]]:
     """The adapted model, and what the adapter's file holds besides pairs."""
     if is_released(folder):
         return load_released(folder, base)
-    config = read_config(folder)
-    if not isinstance(config, MSPLoraConfig):
-        raise ConfigError(
-            f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; there is nothing to "
-            f"convert."
-        )
     return load_adapted(folder, base), other_tensors(read_tensors(folder))
+
+
+def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
+    config: Any = read_config(folder)
+    if isinstance(config, MSPLoraConfig):
+        return config
+    kind = str(config.peft_type).rpartition(".")[2]
+    if kind != "LORA":
+        way = "merge it: --to merged" if isinstance(config, LoraConfig) else "use it through PEFT"
+        raise ConfigError(
+            f"{str(folder)!r} is of type {kind}, and --to {form} takes MSPLoRA adapters; {way}."
+        )
+    if form == "lora":
+        raise ConfigError(
+            f"{str(folder)!r} is a plain LoRA already, which PEFT and the servers read as it is; "
+            f"there is nothing to convert."
+        )
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    raise ConfigError(
+        f"{str(folder)!r} is a plain LoRA, and --to {form} takes a pyramid. Make it one with a "
+        f"pair for each layer, which is the same: --to msplora --ranks {rank} --groups 0. Convert "
+        f"that."
+    )
 
 
 def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .kinds import Coordinates
@@ -12,18 +14,36 @@ from .stored import StoredAdapter, StoredKind
 
 def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> Comparison:
     """Layer by layer, kinds of the same name and shape; without any in common, nothing."""
-    others = {_identity(kind): kind for kind in second.kinds}
     found = []
     for kind in first.kinds:
-        other = others.get(_identity(kind))
+        other = _counterpart(kind, first, second)
         if other is not None:
             its = _compare(kind, other)
             found += [its] if its else []
     return Comparison(*names, tuple(found))
 
 
-def _identity(kind: StoredKind) -> tuple[str, int, int]:
-    # With a base the name may carry its list of blocks, where several lists have such a kind.
+def _counterpart(kind: StoredKind, first: StoredAdapter, second: StoredAdapter) -> Any:
+    """The kind of the second adapter with the same name and shape, if there is one.
+
+    With a base a name may carry its list of blocks, where several lists have such a kind
+    (`decoder.block:…`). Without it, it is the same kind only where no other list has one.
+    """
+    for identity in (_whole, _bare):
+        ours, theirs = (
+            [its for its in adapter.kinds if identity(its) == identity(kind)]
+            for adapter in (first, second)
+        )
+        if len(ours) == len(theirs) == 1:
+            return theirs[0]
+    return None
+
+
+def _whole(kind: StoredKind) -> tuple[str, int, int]:
+    return kind.name, kind.out_features, kind.in_features
+
+
+def _bare(kind: StoredKind) -> tuple[str, int, int]:
     return kind.name.rpartition(":")[2], kind.out_features, kind.in_features
 
 

@@ -25,13 +25,14 @@ from .held_out_rows import HeldOutRows
 from .held_out_trainer import JudgesHeldOutRows
 from .init_from import start_checksums, start_folder
 from .job import Job
+from .length_groups import GroupsByLength
 from .lengths import row_limit
 from .methods import adapt
 from .preference_rows import pair_sample, prepare_rows
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
-from .settings_file import check_metric
+from .settings_checks import check_metric
 from .sft import padding_id
 from .task_record import TaskRecord
 from .tokenise_preference import PairTokens
@@ -44,12 +45,20 @@ REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/r
 """TRL's names: the share of pairs in the right order, by how much, and the two halves of that."""
 
 
-class HeldOutDPOTrainer(JudgesHeldOutRows, RunTrainer, DPOTrainer):
+class HeldOutDPOTrainer(GroupsByLength, JudgesHeldOutRows, RunTrainer, DPOTrainer):
     """TRL's trainer on pairs that are token ids already, judging by the mean over all pairs."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """Keep the rows: TRL would tokenise texts, in a form of its own."""
         return dataset
+
+    def row_lengths(self, rows: Any) -> list[int]:
+        """The tokens of each pair: of its prompt and the longer answer."""
+        columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        return [
+            len(prompt) + max(len(chosen), len(rejected))
+            for prompt, chosen, rejected in zip(*columns, strict=True)
+        ]
 
     def measure(self) -> dict[str, float]:
         """Return the loss and the rewards of the held-out pairs."""
@@ -123,7 +132,8 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
         adapted,
         TaskRecord(
             settings,
-            form=data.form,
+            form=data.forms[0],
+            more_forms=data.forms[1:],
             held_out=HeldOutRows.of(data.held_out),
             start=start_checksums(settings),
         ),
@@ -168,6 +178,7 @@ def preference_trainer(
     if isinstance(model, peft.PeftModel):
         _set_reference(model, settings)
     trainer.settings, trainer.head = settings, base.head
+    trainer.group_by_length = settings.training.group_by_length
     quieten(trainer)
     return trainer
 

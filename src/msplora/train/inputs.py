@@ -13,11 +13,15 @@ from .settings import Settings
 
 
 def checksums(settings: Settings) -> dict[str, int]:
-    """Every local file that the data section names, or that is in a folder it names, and those of
-    the adapter that the run starts from.
+    """Every local file that the data section names or that is in a folder it names, every image,
+    and the files of the adapter that the run starts from.
     """
-    start = [*start_files(settings), *start_companions(settings)]
-    files = [*_files(settings.data.model_dump()), *start]
+    files = dict.fromkeys(_files(settings.data.model_dump()))
+    if settings.task == "image-classification":
+        from .data_images import image_files  # which needs Pillow
+
+        files |= dict.fromkeys(image_files(settings.data))
+    files |= dict.fromkeys([*start_files(settings), *start_companions(settings)])
     return {str(file): checksum(file) for file in files}
 
 
