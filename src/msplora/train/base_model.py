@@ -92,10 +92,10 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
     source = resolve_source(settings.model)
     of_images = settings.task == "image-classification"
     tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
-    config, loader = _config_and_class(settings, classes, source)
+    config, loader = config_and_class(settings, classes, source)
     arithmetic = _arithmetic(settings, config, on_gpu=torch.cuda.is_available())
     options: dict[str, Any] = {
-        **_hub(settings),
+        **hub_options(settings),
         "config": config,
         dtype_argument(): _weights_dtype(settings, arithmetic, for_training),
         # Where it is unset the model is loaded on the CPU, and the trainer moves it.
@@ -136,7 +136,7 @@ def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bo
     source = resolve_source(settings.model)
     of_images = settings.task == "image-classification"
     tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
-    config, loader = _config_and_class(settings, classes, source)
+    config, loader = config_and_class(settings, classes, source)
     arithmetic = _arithmetic(settings, config, on_gpu)
     whole = _head_of(loader, config, settings) if classes else ()
     quantised = quantisation_config(settings, config, arithmetic, whole)
@@ -163,14 +163,14 @@ def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bo
 LoadBase = Callable[[Settings, Classes | None], Base]
 
 
-def _hub(settings: Settings) -> dict[str, Any]:
+def hub_options(settings: Settings) -> dict[str, Any]:
     return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
-def _config_and_class(settings: Settings, classes: Classes | None, source: str) -> tuple[Any, Any]:
+def config_and_class(settings: Settings, classes: Classes | None, source: str) -> tuple[Any, Any]:
     """The config of the model, with the classes written into it, and what loads it."""
     with loading_errors_explained(source):
-        config = transformers.AutoConfig.from_pretrained(source, **_hub(settings))
+        config = transformers.AutoConfig.from_pretrained(source, **hub_options(settings))
     if classes:
         loader: Any = (
             transformers.AutoModelForImageClassification

@@ -22,9 +22,9 @@ from .held_out_rows import HeldOutRows
 from .init_from import start_checksums
 from .job import Job
 from .length_groups import GroupsByLength
-from .lengths import row_limit
 from .methods import adapt
 from .metrics import metrics_for, predictions
+from .outline import outline
 from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_checks import check_metric
@@ -41,15 +41,16 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     data = labelled_data(settings)
     classes = data.classes
     best = best_metric(settings, classes)
-    base = load(settings, classes)
-    if base.tokenizer.pad_token is None:
+    described = outline(settings, classes)
+    if described.tokenizer.pad_token is None:
         raise ConfigError(
             f"the tokenizer of {settings.tokenizer or settings.model} has no token for padding, "
             f"for the end or for unknown words, so rows cannot be put into batches. Name another "
             f"as tokenizer."
         )
-    rows = prepare_rows(settings, data, base.tokenizer, row_limit(settings, base.model))
+    rows = prepare_rows(settings, data, described.tokenizer, described.limit)
     check_steps(settings, training_steps(settings, len(rows.train)))
+    base = load(settings, classes)
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:

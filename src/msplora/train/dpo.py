@@ -20,14 +20,13 @@ from msplora.errors import ConfigError
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_steps
 from .data_preference import read_preferences
-from .end_tokens import end_tokens
 from .held_out_rows import HeldOutRows
 from .held_out_trainer import JudgesHeldOutRows
 from .init_from import start_checksums, start_folder
 from .job import Job
 from .length_groups import GroupsByLength
-from .lengths import row_limit
 from .methods import adapt
+from .outline import outline
 from .preference_rows import pair_sample, prepare_rows
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
@@ -99,14 +98,13 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the pairs, load the model and apply the method."""
     data = read_preferences(settings.data, settings.seed)
     best = check_metric(settings, "loss", ("loss", "rewards/accuracies", "rewards/margins"))
-    base = load(settings, None)
-    limit = row_limit(settings, base.model)
-    ends = end_tokens(base.tokenizer, base.model.config, base.model.generation_config)
-    rows = prepare_rows(data, base.tokenizer, limit, ends)
+    described = outline(settings, None)
+    rows = prepare_rows(data, described.tokenizer, described.limit, described.ends)
     train, held_out, notes = rows.train, rows.held_out, rows.notes
     if settings.method != "full" and settings.adapter.lora_dropout:
         notes.append("task dpo trains without dropout, so adapter.lora_dropout is not read")
     check_steps(settings, training_steps(settings, len(train)))
+    base = load(settings, None)
     adapted = adapt(base, settings)
     notes.append(f"reference: {_reference_in_words(settings)}")
     if isinstance(adapted.model.get_output_embeddings(), BaseTunerLayer):
