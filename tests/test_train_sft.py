@@ -360,6 +360,8 @@ def test_a_run_starts_from_an_adapter_and_keeps_its_shape(folder: Path) -> None:
         assert [its.shape for its in tensors(first / "adapter").values()] == [
             its.shape for its in tensors(second / "adapter").values()
         ]
+    first.rename(folder / "moved")  # which is of no account to what came of it
+    assert command("eval", folder / "again").code == 0
 
 
 @pytest.mark.parametrize(
