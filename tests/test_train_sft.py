@@ -278,6 +278,7 @@ def test_a_text_file_and_a_chat_train_too(folder: Path, tmp_path: Path) -> None:
     train(folder, "book", data=data, method="full", training={"batch_size": 4})
     metrics = read_json(folder / "book/metrics.json")
     found = command("eval", folder / "book", "--json").json()
+    assert found["data"] == "held out by the run"
     assert found["loss"] == pytest.approx(metrics["best"]["loss"], rel=1e-6)
     assert metrics["best"]["loss"] < metrics["before"]["loss"]
 
