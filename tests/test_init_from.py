@@ -236,6 +236,10 @@ def test_preferences_are_not_compared_with_another_adapter(tmp_path: Path) -> No
     save_file({"a": zeros(3)}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors changed since"):
         pair_judge(run, [], 1)
+    old = SavedRun(tmp_path, None, None, TaskRecord(settings, form="prompt-completion"))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        pair_judge(old, [], 1)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(AdapterFileError, match="compared with the adapter it started from"):
-        pair_judge(run, [], 1)
+    for its in (run, old):
+        with pytest.raises(AdapterFileError, match="compared with the adapter it started from"):
+            pair_judge(its, [], 1)

@@ -180,8 +180,7 @@ def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], Length
 def pair_judge(run: SavedRun, rows: list[PairTokens], batch_size: int) -> HeldOutDPOTrainer:
     """What compares the model's answers to pairs with those of the model it started from."""
     settings = run.settings
-    if run.record.start:
-        check_start(settings, run.record.start)
+    check_start(settings, run.record.start or {})
     reference = load_base(settings, None).model if settings.method == "full" else None
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
         arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")

@@ -70,7 +70,8 @@ def start_checksums(settings: Settings) -> dict[str, int]:
 
 
 def check_start(settings: Settings, recorded: Mapping[str, int]) -> None:
-    """Refuse an adapter that is not the one which a run on preferences started from.
+    """Refuse an adapter that is not the one which a run on preferences started from; where nothing
+    was recorded, only that there is none.
 
     Raises:
         AdapterFileError: it is gone, or another is in its place.
@@ -162,16 +163,24 @@ def notes_on_start(settings: Settings, model: Any, tokenizer: Any) -> list[str]:
     folder = start_folder(settings)
     if folder is None:
         return []
-    notes = [f"starts from the adapter {folder}: its ranks, alphas and dropout hold"]
+    of_texts = settings.task != "image-classification"
+    kept = of_texts and kept_tokenizer(settings) is not None and not settings.tokenizer
+    notes = [
+        f"starts from the adapter {folder}: its ranks, alphas and dropout hold"
+        + ", and its tokenizer" * kept
+    ]
     named = read_config(folder).base_model_name_or_path
     if named and not _same_place(named, settings.model):
         notes.append(
             f"the adapter {folder} names {named!r} as its base, and the run's is "
             f"{settings.model!r}: make sure that the weights are the same"
         )
-    if kept_tokenizer(settings) and (settings.tokenizer or settings.data.chat_template):
+    is_named = settings.tokenizer or settings.data.chat_template
+    if of_texts and kept_tokenizer(settings) and is_named:
         with quiet_loading():
-            its = transformers.AutoTokenizer.from_pretrained(folder)
+            its = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=settings.trust_remote_code
+            )
         unlike = [
             what
             for what, is_alike in (
