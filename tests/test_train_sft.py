@@ -371,6 +371,7 @@ def test_a_run_starts_from_an_adapter_and_keeps_its_shape(folder: Path) -> None:
         ({"adapter": {"target_modules": "all-linear"}}, "adapter.target_modules is 'all-linear'"),
         ({"adapter": {"target_modules": ["q_proj"]}}, "adapter.target_modules is ['q_proj']"),
         ({"adapter": {"use_dora": True}}, "adapter.use_dora is True"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, "and the run lm_head too"),
     ],
 )
 def test_an_adapter_of_another_shape_is_not_started_from(

@@ -16,8 +16,10 @@ from msplora.errors import ConfigError
 
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_steps
-from .classification_rows import labelled_sample, prepare_rows
-from .data_classification import Classes, read_classification
+from .classification_rows import labelled_data, labelled_sample, prepare_rows
+from .data_classification import Classes
+from .held_out_rows import HeldOutRows
+from .init_from import start_checksums
 from .job import Job
 from .length_groups import GroupsByLength
 from .lengths import row_limit
@@ -36,7 +38,7 @@ class ClassificationTrainer(GroupsByLength, RunTrainer):
 
 def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the data, load the model and apply the method."""
-    data = read_classification(settings.data, settings.seed)
+    data = labelled_data(settings)
     classes = data.classes
     best = best_metric(settings, classes)
     base = load(settings, classes)
@@ -59,7 +61,12 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, classes=classes),
+        TaskRecord(
+            settings,
+            classes=classes,
+            held_out=HeldOutRows.of(data.held_out),
+            start=start_checksums(settings),
+        ),
         best,
         held_out=True,
         data_notes=rows.notes,

@@ -17,7 +17,6 @@ from msplora.planning import on_meta
 from . import classification_rows, preference_rows, sft_rows
 from .base_model import load_tokenizer
 from .data_check import DataCheck
-from .data_classification import read_classification
 from .data_preference import read_preferences
 from .data_sft import read_sft
 from .end_tokens import end_tokens
@@ -84,7 +83,7 @@ def _preferences(settings: Settings, rows: int) -> DataReport:
 
 
 def _classification(settings: Settings, rows: int) -> DataReport:
-    data = read_classification(settings.data, settings.seed)
+    data = classification_rows.labelled_data(settings)
     model, tokenizer, _ = _weightless(settings)
     found = classification_rows.prepare_rows(settings, data, tokenizer, row_limit(settings, model))
     samples = [

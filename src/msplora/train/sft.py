@@ -16,7 +16,9 @@ from .callbacks import check_steps
 from .data_sft import read_sft
 from .end_tokens import end_tokens
 from .held_out_loss import held_out_loss
+from .held_out_rows import HeldOutRows
 from .held_out_trainer import JudgesHeldOutRows
+from .init_from import start_checksums
 from .job import Job
 from .length_groups import GroupsByLength
 from .lengths import row_limit
@@ -97,7 +99,13 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
+        TaskRecord(
+            settings,
+            form=data.forms[0],
+            more_forms=data.forms[1:],
+            held_out=HeldOutRows.of(data.held_out),
+            start=start_checksums(settings),
+        ),
         best,
         held_out=bool(rows.held_out),
         data_notes=rows.notes,
