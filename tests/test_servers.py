@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import msplora
+from msplora.adapted import load_adapted
 from msplora.cli.convert import ServerName
 from msplora.convert import to_lora
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
@@ -59,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deltas(folder: Path) -> dict[str, Tensor]:
     """What the pyramid adds to each weight, (out, in)."""
-    model = msplora.loading.load_adapted(folder / "adapter")  # pyright: ignore
+    model = load_adapted(folder / "adapter")
     return {
         path: layer.get_delta_weight("default").detach()
         for path, layer in model.get_base_model().named_modules()

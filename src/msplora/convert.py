@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from . import __version__
+from .adapted import Adapted, load_adapted, load_on_base, put_on
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
@@ -33,18 +33,18 @@ from .loading import (
     base_named_by,
     check_finite,
     dtype_argument,
-    load_adapted,
     quiet_loading,
     read_config,
-    read_tensors,
     write_json,
 )
+from .merging import merge_layers, unloaded
 from .plain_lora import Padding, lora_of
+from .probing import Probe, logits
+from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
 from .server_limits import asked_server, check_served
 from .serving import GGUF_FILE, Form
-from .store import STORE_NAME
-from .verifying import Comparison, compare, logits, probe_inputs
+from .verifying import Comparison
 
 # What goes along: the tokenizer, and what `msplora eval` and its kin must know of the task.
 _COMPANIONS = (
@@ -58,6 +58,10 @@ _COMPANIONS = (
     "chat_template.*",
     "preprocessor_config.json",
 )
+
+
+class RoundedAwayWarning(UserWarning):
+    """A merged model whose dtype keeps little of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def to_lora(
         server: refuse what this one of `serving.SERVERS` cannot serve.
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
-        verify: load base and result with PEFT and compare the logits before anything is written.
+        verify: load base and result with PEFT, and compare every update and the logits before the
+            result takes its place.
         force: replace `out` if it is not empty.
 
     Raises:
@@ -118,14 +123,14 @@ def to_lora(
             f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
             f"folder's name."
         )
-    model, others = _load_pyramid(folder, base)
-    tensors, config = lora_of(model, dtype=getattr(torch, dtype), pad_to=pad_to)
+    adapted = _load_pyramid(folder, base)
+    tensors, config = lora_of(adapted.model, dtype=getattr(torch, dtype), pad_to=pad_to)
     if asked is not None:
-        check_served(model, asked, config["r"], max_lora_rank)
-    tensors |= others
+        check_served(adapted.model, asked, config["r"], max_lora_rank)
+    tensors |= adapted.others
     check_finite(tensors, f"the LoRA in {dtype}")
-    root: Any = model.get_base_model()
-    written = in_form(form, PlainLora(tensors, config, root.config))
+    base_config: Any = adapted.model.get_base_model().config
+    written = in_form(form, PlainLora(tensors, config, base_config))
     with new_folder(out, force) as partial:
         written.write(partial)
         if form == "lora":
@@ -134,11 +139,12 @@ def to_lora(
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
-            probe = _Probe(model)
-            base_model: Any = model.unload()
-            converted = _with_lora(base_model, written, partial, config)
-            dtypes = {base_model.dtype, getattr(torch, dtype)}
-            comparison = probe.compare_with(converted, dtypes)
+            comparison = prove_lora(
+                adapted,
+                lambda bare: _with_lora(bare, written, partial, config),
+                getattr(torch, dtype),
+                lambda: _load_pyramid(folder, replace(base or BaseOptions(), dtype="float32")),
+            )
     return Converted(
         out,
         config["r"],
@@ -165,7 +171,9 @@ def to_merged(
         source: the adapter's folder, or a run's.
         out: the folder to write.
         base: how to load the base model, its dtype included; the adapter names it.
-        verify: load the result and compare the logits before it takes its place.
+        verify: hold every merged weight against base and update, then load the result and compare
+            the logits before it takes its place. What rounding to the base's dtype takes is said;
+            `RoundedAwayWarning` where that is most of the adapter.
         allow_quantized: merge into a quantised base, which rounds the sum again.
         force: replace `out` if it is not empty.
 
@@ -184,9 +192,10 @@ def to_merged(
             "the base is quantised: merging would round its weights a second time. Pass --base "
             "with the unquantised model, or --allow-quantized to accept that."
         )
-    probe = _Probe(model) if verify else None
+    probe = Probe(model) if verify else None
     rank = sum(_ranks(model))
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    rounding = merge_layers(model) if verify else None
+    merged: Any = unloaded(model)
     model_class = type(merged)
     with new_folder(out, force) as partial:
         with quiet_loading():
@@ -194,12 +203,15 @@ def to_merged(
         copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
+        answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
-        if probe is not None:
+        if probe is not None and answers is not None:
             with quiet_loading():
                 options = {dtype_argument(): dtype}
                 reloaded = model_class.from_pretrained(partial, **options).eval()
-            comparison = probe.compare_with(reloaded, {dtype})
+            comparison = prove_merged(probe, rounding, answers, reloaded)
+            if comparison.rounded_away:
+                warnings.warn(comparison.rounded_away, RoundedAwayWarning, stacklevel=2)
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
 
@@ -217,28 +229,14 @@ def _check_merges(folder: Path) -> None:
         )
 
 
-def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]) -> nn.Module:
+def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]) -> PeftModel:
     """The base with the LoRA that the written files hold, loaded by PEFT."""
     with tempfile.TemporaryDirectory() as scratch:
         if (folder / WEIGHTS_FILE).is_file():
-            return PeftModel.from_pretrained(base, str(folder)).eval()
+            return put_on(base, folder)
         save_file(written.read(folder), Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(Path(scratch) / CONFIG_FILE, config)
-        return PeftModel.from_pretrained(base, scratch).eval()
-
-
-class _Probe:
-    """The logits of a model with and without its adapter, taken before it is converted."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.inputs = probe_inputs(model)
-        with model.disable_adapter():
-            self.base = logits(model, self.inputs)
-        self.adapted = logits(model, self.inputs)
-
-    def compare_with(self, converted: nn.Module, dtypes: set[torch.dtype]) -> Comparison:
-        """Raise if the converted model answers differently."""
-        return compare(self.base, self.adapted, logits(converted, self.inputs), dtypes)
+        return put_on(base, Path(scratch))
 
 
 def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
@@ -247,22 +245,17 @@ def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
     return [folder, *([Path(source)] if source and Path(source).is_dir() else [])]
 
 
-def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The adapted model, and what the adapter's file holds besides pairs."""
+def _load_pyramid(folder: Path, base: BaseOptions | None) -> Adapted:
+    """The adapted model, and what the adapter's file holds."""
     if is_released(folder):
-        return load_released(folder, base)
+        return Adapted(*load_released(folder, base))
     config = read_config(folder)
     if not isinstance(config, MSPLoraConfig):
         raise ConfigError(
             f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; there is nothing to "
             f"convert."
         )
-    return load_adapted(folder, base), other_tensors(read_tensors(folder))
-
-
-def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an adapter's file holds besides pairs: a head, biases, trained tokens."""
-    return {key: tensor for key, tensor in tensors.items() if f"{STORE_NAME}." not in key}
+    return load_on_base(folder, base)
 
 
 def _ranks(model: Any) -> list[int]:

@@ -16,15 +16,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import __version__
+from .adapted import Adapted, load_on_base
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
 from .convert import copy_companions
-from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError
+from .errors import ConfigError, TargetError, UnsupportedError
 from .explained import Explained, explain, measure, total
 from .fitting import Shared, fit
 from .folders import MARK, check_apart, check_output, new_folder
@@ -34,9 +35,7 @@ from .loading import (
     adapter_folder,
     base_named_by,
     check_finite,
-    load_adapted,
     read_config,
-    read_tensors,
     write_json,
 )
 from .matching import STORE_NAME, model_type_of
@@ -128,7 +127,8 @@ def to_msplora(
     shape: dict[str, Any] = {"r": r, "ranks": ranks, "groups": groups, "levels": levels}
     shape = {key: its if key == "r" else list(its) for key, its in shape.items() if its is not None}
     before = None if data is None else _loss_of_source(folder, data, base)
-    model, others, shape = _load(folder, base, shape)
+    adapted, shape = _load(folder, base, shape)
+    model, others = adapted.model, adapted.others
     updates = dict(updates_of(model))
     changed = {key: its for key, its in updates.items() if norm_of(its) > 0}
     if not changed:
@@ -158,7 +158,8 @@ def to_msplora(
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
-            expected, comparison = measure(model, partial, found, changed, expected, dtype)
+            del model  # which is taken apart
+            expected, comparison = measure(adapted, partial, found, changed, expected, dtype)
         after = None if data is None else _loss(partial, data, base)
     return Fitted(
         out=out,
@@ -183,16 +184,15 @@ def to_msplora(
 
 def _load(
     folder: Path, base: BaseOptions | None, shape: dict[str, Any]
-) -> tuple[PeftModel, dict[str, Tensor], dict[str, Any]]:
-    """The adapted model, the tensors besides pairs, and the shape of the pyramid to find."""
+) -> tuple[Adapted, dict[str, Any]]:
+    """The adapted model, and the shape of the pyramid to find."""
     if is_released(folder):
-        model, others = load_released(folder, base)
-        released: Any = model.peft_config["default"]
+        adapted = Adapted(*load_released(folder, base))
+        released: Any = adapted.model.peft_config["default"]
         own = {name: getattr(released, name) for name in ("levels", "ranks", "groups")}
-        return model, others, shape or own
+        return adapted, shape or own
     config: Any = read_config(folder)
     _refuse(config, folder)
-    tensors = read_tensors(folder)
     if not {"r", "ranks"} & set(shape):
         if isinstance(config, MSPLoraConfig):
             raise ConfigError(
@@ -200,12 +200,7 @@ def _load(
                 f"(or --r) which ranks it is to have."
             )
         shape = {**shape, "r": max([config.r, *(config.rank_pattern or {}).values()])}
-    model = load_adapted(folder, base)
-    _check_whole(model, tensors, folder)
-    others = {
-        key: its for key, its in tensors.items() if "lora_" not in key and STORE_NAME not in key
-    }
-    return model, others, shape
+    return load_on_base(folder, base), shape
 
 
 def _refuse(config: Any, folder: Path) -> None:
@@ -236,18 +231,6 @@ def _refuse(config: Any, folder: Path) -> None:
         raise UnsupportedError(
             f"{str(folder)!r} has ensure_weight_tying: two layers with one weight, each with its "
             f"own way round. Leave it a LoRA, or merge it into its base."
-        )
-
-
-def _check_whole(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """PEFT only warns of tensors that a LoRA's file lacks, and leaves them random."""
-    wanted = set(get_peft_model_state_dict(model))
-    missing, left_over = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
-    if missing or left_over:
-        said = f"lacks {missing[0]!r}" if missing else f"holds {left_over[0]!r} besides"
-        raise AdapterFileError(
-            f"{str(folder)!r} {said}: it does not fit {type(model.get_base_model()).__name__}. "
-            f"Is it whole, and was it made for this base model?"
         )
 
 

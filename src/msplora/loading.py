@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -119,18 +119,6 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def _readable(tensor: Tensor) -> Tensor:
     """A tensor that torch can compare: of 8-bit floats it only converts."""
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor
-
-
-def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
-    """Load the base model an adapter names and put the adapter on it, ready for inference.
-
-    Raises:
-        MSPLoraError: the adapter or its base cannot be loaded, or they do not fit.
-    """
-    tensors = read_tensors(folder)
-    config = read_config(folder)
-    model = load_base_of(config, tensors, base or BaseOptions(), class_names(folder))
-    return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def read_config(folder: Path) -> PeftConfig:

@@ -137,13 +137,14 @@ def convert(
     refuse_for(to.value, Shape(r, ranks, groups, levels), data, as_json)
     from rich.console import Console
 
-    from msplora.convert import to_lora, to_merged
+    from msplora.convert import RoundedAwayWarning, to_lora, to_merged
     from msplora.loading import BaseOptions
     from msplora.serving import serve_command
 
     with warnings.catch_warnings():
         # Deprecations within the libraries are not for users to read.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", RoundedAwayWarning)  # said below
         if to is not Target.merged:
             result = to_lora(
                 source,
@@ -172,6 +173,8 @@ def convert(
         console.print("[yellow]Not checked[/] (--no-verify).")
     else:
         console.print(f"[green]Checked[/]: {result.comparison}.")
+        if result.comparison.rounded_away:
+            console.print(f"[bold yellow]Warning[/]: {result.comparison.rounded_away}")
     console.print(
         f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
