@@ -39,6 +39,8 @@ class Adapted:
         tensors: what the adapter's file holds.
         others: of these, what belongs to no pair: a head, biases, trained tokens. Embeddings that
             PEFT saved along are among them only where they are not the base's own.
+        vocabulary: how many embeddings the base was given for the adapter, if it had another
+            number.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Adapted:
         model: PeftModel,
         tensors: Mapping[str, Tensor],
         own: Mapping[str, Tensor] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.model = model
+        self.vocabulary = vocabulary
         self.tensors = dict(tensors)
         self._own = dict(own or {})
         redundant = {
@@ -101,8 +105,8 @@ def load_on_base(folder: Path, base: BaseOptions | None = None) -> Adapted:
     state = model.state_dict()
     names = {name for key in tensors if (name := name_in_base(key)) in state}
     own = {name: state[name].clone() for name in names}
-    _fit_vocabulary(model, tensors)
-    return Adapted(put_on(model, folder), tensors, own)
+    vocabulary = _fit_vocabulary(model, tensors)
+    return Adapted(put_on(model, folder), tensors, own, vocabulary)
 
 
 def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
@@ -172,8 +176,9 @@ def embeddings_of(root: Any) -> Iterator[tuple[str, nn.Module]]:
                 yield path, module
 
 
-def _fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> None:
+def _fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
     """Give the base as many embeddings as the adapter's file holds, as before its training."""
+    wanted = None
     for path, module in list(embeddings_of(base)):
         for name in (f"{WRAPPED}{path}.weight", f"{WRAPPED}{path}.base_layer.weight"):
             its: Any = getattr(module, "weight", None)
@@ -181,7 +186,10 @@ def _fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> None:
             if saved is None or its is None or saved.shape[1:] != its.shape[1:]:
                 continue
             if saved.shape[0] != its.shape[0]:
-                base.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+                wanted = saved.shape[0]
+    if wanted is not None:
+        base.resize_token_embeddings(wanted, mean_resizing=False)
+    return wanted
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

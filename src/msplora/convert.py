@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,8 +42,8 @@ from .plain_lora import Padding, lora_of
 from .probing import Probe, logits
 from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
-from .server_limits import asked_server, check_served
-from .serving import GGUF_FILE, Form
+from .server_limits import asked_server, check_served, features, why_not_served
+from .serving import GGUF_FILE, SERVERS, Form
 from .verifying import Comparison
 
 # What goes along: the tokenizer, and what `msplora eval` and its kin must know of the task.
@@ -79,6 +79,8 @@ class Converted:
     """The base model's path or hub id."""
     generates: bool = False
     """Whether it is a language model, which LoRA servers take."""
+    not_served: dict[str, str] = field(default_factory=dict)
+    """Of `serving.SERVERS`, those that read this form but not this adapter -> why."""
 
 
 def to_lora(
@@ -125,8 +127,9 @@ def to_lora(
         )
     adapted = _load_pyramid(folder, base)
     tensors, config = lora_of(adapted.model, dtype=getattr(torch, dtype), pad_to=pad_to)
+    holds = features(adapted.model, adapted.others)
     if asked is not None:
-        check_served(adapted.model, asked, config["r"], max_lora_rank)
+        check_served(holds, asked, config["r"], max_lora_rank)
     tensors |= adapted.others
     check_finite(tensors, f"the LoRA in {dtype}")
     base_config: Any = adapted.model.get_base_model().config
@@ -134,7 +137,8 @@ def to_lora(
     with new_folder(out, force) as partial:
         written.write(partial)
         if form == "lora":
-            (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
+            card = card_of_lora(config, folder.name, holds, adapted.vocabulary)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
             copy_companions(folder, partial)
         write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
@@ -153,6 +157,11 @@ def to_lora(
         comparison,
         base=config["base_model_name_or_path"],
         generates=config["task_type"] == "CAUSAL_LM",
+        not_served={
+            name: why
+            for name, its in SERVERS.items()
+            if its.form == form and (why := why_not_served(holds, its, config["r"]))
+        },
     )
 
 

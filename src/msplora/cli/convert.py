@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora.serving import WRITTEN_FOR
+from msplora.serving import SERVERS
 
 from .convert_back import BaseArguments, Shape, refuse_for, to_pyramid
 
@@ -179,7 +179,17 @@ def convert(
         f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
     if result.generates:
-        reader = server.value if server else WRITTEN_FOR.get(to.value)
+        reading = [name for name, its in SERVERS.items() if its.form == to.value]
+        reader = (
+            server.value
+            if server
+            else next((name for name in reading if name not in result.not_served), None)
+        )
+        if reader is None:
+            for why in result.not_served.values():
+                console.print(f"{why}.", markup=False)
+            console.print("PEFT loads it; for a server convert with --to merged.")
+            return
         command = serve_command(
             base or result.base or "BASE", str(out), result.rank, out.name, reader
         )
