@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from . import _peft
 from .errors import AdapterFileError, MSPLoraError
@@ -102,6 +103,7 @@ def load_on_base(folder: Path, base: BaseOptions | None = None) -> Adapted:
     tensors = read_tensors(folder)
     config = read_config(folder)
     model = load_base_of(config, tensors, base or BaseOptions(), class_names(folder))
+    _set_padding(model, folder)
     state = model.state_dict()
     names = {name for key in tensors if (name := name_in_base(key)) in state}
     own = {name: state[name].clone() for name in names}
@@ -190,6 +192,19 @@ def _fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
     if wanted is not None:
         base.resize_token_embeddings(wanted, mean_resizing=False)
     return wanted
+
+
+def _set_padding(base: Any, folder: Path) -> None:
+    """Give a classifier that answers at the last token the padding it was trained with.
+
+    Without it such a model answers single rows only. Training takes it from the tokenizer, which
+    lies beside the adapter.
+    """
+    if not type(base).__name__.endswith("ForSequenceClassification"):
+        return
+    text: Any = base.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
+        text.pad_token_id = AutoTokenizer.from_pretrained(str(folder)).pad_token_id
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

@@ -203,7 +203,7 @@ def to_merged(
         )
     probe = Probe(model) if verify else None
     rank = sum(_ranks(model))
-    rounding = merge_layers(model) if verify else None
+    rounding = merge_layers(model)
     merged: Any = unloaded(model)
     model_class = type(merged)
     with new_folder(out, force) as partial:

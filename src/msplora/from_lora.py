@@ -20,8 +20,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__
-from .adapted import Adapted, load_on_base
+from . import __version__, _peft
+from .adapted import Adapted, embeddings_of, load_on_base
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
 from .convert import copy_companions
@@ -38,7 +38,7 @@ from .loading import (
     read_config,
     write_json,
 )
-from .matching import STORE_NAME, model_type_of
+from .matching import STORE_NAME, model_type_of, place
 from .planning import plan
 from .pyramid import Kind, Pair, Plan
 from .released import is_released, load_released
@@ -200,7 +200,9 @@ def _load(
                 f"(or --r) which ranks it is to have."
             )
         shape = {**shape, "r": max([config.r, *(config.rank_pattern or {}).values()])}
-    return load_on_base(folder, base), shape
+    adapted = load_on_base(folder, base)
+    _refuse_tied(adapted.model, folder)
+    return adapted, shape
 
 
 def _refuse(config: Any, folder: Path) -> None:
@@ -234,6 +236,22 @@ def _refuse(config: Any, folder: Path) -> None:
         )
 
 
+def _refuse_tied(model: Any, folder: Path) -> None:
+    """A head and an embedding with one weight, of which the LoRA adapts one."""
+    both = list(embeddings_of(model.get_base_model()))
+    bare: list[Any] = [_peft.unwrapped(its) for _, its in both]
+    if len(both) < 2 or bare[0].weight is not bare[1].weight:
+        return
+    for path, its in both:
+        if isinstance(its, _peft.BaseTunerLayer):
+            raise UnsupportedError(
+                f"{str(folder)!r} adapts {path!r}, whose weight is "
+                f"{next(other for other, _ in both if other != path)!r}'s too: a pyramid adapts "
+                f"both or none. Leave it a LoRA, or merge it into its base (--to merged), which "
+                f"unties them."
+            )
+
+
 def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any]) -> MSPLoraConfig:
     """The pyramid's config: the source's, with other ranks, for the sites that it changes."""
     own: Any = next(iter(model.peft_config.values()))
@@ -249,7 +267,8 @@ def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any])
         "target_modules": modules or None,
         "target_parameters": parameters or None,
         "exclude_modules": None,
-        "layers_to_transform": None,
+        # With the layers that are named the groups are cut by the pattern too, so it stays.
+        "layers_to_transform": _every_layer(model.get_base_model(), modules, own),
     }
     for targets in ({}, exact):
         config = MSPLoraConfig(**(kept | targets), **shape, inference_mode=True)
@@ -265,6 +284,13 @@ def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any])
         f"the adapter changes {len(changed)} weights, but a pyramid on them would have "
         f"{len(sites)}: {sorted(sites ^ set(changed))[0]!r} is in one of them only."
     )
+
+
+def _every_layer(root: Any, keys: Sequence[str], own: Any) -> list[int] | None:
+    """The blocks of the sites, where a config has a pattern for the lists they lie in."""
+    pattern = own.layers_pattern
+    blocks = {place(root, key, pattern)[1] for key in keys} if pattern else set()
+    return sorted(block for block in blocks if block is not None) or None
 
 
 _NOT_KEPT = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -174,30 +180,36 @@ def load_base_of(
         "trust_remote_code": base.trust_remote_code,
         dtype_argument(): base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
     }
-    labels = _number_of_labels(tensors)
-    task = str(getattr(config.task_type, "value", config.task_type))
     with loading_errors_explained(source):
         loader = base_class(config, source, base)
-    of_images = loader.__name__.endswith("ForImageClassification")
-    if (task in ("SEQ_CLS", "TOKEN_CLS") or of_images) and labels is not None:
-        options["num_labels"] = labels
-        if len(classes) == labels:
-            options["id2label"] = dict(enumerate(classes))
-            options["label2id"] = {name: place for place, name in enumerate(classes)}
-    if not of_images:
+    if not loader.__name__.endswith(_CLASSIFIERS):
         with loading_errors_explained(source), quiet_loading():
             return loader.from_pretrained(source, **options)
-    # Image models are published with the head of other classes, which the adapter's replaces.
+    # A base may have the head of other classes, or none; the adapter's takes its place.
+    labels = _number_of_labels(config, tensors, classes)
+    if labels:
+        options["num_labels"] = labels
+    if classes and len(classes) == labels:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {name: place for place, name in enumerate(classes)}
     with loading_errors_explained(source), quiet_loading():
         model, info = loader.from_pretrained(
             source, **options, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    replaced = {key.removeprefix("base_model.model.") for key in tensors}
-    lost = {entry[0] for entry in info["mismatched_keys"]} | set(info["missing_keys"])
-    if lost - replaced:
+    brought = {key.removeprefix("base_model.model.") for key in tensors}
+    unlike = sorted({entry[0] for entry in info["mismatched_keys"]} - brought)
+    random = sorted(set(info["missing_keys"]) - brought)
+    if unlike or (random and loader.__name__.endswith("ForImageClassification")):
         raise BaseModelError(
             f"{source}: weights that the adapter does not bring are missing or have another shape: "
-            f"{', '.join(sorted(lost - replaced)[:5])}."
+            f"{', '.join((unlike + random)[:5])}."
+        )
+    if random:
+        warnings.warn(
+            f"{source} lacks {', '.join(random[:5])}, and the adapter does not bring them: they "
+            f"are random numbers, as they were when it was trained, but not the same. Train again "
+            f"with the modules in modules_to_save.",
+            stacklevel=2,
         )
     return model
 
@@ -222,13 +234,24 @@ def base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
     return found
 
 
-def _number_of_labels(tensors: Mapping[str, Tensor]) -> int | None:
+def _number_of_labels(
+    config: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]
+) -> int | None:
     """The outputs of a classifier's head that was saved with the adapter."""
     for suffix in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
         for key, tensor in tensors.items():
             if key.endswith(suffix) and tensor.ndim == 2:
                 return tensor.shape[0]
-    return None
+    if classes:
+        return len(classes)
+    # T5's and BART's is called classification_head, XLNet's logits_proj; its last layer answers.
+    names = tuple(config.modules_to_save or ())
+    of_head = [
+        tensor
+        for key, tensor in sorted(tensors.items())
+        if tensor.ndim == 2 and any(f".{name}." in key for name in names)
+    ]
+    return of_head[-1].shape[0] if of_head else None
 
 
 def resolve_source(name: str, what: str = "model") -> str:

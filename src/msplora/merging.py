@@ -16,6 +16,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from . import _peft
+from .adapted import embeddings_of
 from .errors import UnsupportedError
 from .spectrum import norm_of, site_factors
 from .verifying import VerificationError
@@ -47,6 +49,7 @@ def merge_layers(model: Any, adapter_name: str = "default") -> Rounding | None:
     root = model.get_base_model()
     quantised = bool(getattr(root, "is_quantized", False))
     norms = {} if quantised else _norms(model, adapter_name)
+    _untie(root)
     missed = lost = total = 0.0
     for path, module in list(root.named_modules()):
         layer: Any = module
@@ -69,6 +72,24 @@ def merge_layers(model: Any, adapter_name: str = "default") -> Rounding | None:
     if quantised:
         return None
     return Rounding((missed / total) ** 0.5, lost / total) if total else Rounding(0.0, 0.0)
+
+
+def _untie(root: Any) -> None:
+    """Give an adapted embedding, or head, a weight of its own where the other one has the same.
+
+    What is merged into one would else change the other. A pyramid on both, which means that, is
+    merged once, and stays tied.
+    """
+    both = [module for _, module in embeddings_of(root)]
+    if len(both) < 2 or any(getattr(its, "merged_by_another", False) for its in both):
+        return
+    bare: list[Any] = [_peft.unwrapped(its) for its in both]
+    adapted = any(isinstance(its, LoraLayer) for its in both)
+    if not adapted or bare[0] is bare[1] or bare[0].weight is not bare[1].weight:
+        return
+    bare[1].weight = nn.Parameter(bare[1].weight.detach().clone(), requires_grad=False)
+    root.config.get_text_config().tie_word_embeddings = False
+    root.config.tie_word_embeddings = False
 
 
 def _merge(layer: Any, path: str) -> None:

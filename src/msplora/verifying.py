@@ -70,10 +70,8 @@ class Comparison:
         if self.update_error is None:
             return said
         if self.update_lost is not None:
-            return (
-                f"every weight is base and update, rounded to {self.dtype}, which is off by "
-                f"{self.update_error:.2g} of the update's norm; {said}"
-            )
+            off = f", off by {self.update_error:.2g} of the update's norm" * (self.update_error > 0)
+            return f"every weight is base and update, rounded to {self.dtype}{off}; {said}"
         if not self.effect:
             said += ": it does nothing there"
         elif not self.shown:
