@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import msplora
 from msplora import loading
 from msplora.adapted import load_adapted
+from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, MSPLoraError
-from msplora.folders import MARK, OutputError, new_folder
+from msplora.folders import OutputError, new_folder
 from msplora.plain_lora import lora_of
 from msplora.verifying import VerificationError
 from tiny import MODELS, VOCABULARY, Tiny, llama
@@ -215,14 +216,32 @@ def test_force_replaces_an_earlier_conversion_and_nothing_else(
     assert "needs no msplora" in (out / "README.md").read_text()
     with pytest.raises(OutputError, match="--force"):
         msplora.to_lora(adapter, out)
-    (out / "adapter_model.safetensors").write_bytes(b"stale")
-    msplora.to_lora(adapter, out, force=True)
+    msplora.to_lora(adapter, out, force=True, dtype="bfloat16")
     assert sorted(os.listdir(out)) == written
-    assert load_file(out / "adapter_model.safetensors")
-    (out / "runs").mkdir()
-    with pytest.raises(OutputError, match="holds runs"):
-        msplora.to_lora(adapter, out, force=True)
-    assert (out / "runs").is_dir()
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert {its.dtype for its in tensors.values()} == {torch.bfloat16}
+    # Trained on, and saved in the same place, it is no earlier conversion any more.
+    trained = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(trained, out / "adapter_model.safetensors", {"format": "pt"})
+    for convert in (msplora.to_lora, msplora.to_merged):
+        with pytest.raises(OutputError, match=r"adapter_model\.safetensors \(changed since\)"):
+            convert(adapter, out, force=True)
+    kept = load_file(out / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trained.items())
+
+
+def test_force_never_replaces_the_base_it_reads(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    msplora.to_merged(adapter, "merged", verify=False)
+    before = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    for base in ("~/merged", "merged", str(tmp_path / "base" / ".." / "merged")):
+        for convert in (msplora.to_lora, msplora.to_merged):
+            with pytest.raises(OutputError, match="would replace"):
+                convert(adapter, "~/merged", base=loading.BaseOptions(base), force=True)
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
 
 
 def test_a_failed_check_writes_nothing(
@@ -263,7 +282,7 @@ def test_a_result_that_cannot_be_put_in_place_leaves_the_old_one(
 ) -> None:
     out = tmp_path / "lora"
     out.mkdir()
-    (out / MARK).touch()
+    (out / MARK).write_text(json.dumps({"files": {}}))
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:

@@ -92,6 +92,12 @@ def chat(turns: list[Any], **values: Any) -> Sample:
             {"role": "tool_response", "content": "3"},
             ANSWERED,
         ],
+        [  # arguments as text within a text
+            {"from": "human", "value": "1 + 2?"},
+            {"from": "function_call", "value": json.dumps({"name": "add", "arguments": ARGUMENTS})},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "It is 3."},
+        ],
         json.dumps(TURNS),
     ],
 )
@@ -150,9 +156,44 @@ def test_a_template_that_knows_no_calls_gets_them_as_text() -> None:
     )
 
 
+def shown(sample: Sample) -> str:
+    known = tokenizer(TEMPLATE)
+    (row,), report = tokenise_samples([sample], known, Limit(None, None, "truncate"), "training")
+    assert report.unlearnt_turns == 0
+    return masked_sample(row, known).plain
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learnt() -> None:
+    answers = [ANSWERED | {"weight": weight} for weight in (0, 1, None)]
+    turns = [its for answer in answers for its in (ASKED, answer)]
+    assert shown(chat(turns)) == (
+        "u:1 + 2?;a:It is 3.;u:1 + 2?;a:▶It is 3.;◀u:1 + 2?;a:▶It is 3.;◀"
+    )
+
+
+def test_of_a_chat_in_two_parts_only_the_completion_is_learnt() -> None:
+    row = Row("row 1", {"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED]})
+    assert detect_form([row], {}) == "messages"
+    (sample,) = samples([row], "messages", {})
+    assert shown(sample) == "u:1 + 2?;a:It is 3.;u:1 + 2?;a:▶It is 3.;◀"
+    asked = Row("row 1", {"prompt": [ASKED]})
+    assert detect_form([asked], {}, unanswered=True) == "messages"
+    assert samples([asked], "messages", {}, unanswered=True)[0].messages == (ASKED,)
+
+
 @pytest.mark.parametrize(
     ("turns", "values", "said"),
     [
+        ([ASKED, ANSWERED | {"weight": 0}], {}, "or only such of weight 0, so nothing to learn"),
+        ([ASKED, ANSWERED | {"weight": 0.5}], {}, "turn 2: a weight of a turn is 0 or 1"),
+        (
+            [
+                ASKED,
+                {"from": "function_call", "value": json.dumps({"name": "f", "arguments": "{"})},
+            ],
+            {},
+            "turn 2: the arguments of a call is not valid JSON",
+        ),
         ("{", {}, "'messages' is not valid JSON"),
         (
             [ASKED, {"role": "assistant", "tool_calls": "["}],

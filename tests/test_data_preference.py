@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from msplora.train.data_files import DataError
-from msplora.train.data_preference import Pair, read_preferences
+from msplora.train.data_files import DataError, read_rows
+from msplora.train.data_preference import (
+    Pair,
+    read_more_preferences,
+    read_preferences,
+    read_prompts,
+)
 from msplora.train.data_report import data_report
 from msplora.train.data_sft import Sample
 from msplora.train.lengths import Limit
@@ -53,6 +58,13 @@ CHATS = {
     "whole chats with a prompt": {"prompt": "Hi?", "chosen": [ASKED, YES], "rejected": [ASKED, NO]},
     "text prompt": {"prompt": "Hi?", "chosen": [YES], "rejected": [NO]},
     "text answers": {"prompt": [ASKED], "chosen": "Yes.", "rejected": "No."},
+    "whole chats beside the chosen one": {
+        "prompt": "Hi?",
+        "messages": [ASKED, YES],
+        "chosen": [ASKED, YES],
+        "rejected": [ASKED, NO],
+    },
+    "weights": {"prompt": [ASKED], "chosen": YES | {"weight": 1}, "rejected": NO | {"weight": 0}},
     "sharegpt": {
         "conversations": [{"from": "human", "value": "Hi?"}],
         "chosen": {"from": "gpt", "value": "Yes."},
@@ -66,7 +78,7 @@ def test_every_form_of_a_chat_gives_the_same_pair(
     row: dict[str, Any], tmp_path: Path, tokenizer: Any
 ) -> None:
     data = read(tmp_path, row)
-    assert data.form == "messages"
+    assert data.forms == ("messages",)
     (found,), _ = tokenise_pairs(data.train, tokenizer, Limit(512, None, "truncate"), "training")
     assert tokenizer.decode(found.prompt_ids) == "[user] Hi?</s>[assistant] "
     assert tokenizer.decode(found.chosen_ids) == "Yes.</s>"
@@ -83,6 +95,72 @@ def test_earlier_turns_of_the_assistant_are_part_of_the_prompt(
         "[system] Be brief.</s>[user] Hi?</s>[assistant] Yes.</s>[user] Hi?</s>[assistant] "
     )
     assert tokenizer.decode(found.chosen_ids) == "No.</s>"
+
+
+def test_an_answer_keeps_its_calls_and_its_thoughts(tmp_path: Path) -> None:
+    call = {"function_call": {"name": "add", "arguments": '{"a": 1}'}}
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    row = {
+        "prompt": [ASKED],
+        "chosen": {"role": "assistant", "content": None, **call},
+        "rejected": NO | {"reasoning_content": "Hm."},
+    }
+    (pair,) = read(tmp_path, row).train
+    assert pair.chosen.messages[-1] == turn("assistant", "") | {"tool_calls": calls}
+    assert pair.rejected.messages[-1] == NO | {"reasoning_content": "Hm."}
+    row["chosen"] = {"from": "function_call", "value": json.dumps(call["function_call"])}
+    (again,) = read(tmp_path, row).train
+    assert again.chosen == pair.chosen
+    # Thoughts alone tell two answers apart.
+    assert len(read(tmp_path, row | {"chosen": NO | {"reasoning_content": "Hm!"}}).train) == 1
+
+
+def test_a_system_prompt_that_only_the_prompt_has_is_kept(tmp_path: Path) -> None:
+    row = {"prompt": [turn("system", "S"), ASKED], "chosen": [ASKED, YES], "rejected": [ASKED, NO]}
+    (pair,) = read(tmp_path, row).train
+    assert pair.chosen.messages == (turn("system", "S"), ASKED, YES)
+
+
+# Several sources.
+
+
+def test_every_source_has_its_own_form_and_columns(tmp_path: Path, tokenizer: Any) -> None:
+    texts = [{"question": f"{its}?", "chosen": "Yes.", "rejected": "No."} for its in range(9)]
+    mapped = {"path": str(write_jsonl(tmp_path / "a.jsonl", texts))}
+    chats = [{"prompt": [ASKED], "chosen": [YES], "rejected": [NO]}] * 9
+    plain = {"path": str(write_jsonl(tmp_path / "b.jsonl", chats))}
+    both = [mapped | {"columns": {"prompt": "question"}}, plain]
+    found = read_preferences(DataSettings.model_validate({"train": both}), 0)
+    assert found.forms == ("prompt-completion", "messages")
+    counts = [(its.form, its.train + its.held_out) for its in found.sources]
+    assert counts == [("prompt-completion", 9), ("messages", 9)]
+    # Without columns of its own a source has those of all; with an empty map it has none.
+    both = [mapped, plain | {"columns": {}}]
+    data = DataSettings.model_validate({"train": both, "columns": {"prompt": "question"}})
+    assert read_preferences(data, 0).forms == found.forms
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_another_file_may_be_like_any_of_the_sources(tmp_path: Path, of_its_own: bool) -> None:
+    texts = [{"question": "1?", "chosen": "Yes.", "rejected": "No."}]
+    given = str(write_jsonl(tmp_path / "given.jsonl", texts))
+    sources = [{"path": "x.jsonl"}, {"path": "y.jsonl", "columns": {"prompt": "question"}}]
+    data = DataSettings.model_validate({"train": sources if of_its_own else "x.jsonl"})
+    forms: Any = ("prompt-completion", "messages")
+    if not of_its_own:
+        for attempt in (
+            lambda: read_more_preferences(given, forms, data),
+            lambda: read_prompts(read_rows(given), forms, data),
+        ):
+            with pytest.raises(DataError, match=r"given\.jsonl, line 1"):
+                attempt()
+        return
+    (pair,) = read_more_preferences(given, forms, data)
+    assert (pair.chosen.prompt, pair.chosen.completion) == ("1?", "Yes.")
+    (asked,) = read_prompts(read_rows(given), forms, data)
+    assert (asked.prompt, asked.messages) == ("1?", ())
+    with pytest.raises(DataError, match="was trained on 'messages'"):
+        read_more_preferences(given, ("messages",), data)
 
 
 TEXTS = {

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from msplora.train.data_files import DataError, Row
 from msplora.train.data_sft import (
+    Form,
     Sample,
     alpaca_prompt,
     detect_form,
@@ -135,6 +136,18 @@ def test_columns_of_other_names_are_named() -> None:
         detect_form(rows, {"prompt": "questoin"})
 
 
+def test_columns_may_change_places_in_any_order() -> None:
+    asked = row(instruction="i", input="x", output="o", context="c")
+    expected = Sample("row 1", alpaca_prompt("i", "c", "x"), "o")
+    for columns in (
+        {"system": "input", "input": "context"},
+        {"input": "context", "system": "input"},
+    ):
+        assert samples([asked], "alpaca", columns) == [expected]
+    swapped = samples([asked], "alpaca", {"instruction": "output", "output": "instruction"})
+    assert swapped == [Sample("row 1", alpaca_prompt("o", "x"), "i")]
+
+
 def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": c} for c in ("a", "", "b", "  ", "c", "d")]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -151,7 +164,14 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path)
     [
         ([{"promt": "a", "completion": "b"}], "Did you mean 'prompt'?"),
         ([{"text": "a"}, {"prompt": "a", "completion": "b"}], "mixed forms"),
-        ([{"prompt": ["a"], "completion": "b"}], "'prompt' holds a list, not text"),
+        (
+            [{"prompt": ["a"], "completion": "b"}],
+            "a list, not text. Chat turns go under 'messages'",
+        ),
+        (
+            [{"prompt": "a", "completion": 5}],
+            "'completion' holds a int, not text. Put it into quote",
+        ),
         ([{"instruction": "a", "output": "b", "input": 3}], "'input' holds a int"),
         ([{"messages": []}], "at least one"),
         ([{"messages": ["hello"]}], "turn 1: found a str"),
@@ -204,6 +224,20 @@ def test_another_file_is_of_one_of_the_run_s_forms(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             read(file, form, unanswered=False)
         assert said in str(caught.value)
+
+
+def test_another_file_may_be_called_like_any_source_of_the_run(tmp_path: Path) -> None:
+    given = str(write_jsonl(tmp_path / "given.jsonl", [{"question": "q", "answer": "a"}]))
+    columns = {"prompt": "question", "completion": "answer"}
+    sources = [{"path": "x.jsonl"}, {"path": "y.jsonl", "columns": columns}]
+    data = DataSettings.model_validate({"train": sources})
+    known: tuple[tuple[Form, ...], ...] = ((), ("text", "prompt-completion"))
+    for forms in known:
+        for unanswered, answer in ((False, "a"), (True, "")):
+            (sample,) = read_more_sft(given, forms, data, unanswered)
+            assert (sample.prompt, sample.completion) == ("q", answer)
+    with pytest.raises(DataError, match="fit no form"):
+        read_more_sft(given, (), DataSettings(train="x.jsonl"))
 
 
 # The mask, token by token.
@@ -274,19 +308,21 @@ def test_the_template_s_start_token_is_not_doubled() -> None:
     )
 
 
-def test_where_earlier_turns_change_later_only_the_last_is_learnt() -> None:
+def test_a_turn_that_loses_words_later_is_not_learnt() -> None:
     template = CHAT.replace(
         "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split()[0] }}"
     )
     sample = chat(
-        *(("user", "w0"), ("assistant", "w1")),  # rendered alike, but not learnt either
+        *(("user", "w0"), ("assistant", "w1")),  # has no more than one word
         *(("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5 w6")),
     )
     assert learnt(sample, tokenizer_of(template=template)) == [
-        *("<s>", "[user]", "w0", "[assistant]", "w1", "</s>"),
+        *("<s>", "[user]", "w0", "[assistant]", "W1", "</S>"),
         *("[user]", "w1", "[assistant]", "w2", "</s>"),
         *("[user]", "w4", "[assistant]", "W5", "W6", "</S>"),
     ]
+    _, report = tokenise_samples([sample], tokenizer_of(template=template), UNBOUNDED, "training")
+    assert (report.turns, report.unlearnt_turns) == (3, 1)
 
 
 def test_spaces_alone_are_learnt_where_a_tokenizer_trims_their_span() -> None:

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import msplora
 from msplora import loading
 from msplora.cli.app import app
+from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, UnsupportedError
-from msplora.folders import MARK, OutputError
+from msplora.folders import OutputError
 from msplora.train.evaluation import evaluate_run
 from msplora.verifying import VerificationError
 from tiny import MODELS, Tiny

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from msplora.train.dpo import HeldOutDPOTrainer
 from msplora.train.length_groups import ResumableLengthSampler
 from msplora.train.progress import ShowProgress
 from runs import (
@@ -50,8 +51,19 @@ def test_the_order_depends_on_the_seed_and_the_epoch_alone() -> None:
     assert order(1, 2) != order(2, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_a_pair_is_as_long_as_its_prompt_and_longer_answer() -> None:
+    rows = {"prompt_ids": [[1], [1, 2]], "chosen_ids": [[1], [1, 2]], "rejected_ids": [[1, 2], [1]]}
+    assert HeldOutDPOTrainer.row_lengths(Any, rows) == [3, 4]  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param("classification", marks=pytest.mark.slow),
+        pytest.param("sft", marks=pytest.mark.slow),
+        pytest.param("dpo", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_run_by_length_resumes_within_an_epoch_bit_for_bit(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,12 +74,14 @@ def test_a_run_by_length_resumes_within_an_epoch_bit_for_bit(
     if not classifies:
         # The answer's length says which row it is of; all are told apart by it.
         rows = [{"prompt": "w1", "completion": " ".join(WORDS[: 1 + n])} for n in range(44)]
+    if task == "dpo":
+        rows = [{"prompt": "w1", "chosen": its["completion"], "rejected": "w2"} for its in rows]
     content: dict[str, Any] = {
         "model": str(base),
         "task": task,
         "output": "run",
         "data": {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows))},
-        "adapter": {"lora_dropout": 0.1},
+        "adapter": {} if task == "dpo" else {"lora_dropout": 0.1},
         "training": {
             "epochs": 2,
             "batch_size": 4,

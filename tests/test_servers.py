@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deltas(folder: Path) -> dict[str, Tensor]:
     """What the pyramid adds to each weight, (out, in)."""
-    model = load_adapted(folder / "adapter")
+    model: Any = load_adapted(folder / "adapter")
     return {
         path: layer.get_delta_weight("default").detach()
         for path, layer in model.get_base_model().named_modules()

@@ -173,7 +173,14 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
         (MINIMAL.replace("{train:", "{regression: true, train:"), "is for task 'classification'"),
         (CLASSIFIER.replace("{train:", "{labels: [yes, no], train:"), "put them in quotes"),
         (f"{CLASSIFIER}method: full\ninit_from: somewhere", "starts from an adapter"),
-        (MINIMAL.replace("{train:", "{validation_split: a, train:"), "no data.hub"),
+        (MINIMAL.replace("{train:", "{validation_split: a, train:"), "read with data.hub"),
+        (
+            MINIMAL.replace("{train:", "{hub_config: a, train:"),
+            "hub_config = 'a' is read with data.hub",
+        ),
+        (MINIMAL.replace("{train:", "{path: a, train:"), "path = 'a' is read with data.glue"),
+        (f"{MINIMAL}training: {{scheduler: constant, warmup_ratio: 0.5}}", "constant_with_warmup"),
+        (f"{MINIMAL}training: {{scheduler: polynomial, learning_rate: 1e-7}}", "falls to 1e-07"),
         (CLASSIFIER.replace("{train:", "{validation_fraction: 0, train:"), "needs held-out rows"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b], regression: true, train:"), "is set"),
         (CLASSIFIER.replace("train: rows.jsonl", "glue: mrpc"), "needs data.path"),
@@ -206,7 +213,7 @@ def test_a_malformed_set_is_refused(tmp_path: Path, override: str) -> None:
 
 
 def test_what_a_set_value_breaks_names_the_set(tmp_path: Path) -> None:
-    assert "--set seed=x" in refusal(tmp_path, f"{MINIMAL}seed: 1", "seed=x")
+    assert "with --set: seed = 'x'" in refusal(tmp_path, f"{MINIMAL}seed: 1", "seed=x")
     assert "--set" not in refusal(tmp_path, f"{MINIMAL}seed: x")
 
 

@@ -305,6 +305,24 @@ def test_the_model_card_loads_three_classes(
                 assert f"{value:.4f}" in card
 
 
+def test_an_encoder_decoder_with_a_head_trains_to_its_end(place: Place, tmp_path: Path) -> None:
+    """BART keeps the number of classes in its config alone, and reads its last </s>."""
+    config = hf.BartConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=64,
+        max_position_embeddings=32, pad_token_id=1, eos_token_id=2, bos_token_id=0,
+        forced_eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    hf.BartModel(config).save_pretrained(tmp_path / "bart")
+    words = word_tokenizer("<s>", "<pad>", "</s>", "<unk>", opening="<s>", closing="</s>")
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path / "bart")
+    rows = [row | {"label": "abc"[n % 3]} for n, row in enumerate(labelled_rows(24))]
+    data = {"train": str(write_jsonl(tmp_path / "three.jsonl", rows))}
+    run = place.train("bart", model=str(tmp_path / "bart"), data=data, training={"epochs": 1})
+    assert "num_labels=3" in (run / "README.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["mrpc", "cola", "stsb"])
 def test_glue_by_name(place: Place, tmp_path: Path, task: str) -> None:

@@ -292,6 +292,22 @@ def test_an_output_that_cannot_be_a_folder(bases: Path, here: Path) -> None:
     assert Path("file").read_text() == "mine"
 
 
+def test_an_output_that_cannot_be_renamed_is_refused_before_training(
+    bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's volume, or the folder the user is in: the very last step would fail."""
+    (here / "volume").mkdir()
+    settings = make_settings(config(bases, output=str(here / "volume")), "here")
+    RunFolder(settings)
+    with monkeypatch.context() as inside:
+        inside.chdir(here / "volume")
+        with pytest.raises(RunFolderError, match=r"the folder you are in.*volume/run"):
+            RunFolder(settings)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == here / "volume")
+    with pytest.raises(RunFolderError, match="another file system is mounted"):
+        RunFolder(settings, resume="auto")
+
+
 @pytest.mark.parametrize("task", ["classification", "sft"])
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_no_weights(

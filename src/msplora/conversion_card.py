@@ -100,7 +100,7 @@ def _card(config: Any, tag: str, said: list[str], first: list[str], after: str) 
             f"tags: [{tag}]",
             "---",
             "",
-            f"# {Path(str(base)).name}, adapted",
+            f"# {Path(base).name if base else 'A model'}, adapted",
             "",
             *(line for one in said for line in (one, "")),
             "```python",

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
-from . import __version__
 from .adapted import Adapted, load_adapted, load_on_base, put_on
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
-from .folders import MARK, check_apart, check_output, new_folder
+from .folders import check_apart, check_output, new_folder
+from .foreseen import foresee
 from .forms import PlainLora, Written, in_form
 from .loading import (
     CONFIG_FILE,
@@ -33,12 +32,13 @@ from .loading import (
     base_named_by,
     check_finite,
     dtype_argument,
+    dtype_named,
     quiet_loading,
     read_config,
     write_json,
 )
 from .merging import merge_layers, unloaded
-from .plain_lora import Padding, lora_of
+from .plain_lora import Padding, check_padding, lora_of
 from .probing import Probe, logits
 from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
@@ -117,37 +117,50 @@ def to_lora(
     if form not in (forms := get_args(Form)):
         raise ConfigError(f"no form {form!r} of a LoRA; there are {', '.join(forms)}.")
     asked = asked_server(server, form, max_lora_rank)
-    folder, out = adapter_folder(Path(source)), Path(out)
-    check_apart(out, _read_from(folder, base))
+    check_padding(pad_to)
+    stored = dtype_named(dtype)
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     if out.suffix == ".gguf":
         raise ConfigError(
             f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
             f"folder's name."
         )
+    options = base or BaseOptions()
+    if not is_released(folder):
+        foresee(
+            _pyramid_in(folder),
+            options,
+            form=form,
+            pad_to=pad_to,
+            server=asked,
+            max_lora_rank=max_lora_rank,
+        )
     adapted = _load_pyramid(folder, base)
-    tensors, config = lora_of(adapted.model, dtype=getattr(torch, dtype), pad_to=pad_to)
+    tensors, config = lora_of(adapted.model, dtype=stored, pad_to=pad_to)
     holds = features(adapted.model, adapted.others)
     if asked is not None:
         check_served(holds, asked, config["r"], max_lora_rank)
+    own: Any = next(iter(adapted.model.peft_config.values()))
+    config["base_model_name_or_path"], config["revision"] = options.recorded_for(own)
     tensors |= adapted.others
     check_finite(tensors, f"the LoRA in {dtype}")
     base_config: Any = adapted.model.get_base_model().config
     written = in_form(form, PlainLora(tensors, config, base_config))
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         written.write(partial)
         if form == "lora":
             card = card_of_lora(config, folder.name, holds, adapted.vocabulary)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
             copy_companions(folder, partial)
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             comparison = prove_lora(
                 adapted,
                 lambda bare: _with_lora(bare, written, partial, config),
-                getattr(torch, dtype),
-                lambda: _load_pyramid(folder, replace(base or BaseOptions(), dtype="float32")),
+                stored,
+                lambda: _load_pyramid(folder, replace(options, dtype="float32")),
             )
     return Converted(
         out,
@@ -189,8 +202,8 @@ def to_merged(
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
-    folder, out = adapter_folder(Path(source)), Path(out)
-    check_apart(out, _read_from(folder, base))
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     _check_merges(folder)
     model = load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
@@ -206,11 +219,10 @@ def to_merged(
     rounding = merge_layers(model)
     merged: Any = unloaded(model)
     model_class = type(merged)
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
         copy_companions(folder, partial)
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
@@ -248,23 +260,28 @@ def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]
         return put_on(base, Path(scratch))
 
 
-def _read_from(folder: Path, base: BaseOptions | None) -> list[Path]:
+def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
     """The folders a conversion reads, which its output must not replace."""
     source = (base.source if base else None) or base_named_by(folder)
-    return [folder, *([Path(source)] if source and Path(source).is_dir() else [])]
+    place = Path(source).expanduser() if source else folder
+    return [folder, *([place] if place.is_dir() else [])]
 
 
 def _load_pyramid(folder: Path, base: BaseOptions | None) -> Adapted:
     """The adapted model, and what the adapter's file holds."""
     if is_released(folder):
         return Adapted(*load_released(folder, base))
+    return load_on_base(folder, base)
+
+
+def _pyramid_in(folder: Path) -> MSPLoraConfig:
     config = read_config(folder)
     if not isinstance(config, MSPLoraConfig):
+        kind = str(config.peft_type).rpartition(".")[2]
         raise ConfigError(
-            f"{str(folder)!r} is a {config.peft_type} adapter, not MSPLoRA; there is nothing to "
-            f"convert."
+            f"{str(folder)!r} is a {kind} adapter, not MSPLoRA; there is nothing to convert."
         )
-    return load_on_base(folder, base)
+    return config
 
 
 def _ranks(model: Any) -> list[int]:

@@ -15,28 +15,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__, _peft
+from . import _peft
 from .adapted import Adapted, embeddings_of, load_on_base
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
-from .convert import copy_companions
-from .errors import ConfigError, TargetError, UnsupportedError
+from .convert import copy_companions, folders_read
+from .errors import ConfigError, TargetError, UnsupportedError, nearest_path
 from .explained import Explained, explain, measure, total
 from .fitting import Shared, fit
-from .folders import MARK, check_apart, check_output, new_folder
+from .folders import check_apart, check_output, new_folder
 from .loading import (
     WEIGHTS_FILE,
     BaseOptions,
     adapter_folder,
-    base_named_by,
     check_finite,
+    dtype_named,
     read_config,
-    write_json,
 )
 from .matching import STORE_NAME, model_type_of, place
 from .planning import plan
@@ -120,12 +118,15 @@ def to_msplora(
         MSPLoraError: the adapter or its base cannot be read, the adapter does what a pyramid
             cannot, or what was written is not what was found.
     """
-    folder, out = adapter_folder(Path(source)), Path(out)
-    named = (base.source if base else None) or base_named_by(folder)
-    check_apart(out, [folder, *([Path(named)] if named and Path(named).is_dir() else [])])
+    folder, out = adapter_folder(Path(source)), Path(out).expanduser()
+    check_apart(out, folders_read(folder, base))
     check_output(out, force)
     shape: dict[str, Any] = {"r": r, "ranks": ranks, "groups": groups, "levels": levels}
     shape = {key: its if key == "r" else list(its) for key, its in shape.items() if its is not None}
+    stored = dtype_named(dtype)
+    shape = _shape_to_find(folder, shape)
+    if data is not None and not Path(data).exists():
+        raise ConfigError(f"the data file {data!r} does not exist.{nearest_path(Path(data))}")
     before = None if data is None else _loss_of_source(folder, data, base)
     adapted, shape = _load(folder, base, shape)
     model, others = adapted.model, adapted.others
@@ -143,19 +144,19 @@ def to_msplora(
         for pair in found.pairs
         for name, tensor in zip((A, B), pairs[pair.address], strict=True)
     }
-    tensors = {key: its.to(getattr(torch, dtype)).contiguous() for key, its in tensors.items()}
+    tensors = {key: its.to(stored).contiguous() for key, its in tensors.items()}
     tensors |= others
     check_finite(tensors, f"the pyramid in {dtype}")
     config.model_type, config.fingerprint = model_type_of(model.get_base_model()), found.fingerprint
-    config.base_model_name_or_path = config.base_model_name_or_path or named
+    recorded = (base or BaseOptions()).recorded_for(config)
+    config.base_model_name_or_path, config.revision = recorded
     expected = explain(found, changed, sums_of(found, pairs))
-    with new_folder(out, force) as partial:
+    with new_folder(out, force, made_from=folder.name) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
         copy_companions(folder, partial)
         card = card_of_pyramid(config, found, folder.name, total(expected))
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        write_json(partial / MARK, {"from": folder.name, "msplora": __version__})
         comparison = None
         if verify:
             del model  # which is taken apart
@@ -182,15 +183,16 @@ def to_msplora(
 # What there is
 
 
-def _load(
-    folder: Path, base: BaseOptions | None, shape: dict[str, Any]
-) -> tuple[Adapted, dict[str, Any]]:
-    """The adapted model, and the shape of the pyramid to find."""
+def _shape_to_find(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """The shape that is asked for, or follows from the adapter, as far as its config says.
+
+    Raises:
+        MSPLoraError: there can be no such pyramid, or none of this adapter.
+    """
     if is_released(folder):
-        adapted = Adapted(*load_released(folder, base))
-        released: Any = adapted.model.peft_config["default"]
-        own = {name: getattr(released, name) for name in ("levels", "ranks", "groups")}
-        return adapted, shape or own
+        if shape:
+            MSPLoraConfig(target_modules=[], **shape)
+        return shape
     config: Any = read_config(folder)
     _refuse(config, folder)
     if not {"r", "ranks"} & set(shape):
@@ -200,6 +202,19 @@ def _load(
                 f"(or --r) which ranks it is to have."
             )
         shape = {**shape, "r": max([config.r, *(config.rank_pattern or {}).values()])}
+    MSPLoraConfig(**_kept(config), **shape)
+    return shape
+
+
+def _load(
+    folder: Path, base: BaseOptions | None, shape: dict[str, Any]
+) -> tuple[Adapted, dict[str, Any]]:
+    """The adapted model, and the shape of the pyramid to find."""
+    if is_released(folder):
+        adapted = Adapted(*load_released(folder, base))
+        released: Any = adapted.model.peft_config["default"]
+        own = {name: getattr(released, name) for name in ("levels", "ranks", "groups")}
+        return adapted, shape or own
     adapted = load_on_base(folder, base)
     _refuse_tied(adapted.model, folder)
     return adapted, shape
@@ -255,11 +270,7 @@ def _refuse_tied(model: Any, folder: Path) -> None:
 def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any]) -> MSPLoraConfig:
     """The pyramid's config: the source's, with other ranks, for the sites that it changes."""
     own: Any = next(iter(model.peft_config.values()))
-    kept = {
-        name: getattr(own, name)
-        for name in LoraConfig.__dataclass_fields__
-        if name not in _NOT_KEPT and LoraConfig.__dataclass_fields__[name].init
-    }
+    kept = _kept(own)
     parameters = [key for key in changed if module_of(model.get_base_model(), key) is None]
     modules = [key for key in changed if key not in parameters]
     modules = [key for key in modules if not is_out_proj(model.get_base_model(), key)]
@@ -284,6 +295,15 @@ def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any])
         f"the adapter changes {len(changed)} weights, but a pyramid on them would have "
         f"{len(sites)}: {sorted(sites ^ set(changed))[0]!r} is in one of them only."
     )
+
+
+def _kept(config: Any) -> dict[str, Any]:
+    """What a pyramid's config takes over from its source's."""
+    return {
+        name: getattr(config, name)
+        for name, field in LoraConfig.__dataclass_fields__.items()
+        if name not in _NOT_KEPT and field.init
+    }
 
 
 def _every_layer(root: Any, keys: Sequence[str], own: Any) -> list[int] | None:
@@ -360,5 +380,5 @@ def _loss(folder: Path, data: str, base: BaseOptions | None) -> float:
     with train_extra():
         from .train.evaluation import evaluate_run
 
-        found = evaluate_run(folder, data, base.source if base else None)
+        found = evaluate_run(folder, data, base)
     return float(found["loss"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import sisters
-from .errors import AdapterFileError, BaseModelError, MSPLoraError, nearest_path
+from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,6 +42,8 @@ _CLASSIFIERS = (
     "ForTokenClassification",
     "ForImageClassification",
 )
+DTYPES = ("float32", "bfloat16", "float16")
+"""Those that adapters are written in, and bases loaded."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -55,6 +58,32 @@ class BaseOptions:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dtype != "auto":
+            dtype_named(self.dtype)
+
+    def revision_for(self, config: Any) -> str | None:
+        """Of the base: as asked, or as an adapter's config says of the base that it names."""
+        if self.revision or self.source:
+            return self.revision
+        return getattr(config, "revision", None)
+
+    def recorded_for(self, config: Any) -> tuple[str | None, str | None]:
+        """What a conversion of an adapter says of its base: the name, and the revision."""
+        name = resolve_source(self.source) if self.source else config.base_model_name_or_path
+        return name, self.revision_for(config)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ConfigError: there is none, or nothing is written in it.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"no dtype {name!r}; there are {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
 
 def adapter_folder(path: Path) -> Path:
     """The folder that holds the adapter: `path` itself, or `path/adapter` of a run.
@@ -62,6 +91,7 @@ def adapter_folder(path: Path) -> Path:
     Raises:
         AdapterFileError: neither is one.
     """
+    path = path.expanduser()
     for folder in (path, path / "adapter"):
         if (folder / CONFIG_FILE).is_file():
             return folder
@@ -176,9 +206,9 @@ def load_base_of(
         raise BaseModelError("the adapter does not name its base model; pass it with --base.")
     source = resolve_source(source)
     options: dict[str, Any] = {
-        "revision": base.revision or (None if base.source else getattr(config, "revision", None)),
+        "revision": base.revision_for(config),
         "trust_remote_code": base.trust_remote_code,
-        dtype_argument(): base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
+        dtype_argument(): base.dtype if base.dtype == "auto" else dtype_named(base.dtype),
     }
     with loading_errors_explained(source):
         loader = base_class(config, source, base)
@@ -215,23 +245,62 @@ def load_base_of(
 
 
 def base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
-    """The class of transformers that an adapter's base is loaded with."""
+    """The class that an adapter's base is loaded with: transformers', or the user's own.
+
+    Raises:
+        BaseModelError: transformers has no such class, and no module that is imported has it.
+    """
     task = str(getattr(config.task_type, "value", config.task_type))
     if task in _AUTO_CLASSES:
         return getattr(transformers, _AUTO_CLASSES[task])
-    name = (config.auto_mapping or {}).get("base_model_class")
+    adapted = config.auto_mapping or {}
+    name = adapted.get("base_model_class")
     if name is None:
         architectures = transformers.AutoConfig.from_pretrained(
-            source, revision=base.revision, trust_remote_code=base.trust_remote_code
+            source,
+            revision=base.revision_for(config),
+            trust_remote_code=base.trust_remote_code,
         ).architectures
         name = (architectures or ["AutoModel"])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
+    # A module is not imported because an adapter's file says so: that would run its code.
+    home = str(adapted.get("parent_library") or "transformers")
+    for module in (transformers, sys.modules.get(home)):
+        found = getattr(module, name, None)
+        if hasattr(found, "from_pretrained"):
+            return found
+    raise BaseModelError(
+        f"the adapter's base is a {name} of {home}. transformers {transformers.__version__} has "
+        f"no such class, and {home} is not imported or has none with from_pretrained. Convert in "
+        f"Python, in a program that has imported {name}; or set task_type in the adapter's "
+        f"{CONFIG_FILE}, if one of transformers' automatic classes loads the base."
+    )
+
+
+def without_weights(config: PeftConfig, of_base: Any, source: str, base: BaseOptions) -> nn.Module:
+    """The base that an adapter's config is for, on the meta device: shapes without storage.
+
+    Args:
+        config: the adapter's.
+        of_base: the base's own, as transformers reads it.
+        source: the base's folder or hub id.
+        base: how it is loaded.
+
+    Raises:
+        BaseModelError: such a base cannot be built of its config.
+    """
+    with loading_errors_explained(source):
+        found = base_class(config, source, base)
+    try:
+        with torch.device("meta"):
+            if hasattr(found, "from_config"):  # the automatic classes are not made
+                return found.from_config(of_base, trust_remote_code=base.trust_remote_code)
+            return found(of_base)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise BaseModelError(
-            f"the adapter's base is a {name}, which transformers {transformers.__version__} does "
-            f"not have. Load it yourself and use msplora.to_lora(..., model=...)."
-        )
-    return found
+            f"the base {source!r} is a {of_base.model_type}, and cannot be built as the "
+            f"{found.__name__} that was adapted ({type(error).__name__}: {error}). Pass the "
+            f"model that the adapter was made for."
+        ) from error
 
 
 def _number_of_labels(

@@ -68,6 +68,17 @@ def lora_of(
     return tensors, _lora_config(root, peft_config, layers, set(holes), rank)
 
 
+def check_padding(pad_to: Padding) -> None:
+    """Refuse a padding that is none.
+
+    Raises:
+        ConfigError: it is neither "none" nor "pow2" nor a rank.
+    """
+    a_rank = isinstance(pad_to, int) and not isinstance(pad_to, bool) and pad_to > 0
+    if not a_rank and pad_to not in ("none", "pow2"):
+        raise ConfigError(f"pad_to is 'none', 'pow2' or a rank above 0, not {pad_to!r}.")
+
+
 def _rank_with_zeros(rank: int, pad_to: Padding) -> int:
     if pad_to == "none":
         return rank
@@ -114,7 +125,7 @@ def _layer_tensors(
     borrowed = layer.borrowed[adapter_name]
     with torch.no_grad():
         a, b = (
-            assembled.stacked([factor().float().cpu() for factor in assembled.factors])
+            assembled.stacked([_here(factor().float()) for factor in assembled.factors])
             for assembled in (borrowed.a, borrowed.b)
         )
         if name.endswith(_ATTENTION_OUT) and _peft.lora_counts_out_proj_twice():
@@ -127,9 +138,14 @@ def _layer_tensors(
     else:
         tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     if adapter_name in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().cpu()
+        magnitude = _here(layer.lora_magnitude_vector[adapter_name].weight.detach())
         tensors[f"{name}.lora_magnitude_vector"] = magnitude.to(dtype).clone()
     return tensors
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """On the CPU; without storage where it has none."""
+    return tensor if tensor.is_meta else tensor.cpu()
 
 
 def _padded(a: Tensor, b: Tensor, rank: int, blocks: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +154,9 @@ def _padded(a: Tensor, b: Tensor, rank: int, blocks: int) -> tuple[Tensor, Tenso
     if not missing:
         return a, b
     rest = a.shape[1:]
-    rows = torch.zeros(blocks, missing, *rest)
+    rows = a.new_zeros(blocks, missing, *rest)
     a = torch.cat([a.reshape(blocks, -1, *rest), rows], dim=1).flatten(0, 1)
-    columns = torch.zeros(b.shape[0], missing * blocks, *b.shape[2:])
+    columns = b.new_zeros(b.shape[0], missing * blocks, *b.shape[2:])
     return a, torch.cat([b, columns], dim=1)
 
 

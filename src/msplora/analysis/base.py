@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from msplora.errors import BaseModelError
-from msplora.loading import BaseOptions, base_class, loading_errors_explained, resolve_source
+from msplora.loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
 
 _WEIGHTS = ("*.json", "*.safetensors")
 
@@ -41,18 +40,7 @@ class Base:
     @cached_property
     def model(self) -> nn.Module:
         """The model on the meta device, of the class that it was adapted with."""
-        with loading_errors_explained(self.source):
-            found = base_class(self._adapter, self.source, self._options)
-        make = getattr(found, "from_config", found)  # the automatic classes are not made
-        try:
-            with torch.device("meta"):
-                return make(self._config)
-        except (AttributeError, TypeError, ValueError, KeyError) as error:
-            raise BaseModelError(
-                f"the base {self.source!r} is a {self.model_type}, and cannot be built as the "
-                f"{found.__name__} that was adapted ({type(error).__name__}: {error}). Pass the "
-                f"model that the adapter was made for."
-            ) from error
+        return without_weights(self._adapter, self._config, self.source, self._options)
 
     def weight(self, key: str) -> Tensor | None:
         """The weight of a module as the matrix (out, in), in its own dtype.

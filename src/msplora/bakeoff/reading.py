@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from msplora.errors import ConfigError, nearest
 from msplora.train.problems import described, together
 from msplora.train.settings import Settings
-from msplora.train.settings_file import has_validation, make_settings, overridden, put, read_content
+from msplora.train.settings_checks import has_validation
+from msplora.train.settings_file import make_settings, overridden, put, read_content
 
 from .settings import BakeOffSettings, ChooseSettings, RejectSettings
 

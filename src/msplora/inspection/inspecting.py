@@ -9,8 +9,8 @@ from pathlib import Path
 
 from msplora import __version__
 from msplora.analysis.history import checkpoint_folders
+from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, UnsupportedError
-from msplora.folders import MARK
 from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from msplora.serving import GGUF_FILE
 

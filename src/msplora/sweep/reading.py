@@ -17,7 +17,8 @@ from msplora.errors import ConfigError, nearest
 from msplora.train.problems import described, together
 from msplora.train.run_folder import flat
 from msplora.train.settings import Settings
-from msplora.train.settings_file import has_validation, make_settings, put, read_content
+from msplora.train.settings_checks import has_validation
+from msplora.train.settings_file import make_settings, put, read_content
 
 from .naming import shown
 from .settings import SearchSettings, SweepSettings

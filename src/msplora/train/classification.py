@@ -25,7 +25,7 @@ from .methods import adapt
 from .metrics import metrics_for, predictions
 from .run_trainer import RunTrainer
 from .settings import Settings
-from .settings_file import check_metric
+from .settings_checks import check_metric
 from .task_record import TaskRecord
 from .trainer_arguments import quieten, trainer_arguments, training_steps
 

@@ -35,7 +35,8 @@ ROLES = {
 _CALLING = ("function_call", "tool_call")
 
 # What else of a turn templates read: the call a result answers, and thoughts before an answer.
-_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+THOUGHTS = ("reasoning_content", "thinking")
+_KEPT = ("name", "tool_call_id", *THOUGHTS)
 
 
 def read_chat(row: Row, unanswered: bool) -> tuple[tuple[Message, ...], tuple[Message, ...] | None]:
@@ -50,8 +51,11 @@ def read_chat(row: Row, unanswered: bool) -> tuple[tuple[Message, ...], tuple[Me
     if unanswered:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-    elif not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{row.place}: no turn of the assistant, so nothing to learn.")
+    else:
+        said = [message for message in messages if message["role"] == "assistant"]
+        if all(message.get("weight") == 0 for message in said):
+            weighed = ", or only such of weight 0" * bool(said)
+            raise DataError(f"{row.place}: no turn of the assistant{weighed}, so nothing to learn.")
     return tuple(messages), _tools(row)
 
 
@@ -85,10 +89,20 @@ def _turn(place: str, number: int, turn: Any) -> Message:
     calls = _calls(turn, place)
     content = _content(turn.get("content", turn.get("value")), place, may_be_empty=bool(calls))
     if role in _CALLING and not calls:
-        calls, content = _calls_in_text(content)
+        calls, content = _calls_in_text(content, place)
     kept = {key: turn[key] for key in _KEPT if isinstance(turn.get(key), str)}
     message = {"role": ROLES[role], "content": content, **kept}
+    if message["role"] == "assistant" and not _counts(turn, place):
+        message["weight"] = 0
     return message | {"tool_calls": calls} if calls else message
+
+
+def _counts(turn: Any, place: str) -> bool:
+    """Whether a turn is learnt: OpenAI's files give those that are not a weight of 0."""
+    weight = turn.get("weight")
+    if weight is None or weight in (0, 1):
+        return weight != 0
+    raise DataError(f"{place}: a weight of a turn is 0 or 1; found {weight!r}.")
 
 
 def _content(content: Any, place: str, may_be_empty: bool) -> str:
@@ -121,13 +135,12 @@ def _calls(turn: Message, place: str) -> list[Message]:
                 f"{place}: a call is an object with the name of a function and its arguments; "
                 f"found {json.dumps(call, default=str)[:80]}."
             )
-        arguments = _parsed(function.get("arguments") or {}, place, "the arguments of a call")
         its = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        found.append(its | _call(function["name"], arguments))
+        found.append(its | _call(function, place))
     return found
 
 
-def _calls_in_text(content: str) -> tuple[list[Message], str]:
+def _calls_in_text(content: str, place: str) -> tuple[list[Message], str]:
     """The calls that a text of JSON is, with no text left; or none, and the text as it is."""
     try:
         parsed = json.loads(content)
@@ -138,13 +151,14 @@ def _calls_in_text(content: str) -> tuple[list[Message], str]:
         isinstance(its, dict) and isinstance(its.get("name"), str) for its in calls
     ):
         return [], content
-    return [_call(its["name"], its.get("arguments") or {}) for its in calls], ""
+    return [_call(its, place) for its in calls], ""
 
 
-def _call(name: str, arguments: Any) -> Message:
+def _call(function: Message, place: str) -> Message:
     # An object, not its text: templates write it as JSON themselves.
-    function = {"name": name, "arguments": _without_nulls(arguments)}
-    return {"type": "function", "function": function}
+    arguments = _parsed(function.get("arguments") or {}, place, "the arguments of a call")
+    its = {"name": function["name"], "arguments": _without_nulls(arguments)}
+    return {"type": "function", "function": its}
 
 
 def _tools(row: Row) -> tuple[Message, ...] | None:

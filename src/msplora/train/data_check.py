@@ -60,6 +60,10 @@ class SplitCheck:
     without_end: int | None = None
     """Kept rows whose last trained token is not the end token; None where none should be."""
     classes: dict[str, int] | None = None
+    turns: int = 0
+    """Of the assistant, in the chats that are kept."""
+    unlearnt_turns: int = 0
+    """Those that are not learnt, since the template renders them in another way by themselves."""
 
     @classmethod
     def of(
@@ -83,6 +87,8 @@ class SplitCheck:
             int(statistics.median(lengths)),
             without_end,
             classes,
+            report.turns,
+            report.unlearnt_turns,
         )
 
     def note(self, name: str, report: LengthReport) -> str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from msplora.errors import nearest
 
-from .data_chat import ROLES
+from .data_chat import ROLES, THOUGHTS
 from .data_files import DataError, Row, read_rows
-from .data_sft import Form, Sample, SourceOfSamples, named, samples, sources_of
+from .data_sft import (
+    Form,
+    Sample,
+    SourceOfSamples,
+    columns_known,
+    columns_of,
+    named,
+    samples,
+    sources_of,
+)
 from .data_split import read_parts
 from .settings_data import DataSettings
 
@@ -32,38 +41,41 @@ class Pair:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Pairs to train on and to hold out, and the form of their prompts, which is one of sft's.
+    """Pairs to train on and to hold out, and the sources they are from.
 
     `alike` counts rows left out since both answers are the same, `empty` those without an answer.
     """
 
-    form: Form
     sources: list[SourceOfSamples]
     train: list[Pair]
     held_out: list[Pair]
     alike: int = 0
     empty: int = 0
 
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Every form of the prompts once, which are some of sft's."""
+        return tuple(dict.fromkeys(its.form for its in self.sources if its.train))
+
 
 def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     """Return the pairs of a run's data."""
     splits = read_parts(data, seed)
     parts = [*splits.train, *splits.held_out]
-    rows = [
-        [named(row, part.source.columns or data.columns) for row in part.rows] for part in parts
-    ]
-    form = _form([row for its in rows for row in its], {})
-    found = [_pairs(its, form, {}) for its in rows]
+    forms: dict[str, Form] = {}
+    for part in parts:
+        if part.name not in forms:  # rows drawn from a source have its form
+            forms[part.name] = _form(part.rows, columns_of(part.source, data))
+    found = [_pairs(part.rows, forms[part.name], columns_of(part.source, data)) for part in parts]
     pairs = [its for its, _, _ in found]
     train, held_out = pairs[: len(splits.train)], pairs[len(splits.train) :]
     if not any(train):
         raise DataError(
-            f"{rows[0][0].place} and all rows after it have an empty answer, or the same one "
+            f"{parts[0].rows[0].place} and all rows after it have an empty answer, or the same one "
             f"twice; there is nothing to prefer."
         )
     return PreferenceData(
-        form,
-        sources_of(splits, dict.fromkeys((part.name for part in parts), form), train, held_out),
+        sources_of(splits, forms, train, held_out),
         [pair for its in train for pair in its],
         [pair for its in held_out for pair in its],
         alike=sum(its for _, its, _ in found),
@@ -71,26 +83,53 @@ def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     )
 
 
-def read_more_preferences(file: str, form: Form, data: DataSettings) -> list[Pair]:
-    """Return the pairs of another file, whose prompts have the same form."""
+def read_more_preferences(file: str, forms: Sequence[Form], data: DataSettings) -> list[Pair]:
+    """Return the pairs of another file, whose prompts have one of the forms."""
     rows = read_rows(file)
-    its = _form(rows, data.columns)
-    if its != form:
+    form, columns = _form_of_more(rows, data)
+    if form not in forms:
         raise DataError(
-            f"{file}: its prompts are of the form {its!r}, and the run was trained on {form!r}."
+            f"{file}: its prompts are of the form {form!r}, and the run was trained on "
+            f"{' and '.join(map(repr, forms))}."
         )
-    found, _, _ = _pairs(rows, form, data.columns)
+    found, _, _ = _pairs(rows, form, columns)
     if not found:
         raise DataError(f"{file}: every row has an empty answer, or the same one twice.")
     return found
 
 
-def read_prompts(rows: list[Row], form: Form, columns: Mapping[str, str]) -> list[Sample]:
-    """Return the prompts of rows whose answers, if there are any, are not read."""
-    renamed = [named(row, columns, unanswered=True) for row in rows]
-    if form == "messages":
-        renamed = [_chat_prompt(row) for row in renamed]
-    return samples(renamed, form, {}, unanswered=True)
+def read_prompts(rows: list[Row], forms: Sequence[Form], data: DataSettings) -> list[Sample]:
+    """Return the prompts of rows whose answers, if there are any, are not read.
+
+    They are of the first of `forms` that all rows fit.
+    """
+    for columns in columns_known(data):
+        for form in forms:
+            try:
+                return _prompts(rows, form, columns)
+            except DataError:
+                continue
+    return _prompts(rows, forms[0], data.columns)  # which says what they lack
+
+
+def _prompts(rows: list[Row], form: Form, columns: Mapping[str, str]) -> list[Sample]:
+    asked = [named(row, columns, unanswered=True) for row in rows]
+    asked = map(_chat_prompt, asked) if form == "messages" else asked
+    return samples(list(asked), form, {}, unanswered=True)
+
+
+def _form_of_more(rows: list[Row], data: DataSettings) -> tuple[Form, Mapping[str, str]]:
+    """The form of rows of another file, and the first columns of the run's sources that they have.
+
+    Where they have none, the error is that of the columns of the data section.
+    """
+    refused = []
+    for columns in columns_known(data):
+        try:
+            return _form(rows, columns), columns
+        except DataError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def _form(rows: list[Row], columns: Mapping[str, str]) -> Form:
@@ -141,30 +180,34 @@ def _pairs(rows: list[Row], form: Form, columns: Mapping[str, str]) -> tuple[lis
     for its in rows:
         row = named(its, columns)
         if form == "messages":
-            turns, chosen, rejected = _chats(row)
+            turns, answers = _chats(row)
+            chosen, rejected = (_half(row, form, "messages", [*turns, its]) for its in answers)
         else:
-            turns, chosen, rejected = [], _text(row, "chosen"), _text(row, "rejected")
-        if not chosen.strip() or not rejected.strip():
+            field = "completion" if form == "prompt-completion" else "output"
+            chosen, rejected = (
+                _half(row, form, field, _text(row, its)) for its in ("chosen", "rejected")
+            )
+        if not chosen or not rejected:
             empty += 1
-        elif chosen.strip() == rejected.strip():
+        elif _answer(chosen) == _answer(rejected):
             alike += 1
         else:
-            first, second = (
-                samples([_answered(row, form, turns, answer)], form, {})[0]
-                for answer in (chosen, rejected)
-            )
-            pairs.append(Pair(first, second))
+            pairs.append(Pair(chosen, rejected))
     return pairs, alike, empty
 
 
-def _answered(row: Row, form: Form, turns: list[Any], answer: str) -> Row:
-    """The row of supervised fine-tuning that has one of the two answers."""
-    values = dict(row.values)
-    if form == "messages":
-        values["messages"] = [*turns, {"role": "assistant", "content": answer}]
-    else:
-        values["completion" if form == "prompt-completion" else "output"] = answer
-    return Row(row.place, values)
+def _half(row: Row, form: Form, field: str, value: Any) -> Sample | None:
+    """The sample of supervised fine-tuning on one of the two answers, or None if that is empty."""
+    found = samples([Row(row.place, {**row.values, field: value})], form, {})
+    return found[0] if found and any(_answer(found[0])) else None
+
+
+def _answer(sample: Sample) -> tuple[Any, ...]:
+    """All that an answer says: text, calls of tools, thoughts."""
+    if not sample.messages:
+        return (sample.completion.strip(),)
+    last = sample.messages[-1]
+    return (last["content"].strip(), *map(last.get, ("tool_calls", *THOUGHTS)))
 
 
 def _text(row: Row, name: str) -> str:
@@ -176,11 +219,13 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _chats(row: Row) -> tuple[list[Any], str, str]:
-    """The turns of the prompt, and the two answers to it."""
-    turns = _turns(row)
-    sides = [_as_turns(row, name) for name in ("chosen", "rejected")]
-    if turns is None:
+def _chats(row: Row) -> tuple[list[Any], list[Any]]:
+    """The turns of the prompt, and the two turns that answer it."""
+    names = ("chosen", "rejected")
+    sides = [_as_turns(row, name) for name in names]
+    if any(_of_assistant(side[0]) for side in sides):
+        turns = _turns(row)
+    else:
         # Whole chats: what they have in common is the prompt.
         shared = 0
         for first, second in zip(*sides, strict=False):
@@ -189,29 +234,29 @@ def _chats(row: Row) -> tuple[list[Any], str, str]:
             shared += 1
         shared = min(shared, *(len(side) - 1 for side in sides))
         turns, sides = sides[0][:shared], [side[shared:] for side in sides]
-    chosen, rejected = (
-        _answer(row, name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)
-    )
+        prompt = row.values.get("prompt")
+        if isinstance(prompt, list) and turns and prompt[-len(turns) :] == turns:
+            turns = prompt  # which may have a system prompt besides
+    answers = [_one_turn(row, name, side) for name, side in zip(names, sides, strict=True)]
     if not turns:
         raise DataError(f"{row.place}: the two chats have no prompt in common.")
-    return turns, chosen, rejected
+    return turns, answers
 
 
-def _turns(row: Row) -> list[Any] | None:
-    """The prompt's turns, or None where the answers are whole chats that begin with them."""
-    values = row.values
-    prompt = values.get("messages")
-    if prompt is None:
-        prompt = values.get("prompt")
+def _turns(row: Row) -> list[Any]:
+    """The prompt's turns, where the answers are no more than answers."""
+    prompt = _first_there(row, "messages", "prompt")
     if isinstance(prompt, list):
         return prompt
-    chosen = values["chosen"]
-    if isinstance(chosen, list) and chosen and not _of_assistant(chosen[0]):
-        return None
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     found = "nothing" if prompt is None else f"a {type(prompt).__name__}"
     raise DataError(f"{row.place}: the prompt must be text or a list of turns; found {found}.")
+
+
+def _first_there(row: Row, *names: str) -> Any:
+    """What the row has under the first of the names under which it has something."""
+    return next((row.values[name] for name in names if row.values.get(name) is not None), None)
 
 
 def _as_turns(row: Row, name: str) -> list[Any]:
@@ -228,18 +273,14 @@ def _as_turns(row: Row, name: str) -> list[Any]:
     )
 
 
-def _answer(row: Row, name: str, side: list[Any]) -> str:
+def _one_turn(row: Row, name: str, side: list[Any]) -> dict[str, Any]:
     if len(side) != 1 or not _of_assistant(side[0]):
         raise DataError(
             f"{row.place}: {name!r} must be one turn of the assistant after the prompt; found "
             f"{len(side)} turn(s) of {', '.join(str(_role(turn)) for turn in side[:4])}."
         )
-    content = side[0].get("content", side[0].get("value"))
-    if not isinstance(content, str):
-        raise DataError(
-            f"{row.place}: the content of {name!r} is a {type(content).__name__}, not text."
-        )
-    return content
+    # Of a pair, both answers are learnt from.
+    return {key: its for key, its in side[0].items() if key != "weight"}
 
 
 def _role(turn: Any) -> Any:
@@ -252,7 +293,9 @@ def _of_assistant(turn: Any) -> bool:
 
 def _chat_prompt(row: Row) -> Row:
     """The row with its prompt as a chat under `messages`, wherever it stands."""
-    prompt = row.values.get("messages", row.values.get("prompt", row.values.get("chosen")))
+    prompt = _first_there(row, "messages", "prompt")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    elif prompt is None and isinstance(row.values.get("chosen"), list):
+        prompt = row.values["chosen"]  # a whole chat, which begins with it
     return Row(row.place, {**row.values, "messages": prompt})

@@ -12,7 +12,7 @@ from .data_chat import chat_text, read_chat
 from .data_files import DataError, Row
 from .data_sources import read_source
 from .data_split import Part, Splits, all_rows, read_parts
-from .settings_data import DataSettings, DataSource
+from .settings_data import DataSettings, DataSource, Sources
 
 Form = Literal["text", "prompt-completion", "alpaca", "messages", "text-file"]
 
@@ -154,28 +154,51 @@ def read_more_sft(
             raise DataError(
                 f"{file} has rows, and the run was trained on whole texts; give a .txt."
             )
-        for its in of_rows:
-            if form is None and _all_fit(part.rows, its, data.columns):
-                form = its
-        if form is None:  # of rows that fit none of them, the first form says what they lack
-            rows = part.rows
-            form = of_rows[0] if of_rows else detect_form(rows, data.columns, unanswered)
+        form, columns = _form_of_more(part.rows, of_rows, data, unanswered)
+        part = Part(source.model_copy(update={"columns": columns}), part.rows)
     found = _samples_of(part, form, data, unanswered)
     if not found:
         raise DataError(f"{file}: every row has an empty completion.")
     return found
 
 
-def _all_fit(rows: list[Row], form: Form, columns: Mapping[str, str]) -> bool:
-    return all(_fits(named(row, columns, True), form, True) for row in rows)
+def _form_of_more(
+    rows: list[Row], forms: Sequence[Form], data: DataSettings, unanswered: bool
+) -> tuple[Form, Mapping[str, str]]:
+    """The first of the forms, if any are known, that rows have, and what their columns are called.
+
+    Rows that fit none of them get the first one, which says what they lack.
+    """
+    for columns in columns_known(data):
+        try:
+            if not forms:
+                return detect_form(rows, columns, unanswered), columns
+            renamed = [named(row, columns, True) for row in rows]
+        except DataError:
+            continue
+        for form in forms:
+            if all(_fits(row, form, True) for row in renamed):
+                return form, columns
+    return forms[0] if forms else detect_form(rows, data.columns, unanswered), data.columns
 
 
 def _form_of_part(part: Part, data: DataSettings) -> Form:
-    return "text-file" if part.whole_text else detect_form(part.rows, _columns(part, data))
+    return "text-file" if part.whole_text else detect_form(part.rows, columns_of(part.source, data))
 
 
-def _columns(part: Part, data: DataSettings) -> Mapping[str, str]:
-    return data.columns if part.source.columns is None else part.source.columns
+def columns_of(source: DataSource, data: DataSettings) -> Mapping[str, str]:
+    """How the columns of a source are called."""
+    return data.columns if source.columns is None else source.columns
+
+
+def columns_known(data: DataSettings) -> list[Mapping[str, str]]:
+    """How the columns of another file may be called: as the run's, or as one of its sources'."""
+    sources = [*_listed(data.train), *_listed(data.validation)]
+    return [data.columns, *(its.columns for its in sources if its.columns is not None)]
+
+
+def _listed(sources: Sources | None) -> list[DataSource]:
+    return sources if isinstance(sources, list) else []
 
 
 def _samples_of(
@@ -184,7 +207,7 @@ def _samples_of(
     if part.whole_text:
         return [Sample(row.place, completion=row["text"], whole_text=True) for row in part.rows]
     assert form
-    return samples(part.rows, form, _columns(part, data), unanswered)
+    return samples(part.rows, form, columns_of(part.source, data), unanswered)
 
 
 def detect_form(rows: list[Row], columns: Mapping[str, str], unanswered: bool = False) -> Form:
@@ -211,20 +234,32 @@ def samples(
 
 
 def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
-    """The row with its columns renamed to the form's fields, and sharegpt's list to `messages`."""
+    """The row with its columns renamed to the form's fields, and every chat under `messages`."""
     values = dict(row.values)
+    # All from the row as it is, so that columns may also change places.
+    fields: dict[str, Any] = {}
     for name, column in columns.items():
-        if column not in values:
-            if unanswered and name in _ANSWERS:
-                continue
+        if column in values:
+            fields[name] = values[column]
+        elif not (unanswered and name in _ANSWERS):
             raise DataError(
                 f"{row.place}: no column {column!r} (data.columns.{name}). It has: "
                 f"{', '.join(map(str, values)) or 'none'}.{nearest(column, map(str, values), 1)}"
             )
-        values[name] = values.pop(column)
+    values = {key: its for key, its in values.items() if key not in columns.values()} | fields
     if "conversations" in values and "messages" not in values:
         values["messages"] = values.pop("conversations")
+    if "messages" not in values and isinstance(values.get("prompt"), list):
+        answer = [] if unanswered else values.get("completion")
+        if isinstance(answer, (list, dict)):
+            values["messages"] = _joined(values["prompt"], answer)
     return Row(row.place, values)
+
+
+def _joined(prompt: list[Any], answer: list[Any] | dict[str, Any]) -> list[Any]:
+    """TRL's chats in two parts, as one of which the turns of the prompt are not learnt."""
+    asked = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+    return [*asked, *(answer if isinstance(answer, list) else [answer])]
 
 
 def _fits(row: Row, form: Form, unanswered: bool) -> bool:
@@ -280,9 +315,14 @@ def _string(row: Row, field: str) -> str:
         has = [str(name) for name, its in row.values.items() if its is not None]
         raise DataError(f"{row.place}: no {field!r}. It has: {', '.join(has) or 'nothing'}.")
     if not isinstance(value, str):
+        chat = isinstance(value, (list, dict))
+        advice = (
+            "Chat turns go under 'messages', or are lists under both 'prompt' and 'completion'"
+            if chat
+            else "Put it into quotes"
+        )
         raise DataError(
-            f"{row.place}: {field!r} holds a {type(value).__name__}, not text. Chat turns go under "
-            f"'messages'."
+            f"{row.place}: {field!r} holds a {type(value).__name__}, not text. {advice}."
         )
     return value
 

@@ -24,13 +24,14 @@ from .data_preference import read_preferences
 from .end_tokens import end_tokens
 from .held_out_trainer import JudgesHeldOutRows
 from .job import Job
+from .length_groups import GroupsByLength
 from .lengths import row_limit
 from .methods import adapt
 from .preference_rows import pair_sample, prepare_rows
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
-from .settings_file import check_metric
+from .settings_checks import check_metric
 from .sft import padding_id
 from .task_record import TaskRecord
 from .tokenise_preference import PairTokens
@@ -43,12 +44,20 @@ REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/r
 """TRL's names: the share of pairs in the right order, by how much, and the two halves of that."""
 
 
-class HeldOutDPOTrainer(JudgesHeldOutRows, RunTrainer, DPOTrainer):
+class HeldOutDPOTrainer(GroupsByLength, JudgesHeldOutRows, RunTrainer, DPOTrainer):
     """TRL's trainer on pairs that are token ids already, judging by the mean over all pairs."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """Keep the rows: TRL would tokenise texts, in a form of its own."""
         return dataset
+
+    def row_lengths(self, rows: Any) -> list[int]:
+        """The tokens of each pair: of its prompt and the longer answer."""
+        columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        return [
+            len(prompt) + max(len(chosen), len(rejected))
+            for prompt, chosen, rejected in zip(*columns, strict=True)
+        ]
 
     def measure(self) -> dict[str, float]:
         """Return the loss and the rewards of the held-out pairs."""
@@ -120,7 +129,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.form),
+        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
         best,
         held_out=bool(held_out),
         data_notes=notes,
@@ -162,6 +171,7 @@ def preference_trainer(
     if isinstance(model, peft.PeftModel):
         _set_reference(model, settings)
     trainer.settings, trainer.head = settings, base.head
+    trainer.group_by_length = settings.training.group_by_length
     quieten(trainer)
     return trainer
 

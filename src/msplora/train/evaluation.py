@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msplora.loading import BaseOptions
+
 from .base_model import load_base
 from .classification import classification_trainer
 from .data_classification import Example, examples, fit_columns, read_classification
@@ -33,10 +35,14 @@ from .trainer_arguments import trainer_arguments
 def evaluate_run(
     path: Path | str,
     data: str | None = None,
-    base: str | None = None,
+    base: str | BaseOptions | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics of a run or adapter; without `data`, on the rows its run held out."""
+    """Return the metrics of a run or adapter; without `data`, on the rows its run held out.
+
+    `base` is its base where that has moved, or how to load it, but for the dtype, which is the
+    run's.
+    """
     with quiet_libraries():
         run = open_run(path, base)
         batch_size = batch_size or run.settings.training.eval_batch_size
@@ -130,11 +136,10 @@ def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, 
 
 def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], LengthReport]:
     """Pairs as token ids; without `data`, those the run held out."""
-    settings, form = run.settings, run.record.form
-    assert form
+    settings, forms = run.settings, run.record.forms
     held_out: list[Pair]
     if data:
-        held_out = read_more_preferences(data, form, settings.data)
+        held_out = read_more_preferences(data, forms, settings.data)
     else:
         held_out = read_preferences(settings.data, settings.seed).held_out
         if not held_out:

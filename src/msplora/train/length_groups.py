@@ -41,5 +41,8 @@ class GroupsByLength:
             return super()._get_train_sampler(train_dataset)  # pyright: ignore
         rows = self.train_dataset if train_dataset is None else train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        return ResumableLengthSampler(batch, lengths, self.args.seed)
+        return ResumableLengthSampler(batch, self.row_lengths(rows), self.args.seed)
+
+    def row_lengths(self, rows: Any) -> list[int]:
+        """The tokens of each training row."""
+        return [len(ids) for ids in rows["input_ids"]]

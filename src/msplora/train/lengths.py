@@ -51,6 +51,10 @@ class LengthReport:
     unlearnt: int = 0
     """Left out because no token of them would be learnt: the prompt fills the row, say."""
     longest: int = 0
+    turns: int = 0
+    """Of the assistant, in chats that are learnt."""
+    unlearnt_turns: int = 0
+    """Those of them that could not be found in the rendered chat, and are not learnt."""
 
     def count(self, length: int) -> None:
         """Count a row of so many tokens."""

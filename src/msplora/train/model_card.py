@@ -133,7 +133,7 @@ def _loading(settings: Settings, adapted: Adapted) -> list[str]:
     auto, outputs = classes.get(settings.task, "AutoPeftModelForCausalLM"), ""
     if settings.classifies:
         # The base alone would get a head of two outputs, which other classes do not fit.
-        outputs = f", num_labels={adapted.model.get_base_model().num_labels}"
+        outputs = f", num_labels={adapted.model.get_base_model().config.num_labels}"
     if settings.task == "image-classification":
         outputs += ", ignore_mismatched_sizes=True"  # of the head that the base may have
     quantised = []

@@ -56,8 +56,7 @@ def predict_file(
                 f"generate --prompt."
             )
         if run.settings.task == "dpo":
-            assert run.record.form
-            found = read_prompts(rows, run.record.form, run.settings.data.columns)
+            found = read_prompts(rows, forms, run.settings.data)
         else:
             found = read_more_sft(str(file), forms, run.settings.data, unanswered=True)
         return [

@@ -43,7 +43,7 @@ def prepare_rows(
     data: PreferenceData, tokenizer: Any, limit: Limit, ends: Collection[int]
 ) -> PreferenceRows:
     """Tokenise a run's pairs and check them; `ends` are the ids at which the model stops."""
-    notes = [f"form of the prompts: {data.form}"]
+    notes = _source_notes(data)
     pairs: dict[str, list[PairTokens]] = {"training": [], "held-out": []}
     checks: dict[str, SplitCheck] = {}
     for what, its in (("training", data.train), ("held-out", data.held_out)):
@@ -68,10 +68,22 @@ def prepare_rows(
     )
     for what, split in checks.items():
         check.warnings += warnings_on_lengths(split, what, limit.length)
-    check.warnings += warnings_on_ends(check.training, data.form == "messages", ends, tokenizer)
+    chats = "messages" in data.forms
+    check.warnings += warnings_on_ends(check.training, chats, ends, tokenizer)
     check.warnings += warnings_on_repeats(check)
     check.warnings += _warnings_on_pairs(said, longer, check.training)
     return PreferenceRows(pairs["training"], pairs["held-out"], notes, check)
+
+
+def _source_notes(data: PreferenceData) -> list[str]:
+    training = [source for source in data.sources if source.train]
+    if len(training) == 1 and training[0].weight == 1:
+        return [f"form of the prompts: {training[0].form}"]
+    return [
+        f"{source.name}: prompts of the form {source.form}, {source.train:,} pairs in an epoch "
+        f"(weight {source.weight:g}), {source.held_out:,} held out"
+        for source in data.sources
+    ]
 
 
 def pair_sample(row: PairTokens, tokenizer: Any) -> Text:

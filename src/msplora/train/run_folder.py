@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msplora.errors import MSPLoraError
-from msplora.folders import clear_after_a_kill, put_in_place
+from msplora.folders import cannot_be_renamed, clear_after_a_kill, put_in_place
 
 from . import inputs
 from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
@@ -78,6 +78,8 @@ class RunFolder:
         self.is_complete = resume == "auto" and not unfinished and (self.path / METRICS).is_file()
         """Whether there is nothing left to do."""
         self.resumes = unfinished if resume == "auto" else bool(resume)
+        if not self.is_complete:
+            self._check_replaceable()
         if self.is_complete:
             self._check_same_settings(self.path)
         elif self.resumes:
@@ -195,6 +197,15 @@ class RunFolder:
             raise RunFolderError(
                 f"the output {self.path} cannot be made: {parent} is no folder "
                 f"that can be written to."
+            )
+
+    def _check_replaceable(self) -> None:
+        """A run takes its name when it is complete, which must not fail then."""
+        why = cannot_be_renamed(self.path) if self.path.is_dir() else None
+        if why:
+            raise RunFolderError(
+                f"the output {self.path} {why}, so a run cannot be put in its place. Name a folder "
+                f"in it, such as {self.path / 'run'}."
             )
 
     def _check_discardable(self) -> None:

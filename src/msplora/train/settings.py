@@ -230,6 +230,7 @@ TASKS_OF_KEY: dict[str, tuple[Task, ...]] = {
     "training.head_learning_rate_factor": ("classification", "image-classification"),
     "training.completion_only_loss": ("sft",),
     "training.packing": ("sft",),
+    "training.group_by_length": ("classification", "sft", "dpo"),
     "training.dpo_beta": ("dpo",),
     "training.dpo_loss": ("dpo",),
 }

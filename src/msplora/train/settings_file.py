@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,14 +14,11 @@ from pydantic import BaseModel, ValidationError
 from msplora.errors import ConfigError, nearest, nearest_path
 
 from .other_names import OTHER_NAMES
-from .peft_methods import check_method, takes_bits
 from .problems import described, together
-from .settings import TASKS_OF_KEY, Settings
-from .settings_data import DataSettings, DataSource
-from .settings_methods import LORAS, METHOD_SECTIONS
-
-# A GLUE task has files, columns and classes of its own.
-_DECIDED_BY_GLUE = ("text_columns", "label_column", "labels", "regression", "validation")
+from .settings import Settings
+from .settings_checks import check_together
+from .settings_data import DataSource
+from .settings_methods import METHOD_SECTIONS
 
 _A_SOURCE = "{path: rows.jsonl, weight: 2}"
 
@@ -116,7 +112,7 @@ def make_settings(content: Mapping[str, Any], source: str) -> Settings:
         settings = Settings.model_validate(dict(content))
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
-    _check(settings, source)
+    check_together(settings, source)
     return settings
 
 
@@ -148,7 +144,7 @@ def overridden(content: dict[str, Any], changes: Iterable[str], source: str) -> 
     """Change a config's content as each "dotted.key=value" says, the value in YAML.
 
     Returns:
-        what the content is now from, for messages: `source`, and the changes.
+        what the content is now from, for messages.
     """
     changes = list(changes)
     for change in changes:
@@ -158,7 +154,7 @@ def overridden(content: dict[str, Any], changes: Iterable[str], source: str) -> 
                 f"--set takes key=value, as in training.learning_rate=1e-4; found {change!r}."
             )
         put(content, key, _parse(text, f"--set {change}"), f"--set {change}")
-    return " ".join([source, *(f"--set {change}" for change in changes)])
+    return f"{source} with --set" if changes else source
 
 
 def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -249,128 +245,3 @@ def _nearest_value(problem: Any) -> str:
         return ""
     allowed = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected", "")))
     return nearest(problem["input"], allowed, count=1)
-
-
-def _check(settings: Settings, source: str) -> None:
-    """Refuse combinations that each key alone allows."""
-    data = settings.data
-
-    def default(key: str) -> Any:
-        return DataSettings.model_fields[key].get_default(call_default_factory=True)
-
-    if not settings.classifies and settings.method == "frozen":
-        raise ConfigError(
-            f"in {source}: method 'frozen' trains a classifier's head only, and task "
-            f"{settings.task!r} has none. Use method msplora, lora or full."
-        )
-    check_method(settings, source)
-    if settings.quantization and not takes_bits(settings.method):
-        raise ConfigError(
-            f"in {source}: a base in {settings.quantization} trains with an adapter that has "
-            f"layers for it, and method {settings.method!r} has none. Use method msplora or lora, "
-            f"or leave quantization out."
-        )
-    if settings.task == "dpo" and settings.adapter.bias != "none":
-        raise ConfigError(
-            f"in {source}: adapter.bias = {settings.adapter.bias!r} trains biases of the base, and "
-            f"task 'dpo' compares with the base as it was. Leave it out."
-        )
-    unset = Settings(model="", task=settings.task, output="")  # pyright: ignore[reportCallIssue]
-    for key, tasks in TASKS_OF_KEY.items():
-        value = operator.attrgetter(key)(settings)
-        if settings.task not in tasks and value != operator.attrgetter(key)(unset):
-            raise ConfigError(
-                f"in {source}: {key} = {value!r} is for task {' or '.join(map(repr, tasks))}, and "
-                f"the task is {settings.task!r}. Leave it out, or change the task."
-            )
-    sources = [key for key in ("glue", "train", "hub") if getattr(data, key) is not None]
-    if len(sources) != 1:
-        found = " and ".join(f"data.{key}" for key in sources) or "none of them"
-        raise ConfigError(
-            f"in {source}: say where the data is with one of data.glue (with data.path), "
-            f"data.train or data.hub; found {found}."
-        )
-    if data.glue and settings.task != "classification":
-        raise ConfigError(
-            f"in {source}: data.glue is for task 'classification', not {settings.task!r}."
-        )
-    if data.glue and not data.path:
-        raise ConfigError(
-            f"in {source}: data.glue = {data.glue!r} needs data.path, the folder with train.tsv "
-            f"and dev.tsv."
-        )
-    decided = [f"data.{key}" for key in _DECIDED_BY_GLUE if getattr(data, key) != default(key)]
-    if data.glue and decided:
-        raise ConfigError(
-            f"in {source}: data.glue = {data.glue!r} decides {', '.join(decided)} by itself. Leave "
-            f"it out, or name the files in data.train and data.validation instead of data.glue."
-        )
-    if not data.hub and data.validation_split:
-        raise ConfigError(
-            f"in {source}: data.validation_split is a split of a hub dataset, and there is no "
-            f"data.hub. Name a held-out file in data.validation."
-        )
-    held_out = data.validation if isinstance(data.validation, list) else []
-    weighted = [number for number, its in enumerate(held_out, 1) if its.weight != 1]
-    if weighted:
-        raise ConfigError(
-            f"in {source}: data.validation, entry {weighted[0]}: held-out rows are judged once "
-            f"each. Leave its weight out."
-        )
-    if settings.training.packing and settings.training.group_by_length:
-        raise ConfigError(
-            f"in {source}: training.group_by_length puts rows of like length into a batch, and "
-            f"training.packing leaves no rows to group. Leave one out."
-        )
-    if data.regression and data.labels:
-        raise ConfigError(f"in {source}: data.labels names classes, but data.regression is set.")
-    if settings.classifies and not has_validation(settings):
-        raise ConfigError(
-            f"in {source}: a classifier keeps its best epoch, so it needs held-out rows: set "
-            f"data.validation, data.validation_split or data.validation_fraction above 0."
-        )
-    _check_training(settings, source)
-    if settings.devices.device_map and settings.devices.processes > 1:
-        raise ConfigError(
-            f"in {source}: devices.device_map spreads one process's model over all devices, and "
-            f"devices.processes = {settings.devices.processes} gives each process one. Choose one."
-        )
-    if settings.init_from and settings.method not in ("msplora", *LORAS):
-        raise ConfigError(
-            f"in {source}: init_from starts from an adapter of MSPLoRA or LoRA, and the method is "
-            f"{settings.method!r}. Use method msplora or lora."
-        )
-
-
-def _check_training(settings: Settings, source: str) -> None:
-    training = settings.training
-    frozen = training.frozen_levels or ()
-    both = [its for stage in training.stages or () for its in stage.levels if its in frozen]
-    if both:
-        raise ConfigError(
-            f"in {source}: training.frozen_levels and training.stages both name {both[0]}. A level "
-            f"that trains in a stage is not frozen: take it out of one of them."
-        )
-    if training.early_stopping_patience and not has_validation(settings):
-        raise ConfigError(
-            f"in {source}: training.early_stopping_patience needs held-out rows to judge by: set "
-            f"data.validation, data.validation_split or data.validation_fraction above 0."
-        )
-
-
-def has_validation(settings: Settings) -> bool:
-    """Whether a run holds rows out to be judged by."""
-    data = settings.data
-    return bool(data.glue or data.validation or data.validation_split or data.validation_fraction)
-
-
-def check_metric(settings: Settings, usual: str, known: Iterable[str]) -> str:
-    """Return the metric that picks the checkpoint to keep; refuse one the task does not have."""
-    wanted = settings.training.metric_for_best or usual
-    known = list(known)
-    if wanted not in known:
-        raise ConfigError(
-            f"training.metric_for_best = {wanted!r}; this task has {', '.join(known)}."
-            + nearest(wanted, known, count=1)
-        )
-    return wanted

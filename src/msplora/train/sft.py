@@ -25,7 +25,7 @@ from .packing import packed_length, packed_rows, refuse_leaking
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
-from .settings_file import check_metric
+from .settings_checks import check_metric
 from .sft_rows import masked_sample, prepare_rows
 from .task_record import TaskRecord
 from .tokenise_sft import Tokens

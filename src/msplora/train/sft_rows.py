@@ -73,6 +73,7 @@ def prepare_rows(
     )
     for what, split in checks.items():
         check.warnings += warnings_on_lengths(split, what, limit.length)
+        check.warnings += _warnings_on_turns(split, what)
     chats = any(source.form == "messages" for source in data.sources)
     check.warnings += warnings_on_ends(check.training, chats, ends, tokenizer)
     check.warnings += warnings_on_repeats(check)
@@ -107,6 +108,18 @@ def _source_notes(data: SftData) -> list[str]:
         f"{source.name}: form {source.form}, {source.train:,} samples in an epoch (weight "
         f"{source.weight:g}), {source.held_out:,} held out"
         for source in data.sources
+    ]
+
+
+def _warnings_on_turns(split: SplitCheck, what: str) -> list[str]:
+    """What of the chats is not learnt."""
+    if not split.unlearnt_turns:
+        return []
+    return [
+        f"{share(split.unlearnt_turns, split.turns)} turns of the assistant in the {what} rows are "
+        f"not learnt: the chat template refuses a chat that ends with them, or drops words of them "
+        f"(such as thoughts) once others follow. Give each such answer a row of its own, at the "
+        f"end of its chat, or name a data.chat_template that keeps it."
     ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
-from .data_chat import calls_as_text
+from .data_chat import Message, calls_as_text
 from .data_files import DataError
 from .data_sft import Sample
 
@@ -23,22 +25,38 @@ def template_names(tokenizer: Any, name: str) -> bool:
     return any(name in text for text in texts)
 
 
-def chat_spans(sample: Sample, tokenizer: Any) -> tuple[str, list[Span]]:
-    """Return a rendered chat and what of it the loss counts: the assistant's turns and their ends.
+@dataclass(frozen=True)
+class RenderedChat:
+    """A chat as text, and what of it the loss counts: turns of the assistant, and their ends."""
 
-    Where a turn begins and ends is found by rendering the chat up to it. A template that renders
-    earlier turns differently once later ones follow (some drop their reasoning) breaks this for
-    those turns; then only the last one is learnt, which is what such a model sees in use.
+    text: str
+    spans: list[Span]
+    turns: int
+    """Of the assistant, without those whose weight is 0."""
+
+    @property
+    def unlearnt_turns(self) -> int:
+        """Turns that could not be found in the text, and are not learnt."""
+        return self.turns - len(self.spans)
+
+
+def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
+    """Render a chat and find what of it the loss counts.
+
+    Where a turn begins and ends is found by rendering the chat up to it. Some templates render a
+    turn differently once others follow. It is learnt as it then stands in the chat where all that
+    it has lost is marks without a word (an empty thought) or its end token. One that has lost
+    words, such as its thoughts, is not: it would teach the model to answer without them.
     """
     whole = render_chat(sample, tokenizer)
     turns = [
-        place for place, message in enumerate(sample.messages) if message["role"] == "assistant"
+        place
+        for place, message in enumerate(sample.messages)
+        if message["role"] == "assistant" and message.get("weight") != 0
     ]
-    spans = [_span(sample, place, whole, tokenizer) for place in turns]
-    learnt = [span for span in spans if span]
-    if len(learnt) < len(turns):
-        learnt = [spans[-1]] if spans[-1] else []
-    if not learnt:
+    found = (_span(sample, place, whole, tokenizer) for place in turns)
+    spans = [span for span in found if span]
+    if not spans:
         raise DataError(
             f"{sample.place}: the chat template renders the assistant's turn differently when it "
             f"is alone, so the loss mask cannot be found. Name another data.chat_template."
@@ -49,40 +67,107 @@ def chat_spans(sample: Sample, tokenizer: Any) -> tuple[str, list[Span]]:
             f"which characters a token covers, so the loss mask cannot be found. Name a fast one "
             f"(with a tokenizer.json) as tokenizer."
         )
-    return whole, learnt
+    return RenderedChat(whole, spans, len(turns))
 
 
 def _span(sample: Sample, turn: int, whole: str, tokenizer: Any) -> Span | None:
-    before = _render(sample, sample.messages[:turn], tokenizer, add_generation_prompt=True)
-    through = _render(sample, sample.messages[: turn + 1], tokenizer)
-    if not through.startswith(before):
-        # Some templates open the turn with something that only a fresh answer gets.
-        before = _render(sample, sample.messages[:turn], tokenizer)
-    if through.startswith(before) and whole.startswith(through):
-        return len(before), len(through)
+    """Where a turn stands in the whole chat, without the mark that opens it."""
+    through = _try(sample, sample.messages[: turn + 1], tokenizer)
+    start = None if through is None else _start(sample, turn, through, whole, tokenizer)
+    if through is None or start is None or whole[:start] != through[:start]:
+        return None
+    alone, stands = through[start:], whole[start:]
+    if stands.startswith(alone):
+        return start, len(through)
+    said = _said(sample, turn, tokenizer)
+    spoken = alone.rfind(said) + len(said)
+    shared = _in_common(alone, stands)
+    if said and said in alone and shared >= spoken:
+        return start, start + shared
+    marks = _MARKS.match(alone)
+    for cut in range(1, marks.end() + 1 if marks else 1):
+        if said in alone[cut:] and alone[cut:] and stands.startswith(alone[cut:]):
+            return start, len(through) - cut
     return None
+
+
+_MARKS = re.compile(r"(?:\s|<[^<>]*>)*")
+"""What holds no word: white space, and marks such as those around a thought."""
+
+
+def _start(sample: Sample, turn: int, through: str, whole: str, tokenizer: Any) -> int | None:
+    """Where the last turn of `through` begins to be the assistant's own words."""
+    before = sample.messages[:turn]
+    closed, opened = (
+        _try(sample, before, tokenizer, fresh) if before else None for fresh in (False, True)
+    )
+    if opened is not None and through.startswith(opened) and whole.startswith(opened):
+        return len(opened)
+    if closed is not None and through.startswith(closed) and whole.startswith(closed):
+        # A fresh answer is opened with something that this turn lacks, such as a thought's mark.
+        return max(len(closed), _in_common(opened or "", through, whole))
+    # Nothing comes before, or not as it stands here: the nearest opening before what is said.
+    said = _said(sample, turn, tokenizer)
+    place = through.rfind(said) if said else len(through)
+    opening = _opening(sample, tokenizer)
+    opened_at = through.rfind(opening, 0, max(place, 0)) if opening else -1
+    if opened_at >= 0:
+        return opened_at + len(opening)
+    return place if said and place >= 0 else None
+
+
+def _in_common(*texts: str) -> int:
+    """How many characters the texts begin with alike, without a mark that is alike in part."""
+    columns = enumerate(zip(*texts, strict=False))
+    shared = next((at for at, its in columns if len(set(its)) > 1), min(map(len, texts)))
+    inside = texts[0].rfind("<", 0, shared)
+    return shared if inside <= texts[0].rfind(">", 0, shared) else inside
+
+
+def _opening(sample: Sample, tokenizer: Any) -> str:
+    """What the template writes where an answer is to begin."""
+    asked = [{"role": "user", "content": "?"}]
+    closed, opened = (_try(sample, asked, tokenizer, its) for its in (False, True))
+    if closed is None or opened is None or not opened.startswith(closed):
+        return ""
+    return opened[len(closed) :]
+
+
+def _said(sample: Sample, turn: int, tokenizer: Any) -> str:
+    return _as_known(sample.messages[turn], tokenizer)["content"].strip()
+
+
+def _as_known(message: Message, tokenizer: Any) -> Message:
+    return message if template_names(tokenizer, "tool_calls") else calls_as_text(message)
+
+
+def _try(
+    sample: Sample, messages: Any, tokenizer: Any, add_generation_prompt: bool = False
+) -> str | None:
+    """The part of a chat as text, or None where the template refuses it by itself."""
+    try:
+        return _render(sample, messages, tokenizer, add_generation_prompt)
+    except DataError:
+        return None
 
 
 def _render(
     sample: Sample, messages: Any, tokenizer: Any, add_generation_prompt: bool = False
 ) -> str:
-    if not messages:
-        return ""
     if not tokenizer.chat_template:
         raise DataError(
             f"{sample.place} is a chat, but the tokenizer has no chat template. Use a chat model, "
             f"name a Jinja file in data.chat_template, or bring the data into prompt-completion "
             f"form."
         )
-    if not template_names(tokenizer, "tool_calls"):
-        messages = map(calls_as_text, messages)
+    messages = [_as_known(its, tokenizer) for its in messages]
     if not template_names(tokenizer, "developer"):
         messages = [
             its | {"role": "system"} if its["role"] == "developer" else its for its in messages
         ]
     try:
         return tokenizer.apply_chat_template(
-            list(messages),
+            messages,
             tools=list(sample.tools) if sample.tools else None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,

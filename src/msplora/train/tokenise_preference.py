@@ -53,6 +53,12 @@ def _pair(pair: Pair, tokenizer: Any) -> PairTokens:
     A token that holds the end of the prompt and the start of one answer belongs to both answers.
     """
     chosen, rejected = (whole_row(its, tokenizer) for its in (pair.chosen, pair.rejected))
+    for its in (chosen, rejected):
+        if its.labels[-1] == IGNORED:
+            raise DataError(
+                f"{pair.place}: where the answer begins cannot be found: the chat template renders "
+                f"the turns before it in another way without it. Name another data.chat_template."
+            )
     prompt = min(_answer_from(chosen), _answer_from(rejected))
     for place, (one, other) in enumerate(zip(chosen.input_ids, rejected.input_ids, strict=False)):
         if one != other:

@@ -32,6 +32,10 @@ class Tokens:
     labels: list[int]
     chunk: bool = False
     """Whether it is cut out of a longer text, and ends nowhere in particular."""
+    turns: int = 0
+    """Of a chat: those of the assistant that are to be learnt."""
+    unlearnt_turns: int = 0
+    """Those of them that are not, since they could not be found in the rendered chat."""
 
 
 def tokenise_samples(
@@ -60,6 +64,8 @@ def tokenise_samples(
         # A prompt that fills the row leaves nothing to learn; the first label is never predicted.
         if any(label != IGNORED for label in cut.labels[1:]):
             rows.append(cut)
+            report.turns += row.turns
+            report.unlearnt_turns += row.unlearnt_turns * completion_only
         else:
             report.truncated -= len(cut.input_ids) < len(row.input_ids)
             report.unlearnt += 1
@@ -136,13 +142,13 @@ def _chats(samples: list[Sample], tokenizer: Any) -> list[Tokens]:
         return []
     rendered = [chat_spans(sample, tokenizer) for sample in samples]
     encoded = tokenizer(
-        [text for text, _ in rendered],
+        [its.text for its in rendered],
         add_special_tokens=False,
         return_offsets_mapping=True,
         verbose=False,
     )
     rows = []
-    for sample, (_, learnt), ids, offsets in zip(
+    for sample, chat, ids, offsets in zip(
         samples, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         labels = [
@@ -150,11 +156,19 @@ def _chats(samples: list[Sample], tokenizer: Any) -> list[Tokens]:
             # By the start, since some tokenizers take spaces off a token's span, down to an empty
             # one; or by the end, since a token that also holds the end of the prompt must be
             # predicted too.
-            if any(low <= start < high or start < low < end for low, high in learnt)
+            if any(low <= start < high or start < low < end for low, high in chat.spans)
             else IGNORED
             for its, (start, end) in zip(ids, offsets, strict=True)
         ]
-        rows.append(Tokens(sample.place, ids, labels))
+        rows.append(
+            Tokens(
+                sample.place,
+                ids,
+                labels,
+                turns=chat.turns,
+                unlearnt_turns=chat.unlearnt_turns,
+            )
+        )
     return rows
 
 
