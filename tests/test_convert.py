@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import msplora
 from msplora import loading
+from msplora.adapted import load_adapted
 from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.folders import OutputError, new_folder
@@ -46,7 +47,7 @@ def save_adapter(tiny: Tiny, folder: Path, **options: Any) -> Path:
 
 def native_logits(adapter: Path) -> torch.Tensor:
     with torch.no_grad():
-        return loading.load_adapted(adapter)(IDS).logits
+        return load_adapted(adapter)(IDS).logits
 
 
 def test_the_lora_answers_like_the_pyramid(adapter: Path, tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_a_kill_leaves_no_half_written_result(
     script = f"""
 import time
 import msplora.convert
-msplora.convert.compare = lambda *_: print("checking", flush=True) or time.sleep(100)
+msplora.convert.prove_lora = lambda *_: print("checking", flush=True) or time.sleep(100)
 msplora.to_lora({str(adapter)!r}, {str(tmp_path / "lora")!r})
 """
     command = [sys.executable, "-W", "ignore", "-c", script]

@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 import msplora
 from msplora import loading
+from msplora.adapted import load_adapted
 from msplora.errors import BaseModelError, ConfigError, MSPLoraError, UnsupportedError
 from msplora.loading import BaseOptions
 from msplora.updates import updates_of
@@ -83,7 +84,7 @@ def test_nothing_is_loaded_for_what_cannot_be(
     options: dict[str, Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr(loading, "load_base_of", _not_yet)
+    monkeypatch.setattr("msplora.adapted.load_base_of", _not_yet)
     with pytest.raises((ConfigError, UnsupportedError), match=said):
         convert(folder / source, tmp_path / "out", **options)
 
@@ -95,7 +96,7 @@ def _not_yet(*_: object) -> None:
 def test_a_missing_library_is_missed_before_the_base_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_base_of", _not_yet)
+    monkeypatch.setattr("msplora.adapted.load_base_of", _not_yet)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MSPLoraError, match=r"pip install 'msplora\[gguf\]'"):
         msplora.to_lora(folder / "pyramid", tmp_path / "out", form="gguf")
@@ -152,7 +153,7 @@ def edited(folder: Path, out: Path, **values: Any) -> Path:
 def test_a_base_of_the_user_s_own_class_is_loaded_as_that(folder: Path, tmp_path: Path) -> None:
     own = {"base_model_class": "OfTheUser", "parent_library": __name__}
     adapter = edited(folder / "pyramid", tmp_path / "own", task_type=None, auto_mapping=own)
-    assert type(loading.load_adapted(adapter).get_base_model()) is OfTheUser
+    assert type(load_adapted(adapter).get_base_model()) is OfTheUser
     assert msplora.to_lora(adapter, tmp_path / "out").comparison is not None
     own["base_model_class"] = "GemmaForCausalLM"
     config = loading.read_config(
@@ -163,7 +164,7 @@ def test_a_base_of_the_user_s_own_class_is_loaded_as_that(folder: Path, tmp_path
     own = {"base_model_class": "OfTheUser", "parent_library": "antigravity"}
     adapter = edited(folder / "pyramid", tmp_path / "other", task_type=None, auto_mapping=own)
     with pytest.raises(BaseModelError, match=r"OfTheUser of antigravity.*has imported OfTheUser"):
-        loading.load_adapted(adapter)
+        load_adapted(adapter)
     assert "antigravity" not in sys.modules
 
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import msplora
+from msplora.adapted import load_adapted
 from msplora.cli.convert import ServerName
 from msplora.convert import to_lora
 from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
 from msplora.plain_lora import lora_of
-from msplora.server_limits import asked_server, check_served
+from msplora.server_limits import asked_server, check_served, features
 from msplora.serving import SERVERS, Form, serve_command
 from msplora.to_gguf import rotary_order
 from oracle import randomise
@@ -59,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deltas(folder: Path) -> dict[str, Tensor]:
     """What the pyramid adds to each weight, (out, in)."""
-    model = msplora.loading.load_adapted(folder / "adapter")  # pyright: ignore
+    model: Any = load_adapted(folder / "adapter")
     return {
         path: layer.get_delta_weight("default").detach()
         for path, layer in model.get_base_model().named_modules()
@@ -267,17 +268,17 @@ def test_what_a_server_lacks_is_refused_with_the_reason(feature: str) -> None:
     model = build()
     for server in SERVERS.values():
         if feature not in server.lacks:
-            check_served(model, server, 7)
+            check_served(features(model), server, 7)
             continue
         with pytest.raises(
             UnsupportedError, match=rf"{server.title} cannot serve.*{where}"
         ) as said:
-            check_served(model, server, 7)
+            check_served(features(model), server, 7)
         assert server.lacks[feature] in str(said.value)
 
 
 def test_a_rank_above_a_server_s_limit_names_the_limit_and_the_flag() -> None:
-    model = adapted(DENSE)
+    model = features(adapted(DENSE))
     vllm, sglang = SERVERS["vllm"], SERVERS["sglang"]
     check_served(model, vllm, 512)
     with pytest.raises(UnsupportedError, match=r"513.*--max-lora-rank goes up to 512.*merged"):

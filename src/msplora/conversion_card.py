@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .pyramid import Plan
+from .serving import SERVERS
 
 CARD_FILE = "README.md"
 
@@ -15,6 +17,12 @@ AUTOLOAD = (
     "in every process (`disable` takes it back)."
 )
 """What the card of every pyramid says of programs that load adapters by path."""
+
+_RESIZED = (
+    "It was trained with another vocabulary than its base has: load the base, call "
+    "`base.resize_token_embeddings({})`, and put the adapter on that with "
+    "`PeftModel.from_pretrained(base, ...)`."
+)
 
 _LOADERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -42,17 +50,40 @@ def card_of_pyramid(config: Any, plan: Plan, source: str, explained: float) -> s
     )
 
 
-def card_of_lora(config: Any, source: str) -> str:
-    """README.md of the plain LoRA that a pyramid was converted to."""
+def card_of_lora(
+    config: Any, source: str, holds: Mapping[str, str], vocabulary: int | None = None
+) -> str:
+    """README.md of the plain LoRA that a pyramid was converted to.
+
+    Args:
+        config: the LoRA's.
+        source: the pyramid's name.
+        holds: its `server_limits.features`.
+        vocabulary: how many embeddings the base has to be given first.
+    """
+    lacking = {
+        server.title: server.lacks[feature]
+        for server in SERVERS.values()
+        if server.form == "lora"
+        for feature in holds
+        if feature in server.lacks
+    }
+    loads = "PEFT loads it as it is."
+    if lacking:
+        said = "; ".join(f"{title}: {why}" for title, why in lacking.items())
+        loads += f" Not so every server ({said}): give those the merged model."
+    else:
+        loads = "PEFT and every LoRA server load it as it is."
     return _card(
         config,
         "lora",
         [
             f"The plain LoRA that the MSPLoRA adapter `{source}` is: rank {config['r']} in every "
             f"layer, and the same answers.",
+            *([_RESIZED.format(vocabulary)] if vocabulary else []),
         ],
         [],
-        "It needs no msplora: PEFT and every LoRA server load it as it is.",
+        f"It needs no msplora: {loads}",
     )
 
 
@@ -71,8 +102,7 @@ def _card(config: Any, tag: str, said: list[str], first: list[str], after: str) 
             "",
             f"# {Path(base).name if base else 'A model'}, adapted",
             "",
-            *said,
-            "",
+            *(line for one in said for line in (one, "")),
             "```python",
             *first,
             f"from peft import {auto}",

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
+from .adapted import Adapted, load_adapted, load_on_base, put_on
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
@@ -34,18 +33,18 @@ from .loading import (
     check_finite,
     dtype_argument,
     dtype_named,
-    load_adapted,
     quiet_loading,
     read_config,
-    read_tensors,
     write_json,
 )
+from .merging import merge_layers, unloaded
 from .plain_lora import Padding, check_padding, lora_of
+from .probing import Probe, logits
+from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
-from .server_limits import asked_server, check_served
-from .serving import GGUF_FILE, Form
-from .store import STORE_NAME
-from .verifying import Comparison, compare, logits, probe_inputs
+from .server_limits import asked_server, check_served, features, why_not_served
+from .serving import GGUF_FILE, SERVERS, Form
+from .verifying import Comparison
 
 # What goes along: the tokenizer, and what `msplora eval` and its kin must know of the task.
 _COMPANIONS = (
@@ -59,6 +58,10 @@ _COMPANIONS = (
     "chat_template.*",
     "preprocessor_config.json",
 )
+
+
+class RoundedAwayWarning(UserWarning):
+    """A merged model whose dtype keeps little of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Converted:
     """The base model's path or hub id."""
     generates: bool = False
     """Whether it is a language model, which LoRA servers take."""
+    not_served: dict[str, str] = field(default_factory=dict)
+    """Of `serving.SERVERS`, those that read this form but not this adapter -> why."""
 
 
 def to_lora(
@@ -102,7 +107,8 @@ def to_lora(
         server: refuse what this one of `serving.SERVERS` cannot serve.
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
-        verify: load base and result with PEFT and compare the logits before anything is written.
+        verify: load base and result with PEFT, and compare every update and the logits before the
+            result takes its place.
         force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
@@ -131,28 +137,31 @@ def to_lora(
             server=asked,
             max_lora_rank=max_lora_rank,
         )
-    model, others = _load_pyramid(folder, base)
-    tensors, config = lora_of(model, dtype=stored, pad_to=pad_to)
+    adapted = _load_pyramid(folder, base)
+    tensors, config = lora_of(adapted.model, dtype=stored, pad_to=pad_to)
+    holds = features(adapted.model, adapted.others)
     if asked is not None:
-        check_served(model, asked, config["r"], max_lora_rank)
-    own: Any = next(iter(model.peft_config.values()))
+        check_served(holds, asked, config["r"], max_lora_rank)
+    own: Any = next(iter(adapted.model.peft_config.values()))
     config["base_model_name_or_path"], config["revision"] = options.recorded_for(own)
-    tensors |= others
+    tensors |= adapted.others
     check_finite(tensors, f"the LoRA in {dtype}")
-    root: Any = model.get_base_model()
-    written = in_form(form, PlainLora(tensors, config, root.config))
+    base_config: Any = adapted.model.get_base_model().config
+    written = in_form(form, PlainLora(tensors, config, base_config))
     with new_folder(out, force, made_from=folder.name) as partial:
         written.write(partial)
         if form == "lora":
-            (partial / CARD_FILE).write_text(card_of_lora(config, folder.name), encoding="utf-8")
+            card = card_of_lora(config, folder.name, holds, adapted.vocabulary)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
             copy_companions(folder, partial)
         comparison = None
         if verify:
-            probe = _Probe(model)
-            base_model: Any = model.unload()
-            converted = _with_lora(base_model, written, partial, config)
-            dtypes = {base_model.dtype, stored}
-            comparison = probe.compare_with(converted, dtypes)
+            comparison = prove_lora(
+                adapted,
+                lambda bare: _with_lora(bare, written, partial, config),
+                stored,
+                lambda: _load_pyramid(folder, replace(options, dtype="float32")),
+            )
     return Converted(
         out,
         config["r"],
@@ -161,6 +170,11 @@ def to_lora(
         comparison,
         base=config["base_model_name_or_path"],
         generates=config["task_type"] == "CAUSAL_LM",
+        not_served={
+            name: why
+            for name, its in SERVERS.items()
+            if its.form == form and (why := why_not_served(holds, its, config["r"]))
+        },
     )
 
 
@@ -179,7 +193,9 @@ def to_merged(
         source: the adapter's folder, or a run's.
         out: the folder to write.
         base: how to load the base model, its dtype included; the adapter names it.
-        verify: load the result and compare the logits before it takes its place.
+        verify: hold every merged weight against base and update, then load the result and compare
+            the logits before it takes its place. What rounding to the base's dtype takes is said;
+            `RoundedAwayWarning` where that is most of the adapter.
         allow_quantized: merge into a quantised base, which rounds the sum again.
         force: replace `out` if it is an earlier conversion, as it was written.
 
@@ -198,21 +214,25 @@ def to_merged(
             "the base is quantised: merging would round its weights a second time. Pass --base "
             "with the unquantised model, or --allow-quantized to accept that."
         )
-    probe = _Probe(model) if verify else None
+    probe = Probe(model) if verify else None
     rank = sum(_ranks(model))
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    rounding = merge_layers(model)
+    merged: Any = unloaded(model)
     model_class = type(merged)
     with new_folder(out, force, made_from=folder.name) as partial:
         with quiet_loading():
             merged.save_pretrained(partial)
         copy_companions(folder, partial)
         comparison = None
+        answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
-        if probe is not None:
+        if probe is not None and answers is not None:
             with quiet_loading():
                 options = {dtype_argument(): dtype}
                 reloaded = model_class.from_pretrained(partial, **options).eval()
-            comparison = probe.compare_with(reloaded, {dtype})
+            comparison = prove_merged(probe, rounding, answers, reloaded)
+            if comparison.rounded_away:
+                warnings.warn(comparison.rounded_away, RoundedAwayWarning, stacklevel=2)
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
 
@@ -230,28 +250,14 @@ def _check_merges(folder: Path) -> None:
         )
 
 
-def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]) -> nn.Module:
+def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]) -> PeftModel:
     """The base with the LoRA that the written files hold, loaded by PEFT."""
     with tempfile.TemporaryDirectory() as scratch:
         if (folder / WEIGHTS_FILE).is_file():
-            return PeftModel.from_pretrained(base, str(folder)).eval()
+            return put_on(base, folder)
         save_file(written.read(folder), Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(Path(scratch) / CONFIG_FILE, config)
-        return PeftModel.from_pretrained(base, scratch).eval()
-
-
-class _Probe:
-    """The logits of a model with and without its adapter, taken before it is converted."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.inputs = probe_inputs(model)
-        with model.disable_adapter():
-            self.base = logits(model, self.inputs)
-        self.adapted = logits(model, self.inputs)
-
-    def compare_with(self, converted: nn.Module, dtypes: set[torch.dtype]) -> Comparison:
-        """Raise if the converted model answers differently."""
-        return compare(self.base, self.adapted, logits(converted, self.inputs), dtypes)
+        return put_on(base, Path(scratch))
 
 
 def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
@@ -261,11 +267,11 @@ def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
     return [folder, *([place] if place.is_dir() else [])]
 
 
-def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The adapted model, and what the adapter's file holds besides pairs."""
+def _load_pyramid(folder: Path, base: BaseOptions | None) -> Adapted:
+    """The adapted model, and what the adapter's file holds."""
     if is_released(folder):
-        return load_released(folder, base)
-    return load_adapted(folder, base), other_tensors(read_tensors(folder))
+        return Adapted(*load_released(folder, base))
+    return load_on_base(folder, base)
 
 
 def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
@@ -289,11 +295,6 @@ def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
         f"pair for each layer, which is the same: --to msplora --ranks {rank} --groups 0. Convert "
         f"that."
     )
-
-
-def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an adapter's file holds besides pairs: a head, biases, trained tokens."""
-    return {key: tensor for key, tensor in tensors.items() if f"{STORE_NAME}." not in key}
 
 
 def _ranks(model: Any) -> list[int]:

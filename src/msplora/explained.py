@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
 
+from .adapted import Adapted, put_on
+from .probing import Probe
 from .pyramid import Kind, Plan, Site
 from .updates import Blocks, norm_of, updates_of
-from .verifying import Comparison, VerificationError, compare, logits, probe_inputs
+from .verifying import Comparison, VerificationError, check
 
 _EXACT = 1e-9
 """What may stay unexplained where the two are to answer alike: float32 leaves less."""
@@ -60,7 +60,7 @@ def total(explained: Sequence[Explained]) -> float:
 
 
 def measure(
-    model: Any,
+    adapted: Adapted,
     folder: Path,
     found: Plan,
     updates: Mapping[str, Blocks],
@@ -73,14 +73,10 @@ def measure(
         VerificationError: it is not what was found; or, where nothing was lost, it answers unlike
             the source.
     """
-    inputs = probe_inputs(model)
-    with model.disable_adapter():
-        base_logits = logits(model, inputs)
-    source_logits = logits(model, inputs)
-    base_model: Any = model.unload()
+    probe = Probe(adapted.model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the adapter names")  # --base was asked for
-        loaded = PeftModel.from_pretrained(base_model, str(folder)).eval()
+        loaded = put_on(adapted.take_base(), folder)
     measured = explain(found, updates, dict(updates_of(loaded)))
     slack = 1e-4 if dtype == "float32" else 2e-2
     for was, now in zip(expected, measured, strict=True):
@@ -90,12 +86,7 @@ def measure(
                 f"not {was.share:.4%}. Nothing was written. Please report this, with the "
                 f"adapter's config."
             )
-    answers = logits(loaded, inputs)
-    if all(1 - its.share <= _EXACT for its in measured):
-        dtypes = {base_model.dtype, getattr(torch, dtype)}
-        return measured, compare(base_logits, source_logits, answers, dtypes)
-    return measured, Comparison(
-        difference=float((answers - source_logits).abs().max()),
-        effect=float((source_logits - base_logits).abs().max()),
-        tolerance=math.inf,
-    )
+    its = probe.compared(loaded, getattr(torch, dtype))
+    if all(1 - one.share <= _EXACT for one in measured):
+        return measured, check(its)
+    return measured, replace(its, tolerance=math.inf)

@@ -14,7 +14,7 @@ from .config import MSPLoraConfig
 from .forms import PlainLora, in_form
 from .loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
 from .plain_lora import Padding, lora_of
-from .server_limits import check_served
+from .server_limits import check_served, features
 from .serving import Form, Server
 
 
@@ -43,7 +43,7 @@ def foresee(
     with torch.device("meta"):
         tensors, lora = lora_of(adapted, pad_to=pad_to)
     if server is not None:
-        check_served(adapted, server, lora["r"], max_lora_rank)
+        check_served(features(adapted), server, lora["r"], max_lora_rank)
     root: Any = adapted.get_base_model()
     in_form(form, PlainLora(tensors, lora, root.config))
 

@@ -15,14 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import _peft
+from .adapted import Adapted, embeddings_of, load_on_base
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
 from .convert import copy_companions, folders_read
-from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError, nearest_path
+from .errors import ConfigError, TargetError, UnsupportedError, nearest_path
 from .explained import Explained, explain, measure, total
 from .fitting import Shared, fit
 from .folders import check_apart, check_output, new_folder
@@ -32,11 +34,9 @@ from .loading import (
     adapter_folder,
     check_finite,
     dtype_named,
-    load_adapted,
     read_config,
-    read_tensors,
 )
-from .matching import STORE_NAME, model_type_of
+from .matching import STORE_NAME, model_type_of, place
 from .planning import plan
 from .pyramid import Kind, Pair, Plan
 from .released import is_released, load_released
@@ -128,7 +128,8 @@ def to_msplora(
     if data is not None and not Path(data).exists():
         raise ConfigError(f"the data file {data!r} does not exist.{nearest_path(Path(data))}")
     before = None if data is None else _loss_of_source(folder, data, base)
-    model, others, shape = _load(folder, base, shape)
+    adapted, shape = _load(folder, base, shape)
+    model, others = adapted.model, adapted.others
     updates = dict(updates_of(model))
     changed = {key: its for key, its in updates.items() if norm_of(its) > 0}
     if not changed:
@@ -158,7 +159,8 @@ def to_msplora(
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         comparison = None
         if verify:
-            expected, comparison = measure(model, partial, found, changed, expected, dtype)
+            del model  # which is taken apart
+            expected, comparison = measure(adapted, partial, found, changed, expected, dtype)
         after = None if data is None else _loss(partial, data, base)
     return Fitted(
         out=out,
@@ -206,20 +208,16 @@ def _shape_to_find(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
 
 def _load(
     folder: Path, base: BaseOptions | None, shape: dict[str, Any]
-) -> tuple[PeftModel, dict[str, Tensor], dict[str, Any]]:
-    """The adapted model, the tensors besides pairs, and the shape of the pyramid to find."""
+) -> tuple[Adapted, dict[str, Any]]:
+    """The adapted model, and the shape of the pyramid to find."""
     if is_released(folder):
-        model, others = load_released(folder, base)
-        released: Any = model.peft_config["default"]
+        adapted = Adapted(*load_released(folder, base))
+        released: Any = adapted.model.peft_config["default"]
         own = {name: getattr(released, name) for name in ("levels", "ranks", "groups")}
-        return model, others, shape or own
-    tensors = read_tensors(folder)
-    model = load_adapted(folder, base)
-    _check_whole(model, tensors, folder)
-    others = {
-        key: its for key, its in tensors.items() if "lora_" not in key and STORE_NAME not in key
-    }
-    return model, others, shape
+        return adapted, shape or own
+    adapted = load_on_base(folder, base)
+    _refuse_tied(adapted.model, folder)
+    return adapted, shape
 
 
 def _refuse(config: Any, folder: Path) -> None:
@@ -253,21 +251,26 @@ def _refuse(config: Any, folder: Path) -> None:
         )
 
 
-def _check_whole(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """PEFT only warns of tensors that a LoRA's file lacks, and leaves them random."""
-    wanted = set(get_peft_model_state_dict(model))
-    missing, left_over = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
-    if missing or left_over:
-        said = f"lacks {missing[0]!r}" if missing else f"holds {left_over[0]!r} besides"
-        raise AdapterFileError(
-            f"{str(folder)!r} {said}: it does not fit {type(model.get_base_model()).__name__}. "
-            f"Is it whole, and was it made for this base model?"
-        )
+def _refuse_tied(model: Any, folder: Path) -> None:
+    """A head and an embedding with one weight, of which the LoRA adapts one."""
+    both = list(embeddings_of(model.get_base_model()))
+    bare: list[Any] = [_peft.unwrapped(its) for _, its in both]
+    if len(both) < 2 or bare[0].weight is not bare[1].weight:
+        return
+    for path, its in both:
+        if isinstance(its, _peft.BaseTunerLayer):
+            raise UnsupportedError(
+                f"{str(folder)!r} adapts {path!r}, whose weight is "
+                f"{next(other for other, _ in both if other != path)!r}'s too: a pyramid adapts "
+                f"both or none. Leave it a LoRA, or merge it into its base (--to merged), which "
+                f"unties them."
+            )
 
 
 def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any]) -> MSPLoraConfig:
     """The pyramid's config: the source's, with other ranks, for the sites that it changes."""
-    kept = _kept(next(iter(model.peft_config.values())))
+    own: Any = next(iter(model.peft_config.values()))
+    kept = _kept(own)
     parameters = [key for key in changed if module_of(model.get_base_model(), key) is None]
     modules = [key for key in changed if key not in parameters]
     modules = [key for key in modules if not is_out_proj(model.get_base_model(), key)]
@@ -275,7 +278,8 @@ def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any])
         "target_modules": modules or None,
         "target_parameters": parameters or None,
         "exclude_modules": None,
-        "layers_to_transform": None,
+        # With the layers that are named the groups are cut by the pattern too, so it stays.
+        "layers_to_transform": _every_layer(model.get_base_model(), modules, own),
     }
     for targets in ({}, exact):
         config = MSPLoraConfig(**(kept | targets), **shape, inference_mode=True)
@@ -300,6 +304,13 @@ def _kept(config: Any) -> dict[str, Any]:
         for name, field in LoraConfig.__dataclass_fields__.items()
         if name not in _NOT_KEPT and field.init
     }
+
+
+def _every_layer(root: Any, keys: Sequence[str], own: Any) -> list[int] | None:
+    """The blocks of the sites, where a config has a pattern for the lists they lie in."""
+    pattern = own.layers_pattern
+    blocks = {place(root, key, pattern)[1] for key in keys} if pattern else set()
+    return sorted(block for block in blocks if block is not None) or None
 
 
 _NOT_KEPT = {

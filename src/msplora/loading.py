@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -36,6 +37,11 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 """Those that adapters are written in, and bases loaded."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -151,18 +157,6 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
-def load_adapted(folder: Path, base: BaseOptions | None = None) -> PeftModel:
-    """Load the base model an adapter names and put the adapter on it, ready for inference.
-
-    Raises:
-        MSPLoraError: the adapter or its base cannot be loaded, or they do not fit.
-    """
-    tensors = read_tensors(folder)
-    config = read_config(folder)
-    model = load_base_of(config, tensors, base or BaseOptions(), class_names(folder))
-    return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
 def read_config(folder: Path) -> PeftConfig:
     """The adapter's PEFT config."""
     sisters.register()  # so that PEFT knows their types, as it does ours
@@ -216,30 +210,36 @@ def load_base_of(
         "trust_remote_code": base.trust_remote_code,
         dtype_argument(): base.dtype if base.dtype == "auto" else dtype_named(base.dtype),
     }
-    labels = _number_of_labels(tensors)
-    task = str(getattr(config.task_type, "value", config.task_type))
     with loading_errors_explained(source):
         loader = base_class(config, source, base)
-    of_images = loader.__name__.endswith("ForImageClassification")
-    if (task in ("SEQ_CLS", "TOKEN_CLS") or of_images) and labels is not None:
-        options["num_labels"] = labels
-        if len(classes) == labels:
-            options["id2label"] = dict(enumerate(classes))
-            options["label2id"] = {name: place for place, name in enumerate(classes)}
-    if not of_images:
+    if not loader.__name__.endswith(_CLASSIFIERS):
         with loading_errors_explained(source), quiet_loading():
             return loader.from_pretrained(source, **options)
-    # Image models are published with the head of other classes, which the adapter's replaces.
+    # A base may have the head of other classes, or none; the adapter's takes its place.
+    labels = _number_of_labels(config, tensors, classes)
+    if labels:
+        options["num_labels"] = labels
+    if classes and len(classes) == labels:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {name: place for place, name in enumerate(classes)}
     with loading_errors_explained(source), quiet_loading():
         model, info = loader.from_pretrained(
             source, **options, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    replaced = {key.removeprefix("base_model.model.") for key in tensors}
-    lost = {entry[0] for entry in info["mismatched_keys"]} | set(info["missing_keys"])
-    if lost - replaced:
+    brought = {key.removeprefix("base_model.model.") for key in tensors}
+    unlike = sorted({entry[0] for entry in info["mismatched_keys"]} - brought)
+    random = sorted(set(info["missing_keys"]) - brought)
+    if unlike or (random and loader.__name__.endswith("ForImageClassification")):
         raise BaseModelError(
             f"{source}: weights that the adapter does not bring are missing or have another shape: "
-            f"{', '.join(sorted(lost - replaced)[:5])}."
+            f"{', '.join((unlike + random)[:5])}."
+        )
+    if random:
+        warnings.warn(
+            f"{source} lacks {', '.join(random[:5])}, and the adapter does not bring them: they "
+            f"are random numbers, as they were when it was trained, but not the same. Train again "
+            f"with the modules in modules_to_save.",
+            stacklevel=2,
         )
     return model
 
@@ -303,13 +303,24 @@ def without_weights(config: PeftConfig, of_base: Any, source: str, base: BaseOpt
         ) from error
 
 
-def _number_of_labels(tensors: Mapping[str, Tensor]) -> int | None:
+def _number_of_labels(
+    config: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]
+) -> int | None:
     """The outputs of a classifier's head that was saved with the adapter."""
     for suffix in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
         for key, tensor in tensors.items():
             if key.endswith(suffix) and tensor.ndim == 2:
                 return tensor.shape[0]
-    return None
+    if classes:
+        return len(classes)
+    # T5's and BART's is called classification_head, XLNet's logits_proj; its last layer answers.
+    names = tuple(config.modules_to_save or ())
+    of_head = [
+        tensor
+        for key, tensor in sorted(tensors.items())
+        if tensor.ndim == 2 and any(f".{name}." in key for name in names)
+    ]
+    return of_head[-1].shape[0] if of_head else None
 
 
 def resolve_source(name: str, what: str = "model") -> str:

@@ -5,10 +5,13 @@ A server that reads half an adapter serves another model and says nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from . import _peft
+from .adapted import name_in_base
 from .errors import ConfigError, UnsupportedError
 from .layer import PyramidLayer
 from .serving import SERVERS, WRITTEN_FOR, Form, Server
@@ -16,11 +19,15 @@ from .serving import SERVERS, WRITTEN_FOR, Form, Server
 _HEADS = {"classifier", "score"}
 
 
-def features(model: Any, adapter_name: str = "default") -> dict[str, str]:
+def features(
+    model: Any, others: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, str]:
     """What an adapter holds beyond updates of linear layers: the feature, and where it is.
 
     Args:
         model: a base model with an adapter of it.
+        others: what its file holds besides pairs: embeddings are saved without a word in a config.
+        adapter_name: which adapter.
     """
     config: Any = model.peft_config[adapter_name]
     root: Any = model.get_base_model()
@@ -29,17 +36,25 @@ def features(model: Any, adapter_name: str = "default") -> dict[str, str]:
         found["DoRA"] = "use_dora"
     if config.bias != "none":
         found["biases"] = f"bias={config.bias!r}"
-    for name in sorted(set(config.modules_to_save or ())):
-        if any(path.rpartition(".")[2] == name for path, _ in root.named_modules()):
-            kind = "classifier's head" if name in _HEADS else "saved modules"
-            found[kind] = f"modules_to_save names {name!r}"
     if getattr(config, "trainable_token_indices", None):
         found["trained tokens"] = "trainable_token_indices"
+    wrapped = []
     for path, layer in root.named_modules():
-        if isinstance(layer, PyramidLayer) and adapter_name in layer.borrowed:
+        if isinstance(layer, _peft.AuxiliaryTrainingWrapper):
+            wrapped.append(path)
+            if adapter_name in getattr(layer, "modules_to_save", ()):
+                is_head = path.rpartition(".")[2] in _HEADS
+                kind = "classifier's head" if is_head else "saved modules"
+                found.setdefault(kind, f"modules_to_save holds {path!r}")
+        elif isinstance(layer, PyramidLayer) and adapter_name in layer.borrowed:
             kind = _kind(layer)
             if kind is not None:
                 found.setdefault(kind, path)
+    for key in others or ():
+        path, _, name = name_in_base(key).rpartition(".")
+        known = any(path == its or path.startswith(f"{its}.") for its in wrapped)
+        if not known and not (name == "bias" and config.bias != "none"):
+            found.setdefault("saved modules", f"its file holds {path!r} whole")
     return found
 
 
@@ -92,11 +107,13 @@ def asked_server(name: str | None, form: Form, max_lora_rank: int | None = None)
     return server
 
 
-def check_served(model: Any, server: Server, rank: int, max_lora_rank: int | None = None) -> None:
+def check_served(
+    found: Mapping[str, str], server: Server, rank: int, max_lora_rank: int | None = None
+) -> None:
     """Refuse to convert for a server what it cannot serve.
 
     Args:
-        model: the base with the adapter.
+        found: the `features` of the adapter.
         server: see `asked_server`.
         rank: of the LoRA that would be written.
         max_lora_rank: as asked.
@@ -104,20 +121,25 @@ def check_served(model: Any, server: Server, rank: int, max_lora_rank: int | Non
     Raises:
         UnsupportedError: the server lacks a feature, or the rank is above its limit.
     """
-    for feature, where in features(model).items():
-        if feature in server.lacks:
-            raise UnsupportedError(
-                f"{server.title} cannot serve this adapter ({where}): {server.lacks[feature]}. "
-                f"Serve the merged model: --to merged."
-            )
-    if server.ranks is not None and rank > server.ranks[-1]:
-        raise UnsupportedError(
-            f"the LoRA has rank {rank}, and {server.title}'s {server.flag} goes up to "
-            f"{server.ranks[-1]}. Serve the merged model: --to merged."
-        )
+    reason = why_not_served(found, server, rank)
+    if reason is not None:
+        raise UnsupportedError(f"{reason}. Serve the merged model: --to merged.")
     if max_lora_rank is not None and rank > max_lora_rank:
         lifted = server.flag_for(rank) or f"{server.flag} {rank}"
         raise UnsupportedError(
             f"the LoRA has rank {rank}, above the {max_lora_rank} of {server.title}'s "
             f"{server.flag}. Start it with {lifted}."
         )
+
+
+def why_not_served(found: Mapping[str, str], server: Server, rank: int) -> str | None:
+    """What of an adapter a server lacks, or that its rank is above any limit of it."""
+    for feature, where in found.items():
+        if feature in server.lacks:
+            return f"{server.title} cannot serve this adapter ({where}): {server.lacks[feature]}"
+    if server.ranks is not None and rank > server.ranks[-1]:
+        return (
+            f"the LoRA has rank {rank}, and {server.title}'s {server.flag} goes up to "
+            f"{server.ranks[-1]}"
+        )
+    return None

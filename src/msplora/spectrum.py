@@ -86,8 +86,15 @@ def norm_of(a_RI: Tensor, b_OR: Tensor) -> float:
     return float(scaled.norm()) * sizes[0] * sizes[1]
 
 
-def site_factors(model: Any, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+def site_factors(
+    model: Any, adapter_name: str, *, variants: bool = False
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield every adapted site's key, A and B as matrices, the scaling in B; one site at a time.
+
+    Args:
+        model: as `singular_values`.
+        adapter_name: which adapter.
+        variants: the factors of DoRA and its like too, of which B A is not the update.
 
     Raises:
         MSPLoraError: as `singular_values`.
@@ -109,16 +116,16 @@ def site_factors(model: Any, adapter_name: str) -> Iterator[tuple[str, Tensor, T
         key = ".".join(part for part in path.split(".") if part != "base_layer")
         if hasattr(layer, "parameter_name"):
             key = f"{key}.{layer.parameter_name}".lstrip(".")
-        yield key, *_matrices(layer, adapter_name, key)
+        yield key, *_matrices(layer, adapter_name, key, variants)
 
 
 @torch.no_grad()
-def _matrices(layer: Any, adapter_name: str, key: str) -> tuple[Tensor, Tensor]:
+def _matrices(layer: Any, adapter_name: str, key: str, variants: bool) -> tuple[Tensor, Tensor]:
     """A and B of one layer: (R, I), (O, R); of experts (E, R, I), (E, O, R)."""
     variant = type(layer).__name__ if hasattr(layer, "lora_E") else None  # AdaLoRA's layers
     if adapter_name in layer.lora_variant:
         variant = type(layer.lora_variant[adapter_name]).__name__
-    if variant is not None:
+    if variant is not None and not variants:
         raise UnsupportedError(
             f"what adapter {adapter_name!r} does to {key!r} is not adding B A to its weight: PEFT "
             f"computes it by {variant}. There are singular values of plain LoRA's and MSPLoRA's "

@@ -26,12 +26,15 @@ Blocks = list[tuple[Tensor, Tensor]]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def updates_of(model: Any) -> Iterator[tuple[str, Blocks]]:
-    """Every adapted site's update, by its key."""
+def updates_of(model: Any, *, variants: bool = False) -> Iterator[tuple[str, Blocks]]:
+    """Every adapted site's update, by its key.
+
+    With `variants` also of DoRA and its like, where it is what goes into their formula.
+    """
     root = model.get_base_model()
     name = next(iter(model.peft_config))
     is_lora = not isinstance(model.peft_config[name], MSPLoraConfig)
-    for key, a, b in site_factors(model, name):
+    for key, a, b in site_factors(model, name, variants=variants):
         a, b = a.detach().cpu().double(), b.detach().cpu().double()
         if a.ndim == 3:  # experts
             yield key, list(zip(a.unbind(), b.unbind(), strict=True))

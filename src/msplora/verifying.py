@@ -1,17 +1,26 @@
-"""Proving a conversion on the real model: the same inputs through both, compared."""
+"""Comparing what two models answer, a converted one and the adapted one it was made from.
+
+Rounding moves logits too, in half precision by more than a small adapter does. So a difference is
+held against the adapter's own effect: where it is small beside that, the logits prove something.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import MSPLoraError, UnsupportedError
+from .errors import MSPLoraError
 
-# By the coarsest dtype on the way; relative to the largest logit where that is above 1.
+# What rounding explains, by the coarsest dtype on the way; of the largest logit if that is above 1.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SMALL = 0.05
+"""A difference of no more than this share of the adapter's effect shows that it is there whole."""
+
+
+_MUCH = 0.5
+"""A merge that is off by more than this share of the updates' norm has lost much of the adapter."""
 
 
 class VerificationError(MSPLoraError):
@@ -20,68 +29,61 @@ class VerificationError(MSPLoraError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a converted model's logits are from the adapted model's."""
+    """How far a converted model is from the adapted model."""
 
     difference: float
-    """The largest absolute difference."""
+    """The largest absolute difference of their logits."""
     effect: float
     """The largest absolute change of the logits by the adapter itself, for scale."""
     tolerance: float
+    """What rounding explains."""
+    dtype: str = "float32"
+    """What the logits were computed in."""
+    update_error: float | None = None
+    """How far the updates of the weights are from the adapter's, in Frobenius norms: of a LoRA the
+    worst weight's; of merged weights, all of them together."""
+    update_lost: float | None = None
+    """Of merged weights: the share of the updates, by squares, in numbers that did not change."""
 
-    def __str__(self) -> str:
+    @property
+    def shown(self) -> bool:
+        """Whether the difference is small beside what the adapter does."""
+        return self.effect > 0 and self.difference <= _SMALL * self.effect
+
+    @property
+    def rounded_away(self) -> str | None:
+        """What to tell users of a merge that keeps little of the adapter."""
+        if self.update_error is None or self.update_lost is None or self.update_error <= _MUCH:
+            return None
         return (
-            f"largest difference in logits {self.difference:.2e} (allowed {self.tolerance:.0e}; "
-            f"the adapter moves them by up to {self.effect:.2e})"
+            f"little of the adapter survives in {self.dtype}: {self.update_lost:.0%} of its "
+            f"updates lie in numbers that do not change at all, and with what the others are off "
+            f"by the error is {self.update_error:.0%} of their norm. Merge into float32 (--dtype "
+            f"float32), or serve the adapter unmerged."
         )
 
-
-def probe_inputs(model: Any) -> dict[str, Tensor]:
-    """Inputs a model can be compared on: random tokens or pixels, from a fixed seed.
-
-    Raises:
-        UnsupportedError: the model takes neither.
-    """
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = getattr(base, "main_input_name", "input_ids")
-    config: Any = base.config
-    if name == "input_ids":
-        text = config.get_text_config()
-        length = min(16, getattr(text, "max_position_embeddings", None) or 16)
-        # A classifier that reads its answer off the last token tells rows apart by their padding.
-        alone = type(base).__name__.endswith("ForSequenceClassification")
-        rows = 1 if alone and text.pad_token_id is None else 2
-        ids = torch.randint(text.vocab_size, (rows, length), generator=generator).to(device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
-        return inputs
-    if name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (2, config.num_channels, height, width)
-        return {name: torch.rand(shape, generator=generator).to(device, base.dtype)}
-    raise UnsupportedError(
-        f"{type(base).__name__} takes {name!r}, for which there are no test inputs. Convert with "
-        f"--no-verify and compare the two on your own data."
-    )
+    def __str__(self) -> str:
+        said = (
+            f"largest difference in logits {self.difference:.2e} (in {self.dtype}; the adapter "
+            f"moves them by up to {self.effect:.2e})"
+        )
+        if self.update_error is None:
+            return said
+        if self.update_lost is not None:
+            off = f", off by {self.update_error:.2g} of the update's norm" * (self.update_error > 0)
+            return f"every weight is base and update, rounded to {self.dtype}{off}; {said}"
+        if not self.effect:
+            said += ": it does nothing there"
+        elif not self.shown:
+            said += ", where rounding hides the adapter: its updates alone are the proof"
+        near = f"to {self.update_error:.0e} of its norm" if self.update_error else "to the last bit"
+        return f"every weight's update, {near}; {said}"
 
 
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's logits in float32, or its last hidden state where it has no head."""
-    with torch.inference_mode():
-        output = model(**inputs)
-    found = output.get("logits", output.get("last_hidden_state"))
-    if found is None:
-        found = next(value for value in output.values() if isinstance(value, Tensor))
-    return found.float().cpu()
-
-
-def compare(
+def compared(
     base: Tensor, adapted: Tensor, converted: Tensor, dtypes: set[torch.dtype]
 ) -> Comparison:
-    """Compare logits, and raise if they are further apart than rounding explains.
+    """Compare logits.
 
     Args:
         base: logits without the adapter.
@@ -90,7 +92,7 @@ def compare(
         dtypes: the dtypes the numbers went through.
 
     Raises:
-        VerificationError: they differ too much, or are not finite.
+        VerificationError: they are not finite.
     """
     if not bool(torch.isfinite(adapted).all()) or not bool(torch.isfinite(converted).all()):
         raise VerificationError(
@@ -98,14 +100,32 @@ def compare(
             "Try --dtype float32."
         )
     scale = max(1.0, float(adapted.abs().max()))
-    comparison = Comparison(
+    coarsest = max(dtypes, key=lambda dtype: _TOLERANCE.get(dtype, 1e-1))
+    return Comparison(
         difference=float((converted - adapted).abs().max()),
         effect=float((adapted - base).abs().max()),
-        tolerance=scale * max(_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes),
+        tolerance=scale * _TOLERANCE.get(coarsest, 1e-1),
+        dtype=str(coarsest).removeprefix("torch."),
     )
-    if comparison.difference > comparison.tolerance:
+
+
+def check(comparison: Comparison) -> Comparison:
+    """Raise `VerificationError` if the two are further apart than rounding explains."""
+    if comparison.difference > comparison.tolerance and not comparison.shown:
         raise VerificationError(
-            f"the converted model does not answer as the adapted one: {comparison}. Nothing was "
-            f"written. Please report this, with the adapter's config."
+            f"the converted model does not answer as the adapted one: {comparison}; rounding "
+            f"explains {comparison.tolerance:.0e}. Nothing was written. Please report this, with "
+            f"the adapter's config."
         )
     return comparison
+
+
+def compare(
+    base: Tensor, adapted: Tensor, converted: Tensor, dtypes: set[torch.dtype]
+) -> Comparison:
+    """Compare logits, and raise if they are further apart than rounding explains.
+
+    Raises:
+        VerificationError: they differ too much, or are not finite.
+    """
+    return check(compared(base, adapted, converted, dtypes))

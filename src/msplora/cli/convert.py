@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora.serving import WRITTEN_FOR
+from msplora.serving import SERVERS
 
 from .convert_back import BaseArguments, Shape, refuse_for, to_pyramid
 
@@ -140,13 +140,14 @@ def convert(
     refuse_for(to.value, Shape(r, ranks, groups, levels), data, as_json)
     from rich.console import Console
 
-    from msplora.convert import to_lora, to_merged
+    from msplora.convert import RoundedAwayWarning, to_lora, to_merged
     from msplora.loading import BaseOptions
     from msplora.serving import serve_command
 
     with warnings.catch_warnings():
         # Deprecations within the libraries are not for users to read.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", RoundedAwayWarning)  # said below
         if to is not Target.merged:
             result = to_lora(
                 source,
@@ -175,11 +176,23 @@ def convert(
         console.print("[yellow]Not checked[/] (--no-verify).")
     else:
         console.print(f"[green]Checked[/]: {result.comparison}.")
+        if result.comparison.rounded_away:
+            console.print(f"[bold yellow]Warning[/]: {result.comparison.rounded_away}")
     console.print(
         f"Wrote {result.out} ({result.out_bytes:,} bytes; the adapter has {result.source_bytes:,})."
     )
     if result.generates:
-        reader = server.value if server else WRITTEN_FOR.get(to.value)
+        reading = [name for name, its in SERVERS.items() if its.form == to.value]
+        reader = (
+            server.value
+            if server
+            else next((name for name in reading if name not in result.not_served), None)
+        )
+        if reader is None:
+            for why in result.not_served.values():
+                console.print(f"{why}.", markup=False)
+            console.print("PEFT loads it; for a server convert with --to merged.")
+            return
         command = serve_command(
             base or result.base or "BASE", str(out), result.rank, out.name, reader
         )

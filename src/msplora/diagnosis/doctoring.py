@@ -26,7 +26,7 @@ from msplora.loading import (
     read_tensors,
     resolve_source,
 )
-from msplora.verifying import probe_inputs
+from msplora.probing import probe_inputs
 
 from .belonging import (
     BASE,

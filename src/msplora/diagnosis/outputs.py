@@ -10,10 +10,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from msplora.convert import other_tensors
+from msplora.adapted import other_tensors
 from msplora.forms import AsPeft, PlainLora
 from msplora.plain_lora import lora_of
-from msplora.verifying import VerificationError, compare, logits
+from msplora.probing import logits
+from msplora.verifying import VerificationError, compare
 
 from .patient import Patient
 from .results import Check, figures, percent

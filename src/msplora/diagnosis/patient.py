@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from msplora.config import MSPLoraConfig
-from msplora.verifying import logits
+from msplora.probing import inputs_it_takes, logits
 
 
 @dataclass
@@ -59,7 +59,8 @@ class Patient:
     @cached_property
     def adapted(self) -> Tensor:
         """The logits with the adapter."""
-        return logits(self.model, self.inputs)
+        with inputs_it_takes(self.model, self.inputs, "Give rows of your own with --data."):
+            return logits(self.model, self.inputs)
 
     @cached_property
     def plain(self) -> Tensor:

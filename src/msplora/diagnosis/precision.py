@@ -14,8 +14,8 @@ from msplora.inspection.adapter import matrices_of
 from msplora.inspection.entries import entries_of
 from msplora.inspection.tensor_file import TensorFiles
 from msplora.loading import WEIGHTS_FILE
+from msplora.probing import logits
 from msplora.spectrum import norm_of
-from msplora.verifying import logits
 
 from .patient import Patient
 from .results import Check, figures, percent
