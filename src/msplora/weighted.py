@@ -79,11 +79,9 @@ def combined_adapter(
 
 def _set_scale(model: nn.Module, adapter_name: str) -> float:
     """What `set_scale` has made of an adapter, in all layers: their pairs are shared."""
-    layers = [its for its in model.modules() if isinstance(its, PyramidLayer)]
+    layers: list[Any] = [its for its in model.modules() if isinstance(its, PyramidLayer)]
     scales: set[float] = {
-        layer.scaling[adapter_name]  # pyright: ignore[reportAttributeAccessIssue]
-        for layer in layers
-        if adapter_name in layer.borrowed
+        layer.scaling[adapter_name] for layer in layers if adapter_name in layer.borrowed
     }
     if len(scales) > 1:
         raise UnsupportedError(
