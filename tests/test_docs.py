@@ -256,6 +256,7 @@ ERRORS: dict[str, list[str]] = {
         "colours.yaml",
         "data.train=spoilt",
     ],
+    "so a run cannot be put in its place": ["sft.yaml", "output=."],
     "is not empty": ["sft.yaml", "output=taken"],
     "an unfinished run is in": ["sft.yaml", "output=stopped"],
     "there is nothing to resume": ["sft.yaml", "output=complete"],
