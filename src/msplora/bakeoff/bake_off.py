@@ -11,7 +11,8 @@ from rich.console import Console
 from msplora.sweep.folder import LOGS, SweepFolderError
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals
-from msplora.train.run import with_absolute_paths
+from msplora.train.absolute_paths import with_absolute_paths
+from msplora.train.inputs import fingerprint
 from msplora.train.stopping import Interrupted
 
 from .choosing import Chain, Choice, Rivals, choose, ladder, single
@@ -192,7 +193,7 @@ class _Running:
         return Rejecting(reject, metric, [its.evaluations for its in rivals])
 
     def started(self, job: Job) -> None:
-        job.row.status = "unfinished"
+        job.row.status, job.row.inputs = "unfinished", fingerprint(job.settings)
         self.folder.rows.put(job.row)
         self._say(job.row.name)
 

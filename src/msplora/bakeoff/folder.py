@@ -10,7 +10,8 @@ from msplora.bench.provenance import short
 from msplora.sweep.folder import LOGS, RUNS, SweepFolderError, hold
 from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
-from msplora.train.run import with_absolute_paths
+from msplora.train.absolute_paths import with_absolute_paths
+from msplora.train.inputs import data_paths, fingerprint
 from msplora.train.run_folder import RunFolder, RunFolderError
 from msplora.train.settings import Settings
 
@@ -47,6 +48,11 @@ class BakeOffFolder:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the bake-off in {self.path}")
         self.rows = Rows(self.path)  # another process may have written some until now
+        try:
+            self._check_same_inputs()
+        except SweepFolderError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let others at it."""
@@ -90,6 +96,30 @@ class BakeOffFolder:
                     f"the bake-off in {self.path} had another {its['method']} on {its['task']}: "
                     f"{'; '.join(changed)}. Its runs cannot be compared with new ones: name "
                     f"another output, or give what is new a name of its own."
+                )
+
+    def _check_same_inputs(self) -> None:
+        """Refuse to add to results of other data: all of a task are compared with each other.
+
+        What is not on this machine, or was not recorded, cannot be compared.
+        """
+        bake_off = self.bake_off
+        now: dict[str, dict[str, int]] = {}
+        for row in self.rows:
+            entrant, task = row.parameters["method"], row.parameters["task"]
+            known = entrant in bake_off.entrants and task in bake_off.settings.tasks
+            if not known or row.inputs is None or row.status in ("failed", "unfinished"):
+                continue
+            settings = bake_off.settings_of(Run.of(row.parameters))
+            settings = with_absolute_paths(settings, must_exist=False)
+            which = repr((settings.data, settings.init_from))
+            if which not in now:
+                now[which] = fingerprint(settings)
+            if any(now[which].get(what, its) != its for what, its in row.inputs.items()):
+                raise SweepFolderError(
+                    f"the bake-off in {self.path} has runs of {task} that were made with other "
+                    f"content of {', '.join(data_paths(settings))}. They cannot be compared with "
+                    f"new ones: put the old content back, or name another output."
                 )
 
 
