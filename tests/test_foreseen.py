@@ -121,7 +121,7 @@ def test_a_plain_lora_gets_another_form_by_way_of_a_pyramid(folder: Path, tmp_pa
     msplora.to_msplora(folder / "lora", pyramid, ranks=[4], groups=[0], verify=False)
     msplora.to_lora(pyramid, tmp_path / "back", verify=False)
     updates = [
-        {key: [b @ a for a, b in blocks] for key, blocks in updates_of(loading.load_adapted(its))}
+        {key: [b @ a for a, b in blocks] for key, blocks in updates_of(load_adapted(its))}
         for its in (folder / "lora", tmp_path / "back")
     ]
     assert set(updates[0]) == set(updates[1])

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import sisters
+from .classifier_head import CLASSIFIERS, number_of_labels
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,11 +38,6 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_CLASSIFIERS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForImageClassification",
-)
 DTYPES = ("float32", "bfloat16", "float16")
 """Those that adapters are written in, and bases loaded."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -212,11 +208,11 @@ def load_base_of(
     }
     with loading_errors_explained(source):
         loader = base_class(config, source, base)
-    if not loader.__name__.endswith(_CLASSIFIERS):
+    if not loader.__name__.endswith(CLASSIFIERS):
         with loading_errors_explained(source), quiet_loading():
             return loader.from_pretrained(source, **options)
     # A base may have the head of other classes, or none; the adapter's takes its place.
-    labels = _number_of_labels(config, tensors, classes)
+    labels = number_of_labels(config, tensors, classes)
     if labels:
         options["num_labels"] = labels
     if classes and len(classes) == labels:
@@ -301,26 +297,6 @@ def without_weights(config: PeftConfig, of_base: Any, source: str, base: BaseOpt
             f"{found.__name__} that was adapted ({type(error).__name__}: {error}). Pass the "
             f"model that the adapter was made for."
         ) from error
-
-
-def _number_of_labels(
-    config: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]
-) -> int | None:
-    """The outputs of a classifier's head that was saved with the adapter."""
-    for suffix in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
-        for key, tensor in tensors.items():
-            if key.endswith(suffix) and tensor.ndim == 2:
-                return tensor.shape[0]
-    if classes:
-        return len(classes)
-    # T5's and BART's is called classification_head, XLNet's logits_proj; its last layer answers.
-    names = tuple(config.modules_to_save or ())
-    of_head = [
-        tensor
-        for key, tensor in sorted(tensors.items())
-        if tensor.ndim == 2 and any(f".{name}." in key for name in names)
-    ]
-    return of_head[-1].shape[0] if of_head else None
 
 
 def resolve_source(name: str, what: str = "model") -> str:

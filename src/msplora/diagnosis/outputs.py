@@ -14,6 +14,8 @@ from msplora.adapted import other_tensors
 from msplora.forms import AsPeft, PlainLora
 from msplora.plain_lora import lora_of
 from msplora.probing import logits
+from msplora.proving import update_error
+from msplora.updates import updates_of
 from msplora.verifying import VerificationError, compare
 
 from .patient import Patient
@@ -24,6 +26,8 @@ MERGED = "merging keeps the output"
 CONVERTED = "the converted LoRA is equal"
 _NOTHING = 8
 """A change of fewer ulps of the largest logit is none."""
+_EXACT = 1e-5
+"""Of an update's norm: what float32 leaves of a LoRA that is the same."""
 _MOST = 0.5
 """More than this share of the adapter's effect is much to lose."""
 
@@ -88,6 +92,7 @@ def conversion_is_equal(patient: Patient) -> Check:
     if patient.why_not_compared:
         return Check(CONVERTED, "skipped", patient.why_not_compared)
     expected = patient.adapted, patient.plain
+    wanted = dict(updates_of(patient.model, variants=True))
     tensors, config = lora_of(patient.model)
     lora = PlainLora(tensors | other_tensors(patient.tensors), config, patient.base.config)
     base: Any = patient.model.unload()
@@ -95,16 +100,25 @@ def conversion_is_equal(patient: Patient) -> Check:
         AsPeft(lora).write(Path(scratch))
         converted = PeftModel.from_pretrained(base, scratch).eval()
     found = logits(converted, patient.inputs)
+    error = update_error(wanted, dict(updates_of(converted, variants=True)))
     base = converted.unload()
     patient.model = PeftModel.from_pretrained(base, str(patient.folder)).eval()
-    return _compared(
+    report = "Please report this, with the adapter's config."
+    if not error <= _EXACT:  # nor a NaN
+        said = f"An update of the LoRA differs from the adapter's by {error:.1e} of its size."
+        return Check(CONVERTED, "failed", said, report, figures(update_error=error))
+    its = _compared(
         CONVERTED,
         patient,
         expected,
         found,
         {patient.dtype, torch.float32},
-        "Please report this, with the adapter's config.",
+        report,
     )
+    if its.status != "warning":
+        return its
+    said = f"{its.said} Rounding hides it there; the updates of all weights are equal."
+    return Check(CONVERTED, "passed", said, "", its.figures)
 
 
 def _compared(

@@ -1,0 +1,35 @@
+"""The head of a classifier that was saved with an adapter: how many answers it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+)
+"""How the names of transformers' classes end that have one."""
+
+
+def number_of_labels(
+    config: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]
+) -> int | None:
+    """The outputs of a classifier's head that was saved with the adapter."""
+    for suffix in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
+        for key, tensor in tensors.items():
+            if key.endswith(suffix) and tensor.ndim == 2:
+                return tensor.shape[0]
+    if classes:
+        return len(classes)
+    # T5's and BART's is called classification_head, XLNet's logits_proj; its last layer answers.
+    names = tuple(config.modules_to_save or ())
+    of_head = [
+        tensor
+        for key, tensor in sorted(tensors.items())
+        if tensor.ndim == 2 and any(f".{name}." in key for name in names)
+    ]
+    return of_head[-1].shape[0] if of_head else None
