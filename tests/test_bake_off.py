@@ -368,6 +368,89 @@ def test_the_same_on_another_machine_is_the_same(made_up: MadeUp) -> None:
     assert made_up.ran == []
 
 
+def _reading(folder: str) -> dict[str, Any]:
+    """A bake-off whose model and rows lie in a folder."""
+    base = {**SPEC["base"], "model": f"{folder}/hf"}
+    tasks = {"one": {"data": {"train": f"{folder}/data/train.jsonl"}}}
+    return {"base": base, "tasks": tasks, "methods": {"lora": SPEC["methods"]["lora"]}}
+
+
+def _put(folder: str, weights: bytes, rows: int) -> None:
+    for name in ("hf", "data"):
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    Path(folder, "hf/model.safetensors").write_bytes(weights)
+    write_jsonl(Path(folder, "data/train.jsonl"), labelled_rows(rows))
+
+
+def test_other_data_or_weights_under_the_same_name_are_refused(made_up: MadeUp) -> None:
+    weights = bytes(range(256)) * 1000
+    _put("v1", weights, 12)
+    _put("v2", weights, 14)
+    _put("v3", bytes(reversed(weights)), 12)
+    run_bake_off(prepared(**_reading("v1")))
+    rows = rows_in("out")
+    assert all(set(row["inputs"]) == {"model", "data.train"} for row in rows)
+    made_up.ran.clear()
+    for folder, what in (
+        ("v2", r"train\.jsonl of data\.train"),
+        ("v3", r"model\.safetensors of model"),
+    ):
+        with pytest.raises(SweepFolderError, match=f"task one .* is not what it was: {what} had"):
+            run_bake_off(prepared(**_reading(folder)))
+    _put("v1", weights, 13)  # what was there is edited
+    with pytest.raises(SweepFolderError, match=r"data\.train had other content when one,lora,"):
+        outcome_so_far(prepared(**_reading("v1")))
+    assert (made_up.ran, rows_in("out")) == ([], rows)
+
+
+def test_the_same_content_under_any_path_is_the_same(made_up: MadeUp) -> None:
+    _put("v1", b"weights", 12)
+    run_bake_off(prepared(**_reading("v1")))
+    made_up.ran.clear()
+    there = _reading("v1/data/../../v1")
+    Path("v1/data/train.jsonl").rename("renamed.jsonl")
+    there["tasks"] = {"one": {"data": {"train": "renamed.jsonl"}}}
+    run_bake_off(prepared(**there))
+    assert made_up.ran == []
+
+
+def test_data_that_is_edited_under_way_stops_it_there(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put("v1", b"weights", 12)
+
+    def edits(job: Job, stop: Any, *_: Any) -> Row:
+        row = made_up(job, stop)
+        _put("v1", b"weights", 13)
+        return row
+
+    monkeypatch.setattr(engines, "make_run", edits)
+    with pytest.raises(SweepFolderError, match=r"had other content when this was started"):
+        run_bake_off(prepared(**_reading("v1")))
+    assert [row["status"] for row in rows_in("out")] == ["complete"]
+
+
+def test_rows_that_know_no_checksums_are_found_by_the_names_of_their_files(
+    made_up: MadeUp,
+) -> None:
+    _put("v1", b"weights", 12)
+    run_bake_off(prepared(**_reading("v1")))
+    rows = rows_in("out")
+    for row in rows:
+        row["config"]["data.train"] = "train.jsonl"
+        del row["inputs"]
+    Path("out/results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    made_up.ran.clear()
+    outcome = run_bake_off(prepared(**_reading("v1")))
+    assert made_up.ran == []
+    assert f"what {len(rows)} of the runs read was not recorded" in markdown(outcome, {})
+    Path("v1/data/train.jsonl").rename("v1/data/test.jsonl")
+    other = _reading("v1")
+    other["tasks"] = {"one": {"data": {"train": "v1/data/test.jsonl"}}}
+    with pytest.raises(SweepFolderError, match=r"data.train was train.jsonl and is data/test"):
+        run_bake_off(prepared(**other))
+
+
 def test_a_lost_row_is_read_from_its_run(here: Path, made_up: MadeUp) -> None:
     run_bake_off(prepared())
     name = "one,lora,learning_rate=0.001,seed=0"

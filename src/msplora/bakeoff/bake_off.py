@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from msplora.sweep.folder import LOGS, SweepFolderError
-from msplora.sweep.rows import Row
+from msplora.sweep.rows import Row, essence
 from msplora.sweep.running import SweepSignals
 from msplora.train.run import with_absolute_paths
 from msplora.train.stopping import Interrupted
 
 from .choosing import Chain, Choice, Rivals, choose, ladder, single
 from .engines import Engine, Here
-from .folder import BakeOffFolder
+from .folder import BakeOffFolder, portable
 from .reading import Run
 from .rejecting import Rejecting
 from .running import Job
@@ -181,8 +181,10 @@ class _Running:
                 return row
         elif row.status in over:
             return row
+        settings = self.bake_off.settings_of(run)
+        row.config, row.inputs = portable(essence(settings)), self.folder.inputs(run)
         log = self.folder.path / LOGS / f"{run.name}.log"
-        return Job(row, with_absolute_paths(self.bake_off.settings_of(run)), log, rejecting)
+        return Job(row, with_absolute_paths(settings), log, rejecting)
 
     def _rejecting(self, run: Run, rivals: Rivals | None) -> Rejecting | None:
         reject = self.bake_off.settings.reject

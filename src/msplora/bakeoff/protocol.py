@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bake_off import Outcome
+from .folder import HAVE_RESULTS
 from .statistics import least_p, standings
 
 
@@ -70,7 +71,7 @@ def _least_p(outcome: Outcome) -> str:
 
 def origins(outcome: Outcome) -> list[str]:
     """Versions, commits and machines of all runs, a line each."""
-    rows = [row for row in outcome.rows if row.status in ("complete", "rejected", "diverged")]
+    rows = [row for row in outcome.rows if row.status in HAVE_RESULTS]
     lines = []
     for what, values in (
         ("commit", [row.commit or "unknown" for row in rows]),
@@ -89,6 +90,12 @@ def origins(outcome: Outcome) -> list[str]:
     hours = sum(row.seconds for row in rows) / 3600
     counts = {status: sum(row.status == status for row in outcome.rows) for status in _STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    unknown = sum(row.inputs is None for row in rows)
+    if unknown:
+        lines.append(
+            f"data: what {unknown} of the runs read was not recorded (an earlier version made "
+            f"them, or their rows were lost): only the names of the files were compared"
+        )
     return [*lines, f"runs: {told or 'none'}; {hours:.1f} hours of runs in all"]
 
 

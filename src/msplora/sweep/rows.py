@@ -32,6 +32,8 @@ class Row:
     status: Status
     config: dict[str, Any]
     """What `essence` leaves of its settings."""
+    inputs: dict[str, dict[str, int]] | None = None
+    """Of a bake-off: key -> file -> checksum of what it read; None where that was not recorded."""
     metric: str | None = None
     value: float | None = None
     """Of the checkpoint that was kept, on the held-out rows."""
