@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import transformers as hf
 from rich.console import Console
 
 from msplora.bakeoff import engines, running
@@ -31,6 +32,7 @@ from msplora.sweep.folder import SweepFolderError
 from msplora.sweep.rows import Row, Rows
 from msplora.sweep.running import Outcome as RunOutcome
 from msplora.sweep.running import SweepSignals
+from msplora.train.run import prepare_job
 from msplora.train.stopping import Interrupted
 from runs import labelled_rows, msplora, save_encoder, write_config, write_jsonl
 
@@ -563,6 +565,54 @@ def test_a_budget_that_no_rank_reaches_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=error):
         _sizes(other=method)
+
+
+def test_data_is_read_once_per_task_and_a_size_is_without_the_head_of_the_task(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def reads(settings: Any, load: Any) -> Any:
+        read.append(Path(settings.data.train).name)
+        return prepare_job(settings, load)
+
+    monkeypatch.setattr("msplora.bakeoff.sizes.prepare_job", reads)
+    rows = [{**row, "label": place % 3} for place, row in enumerate(labelled_rows(44))]
+    write_jsonl(here / "three.jsonl", rows)
+    tasks = {**SPEC["tasks"], "three": {"data": {"train": "three.jsonl"}}}
+    methods = {name: {"method": name} for name in ("lora", "full", "frozen")}
+    found = prepare(spec(methods=methods, tasks=tasks))
+    assert read == ["one.jsonl", "two.jsonl", "three.jsonl"]
+    encoder = hf.BertModel.from_pretrained(here / "encoder", add_pooling_layer=False)
+    assert found.sizes["full"] == encoder.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("modules", "error"),
+    [
+        (["query"], r"lora trains 2,048 numbers on one and 1,024 on two, and sizes are compared"),
+        (["qeury"], r"spec.yaml \(lora on two\): .*qeury"),
+    ],
+)
+def test_a_method_that_is_not_the_same_on_another_task_is_refused(
+    here: Path, modules: list[str], error: str
+) -> None:
+    two = {**SPEC["tasks"]["two"], "adapter": {"target_modules": modules}}
+    with pytest.raises(ConfigError, match=error):
+        prepare(spec(methods={"lora": {"method": "lora"}}, tasks={**SPEC["tasks"], "two": two}))
+
+
+def test_methods_of_one_task_are_judged_by_one_metric(here: Path) -> None:
+    by_loss = {"method": "lora", "training": {"metric_for_best": "loss"}}
+    with pytest.raises(ConfigError, match=r"methods.other has 'training.metric_for_best'"):
+        spec(methods={"lora": {"method": "lora"}, "other": by_loss})
+    rows = [{**row, "label": place % 3} for place, row in enumerate(labelled_rows(24))]
+    write_jsonl(here / "numbers.jsonl", rows)
+    methods: dict[str, Any] = {"lora": {"method": "lora"}}
+    methods["other"] = {"method": "lora", "data": {"regression": True}}
+    error = r"\(other on one\): it would be judged by \w+, and the methods before it .* accuracy"
+    with pytest.raises(ConfigError, match=error):
+        prepare(spec(methods=methods, tasks={"one": {"data": {"train": "numbers.jsonl"}}}))
 
 
 def test_what_no_run_could_do_is_refused_before_the_first(here: Path) -> None:
