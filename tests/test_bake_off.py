@@ -183,6 +183,38 @@ def test_the_best_rate_at_an_end_is_followed_outwards(made_up: MadeUp) -> None:
     assert [its.rate for its in kept.choices["pyramid"].tried] == [1e-4, 1e-3, 1e-2]
 
 
+def test_rates_that_are_no_longer_in_the_file_do_not_count(made_up: MadeUp) -> None:
+    run_bake_off(prepared(choose={"tasks": ["one"], "extend": 0}))  # 1e-4, 1e-3, 1e-2
+    finer: dict[str, Any] = {"learning_rates": [2e-4, 4e-4], "choose": {"tasks": ["one"]}}
+    assert not outcome_so_far(prepared(**finer)).is_over  # as many were tried, and others
+    outcome = run_bake_off(prepared(**finer))
+    assert outcome.is_over
+    tried = {name: [its.rate for its in choice.tried] for name, choice in outcome.choices.items()}
+    assert tried == {name: [2e-4, 4e-4, 8e-4] for name in BEST}
+    assert rates_of(outcome) == dict.fromkeys(BEST, 8e-4)
+    # One that was run for an earlier file counts where it is reached, and is not run again.
+    made_up.ran.clear()
+    coarser = run_bake_off(prepared(learning_rates=[1e-4, 1e-3], choose={"tasks": ["one"]}))
+    assert [its.rate for its in coarser.choices["pyramid"].tried] == [1e-4, 1e-3, 1e-2]
+    assert names(made_up.ran, "one", "pyramid", "seed=0") == []
+
+
+def test_a_report_of_nothing_is_refused(made_up: MadeUp) -> None:
+    with pytest.raises(SweepFolderError, match=r"no run of the bake-off in .*out was begun"):
+        write_report(outcome_so_far(prepared()))
+    assert not Path("out").exists()
+    assert run_bake_off(prepared()).is_over
+
+
+def test_one_rate_is_not_said_to_be_followed_outwards(made_up: MadeUp) -> None:
+    several, one = (
+        markdown(outcome_so_far(prepared(learning_rates=rates)), {})
+        for rates in ([1e-3, 1e-2], [1e-3])
+    )
+    assert "the next one beyond it is tried too" in several
+    assert "the next one beyond it" not in one
+
+
 def test_a_rate_far_behind_is_given_up_and_changes_no_choice(made_up: MadeUp) -> None:
     everything = run_bake_off(prepared(output="all"))
     quick = run_bake_off(prepared(reject={"after": 0.5, "behind": 0.05}))
@@ -684,6 +716,12 @@ def test_its_runs_are_those_that_train_makes(here: Path) -> None:
     assert found == (metrics["best"]["loss"], metrics["evaluations"])
     assert best["resident_bytes"] > 2**20
     assert f"{best['value']:.4f}" in done.out
+
+
+def test_what_only_ray_takes_is_refused_without_it(here: Path) -> None:
+    done = msplora("bake-off", write_config(here / "spec.yaml", SPEC), "--gpus", "1")
+    assert done.code == 2
+    assert "--cpus, --gpus: for --ray only" in done.err
 
 
 @pytest.mark.thorough

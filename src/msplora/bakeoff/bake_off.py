@@ -40,7 +40,8 @@ class Outcome:
         """Whether no run is left to be made but those that failed."""
         entrants = self.prepared.bake_off.entrants
         for name, choice in self.choices.items():
-            if len(choice.tried) < len(entrants[name].rates) or choice.beyond is not None:
+            tried = {its.rate for its in choice.tried}
+            if not tried.issuperset(entrants[name].rates) or choice.beyond is not None:
                 return False
             if choice.best is None and choice.given_up:
                 return False

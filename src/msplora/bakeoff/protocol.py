@@ -20,7 +20,7 @@ def protocol(outcome: Outcome) -> list[str]:
         f"The learning rate of each method is the one with the best mean over "
         f"{', '.join(bake_off.choose_tasks)} with seed {_list(bake_off.choose_seeds)}, of "
         f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}"
-        f"{_extended(settings.choose.extend)}. It is the same for all tasks.",
+        f"{_extended(settings.choose.extend, max(map(len, same)))}. It is the same for all tasks.",
         f"Then each method runs on every task with the seeds {_list(settings.seeds)} at its rate; "
         f"a run that was made while choosing, with one of these seeds, is not made twice.",
         f"The value of a run is that of its best checkpoint on the held-out rows, which also "
@@ -51,8 +51,8 @@ def protocol(outcome: Outcome) -> list[str]:
     return said
 
 
-def _extended(times: int) -> str:
-    if times == 0:
+def _extended(times: int, rates: int) -> str:
+    if times == 0 or rates < 2:  # the step to the next one is that between the rates
         return ""
     often = f", at most {times} times" if times > 1 else ""
     return f"; where that is the lowest or the highest, the next one beyond it is tried too{often}"
