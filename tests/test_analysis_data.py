@@ -93,6 +93,24 @@ def test_a_plain_lora_of_preferences(start: bool, tmp_path: Path) -> None:
     assert found.runs[1].change > 1e-3
 
 
+def test_what_is_not_there_is_missed_before_a_model_is_loaded(
+    language_model: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = language_model
+
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(saved_run, "load_base", loaded)
+    nowhere = f"{data}.gone"
+    for command in (("analyse", run), ("doctor", run.parent / "decoder", run)):
+        result = msplora(*command, "--data", nowhere)
+        assert result.code == 1
+        assert f"the data file {nowhere} does not exist" in result.error
+    for option in (["--intruders", "3"], ["--revision", "main"]):
+        assert msplora("analyse", run, *option).code == 2
+
+
 def test_options_of_the_base_reach_the_loader(
     language_model: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,44 @@ def test_a_pyramid_and_the_lora_that_it_is_have_the_same_updates(tmp_path: Path)
         np.testing.assert_allclose([kind.cosine, kind.columns, kind.rows], 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
+def test_an_encoder_is_compared_with_an_encoder(method: Any, tmp_path: Path) -> None:
+    """Kinds of two stacks may have one name and shape: beside itself an adapter is itself."""
+    model: Any = get_peft_model(MODELS["t5"].model(), method(target_modules=["q", "v"], r=4))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    for name in ("one", "other"):
+        save(model, tmp_path / name)
+    found = msplora.analyse(tmp_path / "one/adapter", tmp_path / "other/adapter")
+    assert found.comparisons[0].kinds
+    for kind in found.comparisons[0].kinds:
+        np.testing.assert_allclose([kind.cosine, kind.columns, kind.rows], 1, rtol=1e-6)
+
+
+def test_layers_that_are_only_counted_are_not_laid_beside_numbered_ones(tmp_path: Path) -> None:
+    """Without the base nothing tells which block a pyramid's file skips; a LoRA's names do."""
+    from msplora.loading import write_json
+    from msplora.plain_lora import lora_of
+
+    model = adapted(exclude_modules=["model.layers.1.self_attn.q_proj"])
+    folder = save(model, tmp_path, MODELS["llama"].model())
+    tensors, config = lora_of(model)
+    (tmp_path / "lora").mkdir()
+    save_file(tensors, tmp_path / "lora" / WEIGHTS)
+    write_json(tmp_path / "lora/adapter_config.json", config)
+    for base, layers in ((None, {}), (str(tmp_path / "base"), {"q_proj": (0, 2, 3)})):
+        found = msplora.analyse(folder, tmp_path / "lora", base=base, intruder_vectors=0)
+        compared = {its.kind.rpartition(".")[2]: its for its in found.comparisons[0].kinds}
+        assert {name: its.layers for name, its in compared.items()} == {
+            **layers,
+            "v_proj": (0, 1, 2, 3),
+        }
+        for its in compared.values():
+            np.testing.assert_allclose([its.cosine, its.columns, its.rows], 1, rtol=1e-6)
+
+
 def test_two_adapters_that_have_nothing_in_common(tmp_path: Path) -> None:
     query = save(adapted(target_modules=["q_proj"]), tmp_path / "query")
     value = save(adapted(target_modules=["v_proj"]), tmp_path / "value")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +121,20 @@ def test_a_wrong_word_prints_how_it_is_used(capsys: pytest.CaptureFixture[str]) 
     assert autoload.main(["enabel"]) == 2
     assert "usage: python -m msplora.autoload" in capsys.readouterr().err
     assert autoload.main(["--help"]) == 0
+
+
+def test_an_old_finder_that_finds_no_specs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python does: some packages still put one on the path of all imports."""
+    monkeypatch.setattr(sys, "meta_path", [object(), *sys.meta_path])
+    spec = importlib.util.spec_from_file_location("a_copy", PACKAGE / "autoload_hook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    waiting: Any = sys.meta_path[0]
+    found = waiting.find_spec("peft")
+    assert found is not None
+    assert found.name == "peft"
+    assert waiting not in sys.meta_path
 
 
 def test_the_hook_is_no_part_of_what_it_waits_for() -> None:

@@ -388,6 +388,27 @@ def test_another_bake_off_is_refused(made_up: MadeUp, tmp_path: Path) -> None:
     assert Path("out/results.jsonl").read_text() == rows
 
 
+def test_results_of_other_data_are_not_compared(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "one.jsonl", labelled_rows(40))
+    run_bake_off(prepared())
+    assert all(row["files"] for row in rows_in(SPEC["output"]) if row["name"].startswith("one,"))
+    count = len(made_up.ran)
+    # Elsewhere the same files are the same, and those that are not there are not compared.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / SPEC["output"]).rename(tmp_path / "elsewhere" / SPEC["output"])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_bake_off(prepared())
+    rows = rows.rename(tmp_path / "elsewhere/one.jsonl")
+    run_bake_off(prepared())
+    write_jsonl(rows, labelled_rows(41))
+    for _ in range(2):  # and the folder is free again
+        with pytest.raises(SweepFolderError, match=r"one\.jsonl of data\.train had other content"):
+            run_bake_off(prepared())
+    assert len(made_up.ran) == count
+
+
 def test_the_same_on_another_machine_is_the_same(made_up: MadeUp) -> None:
     """The rows name no folder: they are found again where model and data lie elsewhere."""
     run_bake_off(prepared())
@@ -423,7 +444,7 @@ def test_other_data_or_weights_under_the_same_name_are_refused(made_up: MadeUp) 
     _put("v3", bytes(reversed(weights)), 12)
     run_bake_off(prepared(**_reading("v1")))
     rows = rows_in("out")
-    assert all(set(row["inputs"]) == {"model", "data.train"} for row in rows)
+    assert all(set(row["files"]) == {"model", "data.train"} for row in rows)
     made_up.ran.clear()
     for folder, what in (
         ("v2", r"train\.jsonl of data\.train"),
@@ -472,7 +493,7 @@ def test_rows_that_know_no_checksums_are_found_by_the_names_of_their_files(
     rows = rows_in("out")
     for row in rows:
         row["config"]["data.train"] = "train.jsonl"
-        del row["inputs"]
+        del row["files"]
     Path("out/results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     made_up.ran.clear()
     outcome = run_bake_off(prepared(**_reading("v1")))

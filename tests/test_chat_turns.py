@@ -172,3 +172,29 @@ def test_an_answer_to_prefer_that_cannot_be_found_is_refused() -> None:
     asked = chat("u: 1", "a: One", "u: 2", "a: ", tool_calls=[call])
     with pytest.raises(DataError, match="row 1: where the answer begins cannot be found"):
         tokenise_pairs([Pair(asked, asked)], tokenizer, UNBOUNDED, "training")
+
+
+def test_a_turn_after_one_that_had_an_empty_thought_is_learnt_too() -> None:
+    """Qwen3.5's template shows the thoughts of all that follows the last question."""
+    template = (
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index %}{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' and loop.index > ns.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}{% endif %}"
+        "</s>{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "One"},
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "Two"},
+    ]
+    (asked,) = samples([Row("row 1", {"messages": turns})], "messages", {})
+    (row,), report = counted(template, asked)
+    assert row == (
+        "<user>1</s><assistant>▶<call>f</s>◀<tool>3</s><assistant>▶One</s>◀"
+        "<user>2</s><assistant><think>\n▶\n</think>\n\nTwo</s>◀"
+    )
+    assert report.unlearnt_turns == 0

@@ -96,6 +96,31 @@ def test_the_usual_columns_of_text_are_found(
 
 
 @pytest.mark.parametrize(
+    ("labels", "listed", "classes", "found"),
+    [
+        ([1, 0, 1.0, 0.0], None, ("0", "1"), [1, 0, 1, 0]),
+        ([1.0, 0, 0.5, 1], None, ("0", "0.5", "1"), [2, 0, 1, 2]),
+        ([1.0, 0, 1, 0.0], ["0.0", "1.0"], ("0.0", "1.0"), [1, 0, 1, 0]),
+        (["1.0", "1", 1, 1.0], None, ("1", "1.0"), [1, 0, 0, 0]),  # texts are as they are written
+        ([True, False, True, False], None, ("False", "True"), [1, 0, 1, 0]),
+    ],
+)
+def test_a_number_is_one_class_however_it_is_written(
+    tmp_path: Path, labels: list[Any], listed: Any, classes: tuple[str, ...], found: list[int]
+) -> None:
+    file = write_jsonl(tmp_path / "all.jsonl", rows_of(labels))
+    data = read(tmp_path, rows_of(labels), labels=listed, validation=str(file))
+    assert data.classes.labels == classes
+    assert [example.label for example in data.held_out] == found
+
+
+def test_labels_that_are_no_number_are_missing() -> None:
+    classes = Classes(("text",), "label", ("0", "1"))
+    with pytest.raises(DataError, match="no label"):
+        examples([Row("x", {"text": "t", "label": float("nan")})], classes)
+
+
+@pytest.mark.parametrize(
     ("rows", "changes", "said"),
     [
         ([{"txt": "a", "label": 0}] * 4, {}, "none of the usual columns"),

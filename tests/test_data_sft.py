@@ -21,6 +21,7 @@ from msplora.train.data_sft import (
     samples,
 )
 from msplora.train.lengths import Limit
+from msplora.train.prediction import predict_file
 from msplora.train.settings_data import DataSettings
 from msplora.train.sft import masked_sample
 from msplora.train.tokenise_sft import IGNORED, prompt_ids, tokenise_samples
@@ -238,6 +239,12 @@ def test_another_file_may_be_called_like_any_source_of_the_run(tmp_path: Path) -
             assert (sample.prompt, sample.completion) == ("q", answer)
     with pytest.raises(DataError, match="fit no form"):
         read_more_sft(given, (), DataSettings(train="x.jsonl"))
+
+
+def test_predict_says_what_to_do_with_a_text_that_has_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(DataError, match="use msplora generate --prompt"):
+        predict_file(tmp_path / "run", tmp_path / "a.txt")
 
 
 # The mask, token by token.

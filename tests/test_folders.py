@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from msplora.conversion_mark import MARK, not_of_the_conversion
-from msplora.folders import OutputError, check_output, new_folder, put_in_place
+from msplora.folders import (
+    OutputError,
+    cannot_be_renamed,
+    check_output,
+    new_folder,
+    put_in_place,
+)
 
 
 @pytest.fixture
@@ -223,3 +229,12 @@ def test_a_result_that_can_be_put_nowhere_is_kept(
         pass
     assert os.listdir(out) == ["out"]
     assert sorted(os.listdir(tmp_path)) == ["new", "out"]
+
+
+def test_a_bind_within_one_file_system_is_a_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the table of mounts tells."""
+    monkeypatch.setattr(os.path, "ismount", lambda _: False)
+    if not Path("/proc/self/mountinfo").exists():
+        pytest.skip("only Linux has a table of mounts")
+    assert cannot_be_renamed(Path("/proc")) == "is where another file system is mounted"
+    assert cannot_be_renamed(Path("/proc/self")) is None

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import msplora
 from msplora import loading
 from msplora.errors import BaseModelError, ConfigError, MSPLoraError, UnsupportedError
 from msplora.loading import BaseOptions
+from msplora.updates import updates_of
 from tiny import MODELS, llama
 
 SHAPE: dict[str, Any] = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -35,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pyramid": msplora.MSPLoraConfig(target_modules=names, **SHAPE),
         "dora": msplora.MSPLoraConfig(target_modules=names, use_dora=True, **SHAPE),
         "lora": LoraConfig(target_modules=names, **SHAPE),
+        "adalora": AdaLoraConfig(target_modules=names, total_step=9, **SHAPE),
     }
     for name, config in adapters.items():
         base = LlamaForCausalLM.from_pretrained(folder / "base")
@@ -60,6 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (msplora.to_lora, "of-gpt2", {"server": "vllm"}, "vLLM cannot serve.*Conv1D"),
         (msplora.to_lora, "of-gpt2", {"form": "gguf"}, "transposed"),
         (msplora.to_lora, "of-gpt2", {"form": "mlx"}, "mlx-lm cannot serve"),
+        (msplora.to_lora, "lora", {}, "a plain LoRA already"),
+        (msplora.to_lora, "lora", {"form": "gguf"}, "--to msplora --ranks 4 --groups 0"),
+        (msplora.to_lora, "adalora", {}, "of type ADALORA.*merge it"),
         (msplora.to_msplora, "lora", {"dtype": "fp16"}, "no dtype 'fp16'"),
         (msplora.to_msplora, "lora", {"ranks": [8, 4]}, "say with groups"),
         (msplora.to_msplora, "lora", {"levels": ["A", "b", "c"]}, "level name 'A'"),
@@ -108,6 +114,21 @@ def test_a_base_that_cannot_be_built_without_weights_is_loaded(
         msplora.to_lora(folder / "dora", tmp_path / "out", server="vllm")
 
 
+def test_a_plain_lora_gets_another_form_by_way_of_a_pyramid(folder: Path, tmp_path: Path) -> None:
+    """As the refusal says, and nothing is lost on the way."""
+    pyramid = tmp_path / "pyramid"
+    msplora.to_msplora(folder / "lora", pyramid, ranks=[4], groups=[0], verify=False)
+    msplora.to_lora(pyramid, tmp_path / "back", verify=False)
+    updates = [
+        {key: [b @ a for a, b in blocks] for key, blocks in updates_of(loading.load_adapted(its))}
+        for its in (folder / "lora", tmp_path / "back")
+    ]
+    assert set(updates[0]) == set(updates[1])
+    for key, (update,) in updates[0].items():
+        torch.testing.assert_close(updates[1][key][0], update, rtol=1e-5, atol=1e-6)
+    msplora.to_lora(pyramid, tmp_path / "mlx", form="mlx")
+
+
 def test_a_dtype_of_the_base_is_one() -> None:
     with pytest.raises(ConfigError, match="no dtype 'half'"):
         BaseOptions(dtype="half")
@@ -115,6 +136,10 @@ def test_a_dtype_of_the_base_is_one() -> None:
 
 class OfTheUser(LlamaForCausalLM):
     """A class that transformers does not know."""
+
+
+class GemmaForCausalLM(LlamaForCausalLM):
+    """One that has the name of another class there."""
 
 
 def edited(folder: Path, out: Path, **values: Any) -> Path:
@@ -129,8 +154,13 @@ def test_a_base_of_the_user_s_own_class_is_loaded_as_that(folder: Path, tmp_path
     adapter = edited(folder / "pyramid", tmp_path / "own", task_type=None, auto_mapping=own)
     assert type(loading.load_adapted(adapter).get_base_model()) is OfTheUser
     assert msplora.to_lora(adapter, tmp_path / "out").comparison is not None
+    own["base_model_class"] = "GemmaForCausalLM"
+    config = loading.read_config(
+        edited(folder / "pyramid", tmp_path / "named-alike", task_type=None, auto_mapping=own)
+    )
+    assert loading.base_class(config, str(folder / "base"), BaseOptions()) is GemmaForCausalLM
     # A module that nothing has imported is not imported because a file names it.
-    own["parent_library"] = "antigravity"
+    own = {"base_model_class": "OfTheUser", "parent_library": "antigravity"}
     adapter = edited(folder / "pyramid", tmp_path / "other", task_type=None, auto_mapping=own)
     with pytest.raises(BaseModelError, match=r"OfTheUser of antigravity.*has imported OfTheUser"):
         loading.load_adapted(adapter)
@@ -168,7 +198,7 @@ def test_the_base_that_was_given_is_recorded(
         changes = {"base_model_name_or_path": named, "revision": "v2"}
         adapter = edited(folder / source, tmp_path / source, **changes)
         out = tmp_path / f"{source}-out"
-        convert(adapter, out, base=base)
+        convert(adapter, out, base=base, verify=False)
         config = json.loads((out / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(folder / "base")
         assert config["revision"] is None
@@ -189,7 +219,11 @@ def test_the_losses_are_measured_on_the_base_that_was_asked_for(
     base = BaseOptions(str(folder / "base"), revision="v2", trust_remote_code=True)
     (tmp_path / "rows.jsonl").touch()
     found = msplora.to_msplora(
-        folder / "lora", tmp_path / "out", base=base, data=str(tmp_path / "rows.jsonl")
+        folder / "lora",
+        tmp_path / "out",
+        base=base,
+        data=str(tmp_path / "rows.jsonl"),
+        verify=False,
     )
     assert found.loss == (1.0, 1.0)
     assert asked == [base, base]

@@ -342,6 +342,9 @@ def test_the_command_prints_the_share_of_every_update_and_the_losses(
 def test_options_of_a_pyramid_are_refused_elsewhere(language_model: Path) -> None:
     with pytest.raises(typer.BadParameter, match="--ranks: for --to msplora only, not --to lora"):
         run("convert", language_model / "lora", "x", "--to", "lora", "--ranks", "4,2,1")
+    for target in ("lora", "msplora"):
+        with pytest.raises(typer.BadParameter, match=f"--to merged only, not --to {target}"):
+            run("convert", language_model / "lora", "x", "--to", target, "--allow-quantized")
     with pytest.raises(typer.BadParameter, match="not a list of whole numbers"):
         run("convert", language_model / "lora", "x", "--to", "msplora", "--ranks", "4,two")
     with pytest.raises(ConfigError, match="r must be at least 4"):

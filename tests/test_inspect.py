@@ -105,6 +105,31 @@ def test_experts_are_measured_together(config: Any, tmp_path: Path) -> None:
     same_as_analysed(tmp_path, same_weights=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save (lm_head)"),
+        ({"use_dora": True}, "use_dora"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "pyramid"])
+def test_what_the_config_asks_for_beside_the_pairs_has_to_be_there(
+    method: str, changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    if method == "lora":
+        whole, lacking = lora(tmp_path / "a", **changes), lora(tmp_path / "b")
+    else:
+        for name, its in (("a", changes), ("b", {})):
+            scaled(adapted(**its)).save_pretrained(tmp_path / name)
+        whole, lacking = tmp_path / "a", tmp_path / "b"
+    set_config(lacking, **changes)
+    assert "missing part" not in {its.rule for its in msplora.inspect(whole).findings}
+    problems = [its for its in msplora.inspect(lacking).findings if its.severity == "problem"]
+    assert [its.rule for its in problems] == ["missing part"]
+    assert named in problems[0].text
+
+
 def test_a_lora_has_the_figures_of_its_analysis(tmp_path: Path) -> None:
     pattern = {r".*\.1\..*": 5}
     same_as_analysed(lora(tmp_path, rank_pattern=pattern, alpha_pattern=pattern, use_rslora=True))

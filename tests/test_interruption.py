@@ -232,7 +232,7 @@ def test_other_data_than_it_began_with_is_refused(bases: Path, tmp_path: Path) -
     before = tree(tmp_path)
     refused = train(tmp_path, content, "--resume", "auto")
     assert refused.code == 1
-    assert f"began with other data: {data} changed since" in refused.error
+    assert f"began with other files: {data} changed since" in refused.error
     assert tree(tmp_path) == before
     data.write_bytes(kept)
     assert train(tmp_path, content, "--resume", "auto").code == 0

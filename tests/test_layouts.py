@@ -284,6 +284,16 @@ def test_a_linear_layers_parameter_as_a_target() -> None:
         assert not close(expected, base(**batch).logits)
 
 
+@on_expert_parameters
+def test_parameters_alone_are_adapted_where_the_model_has_default_modules() -> None:
+    """PEFT fills in target_modules of its own for Mixtral where they are unset."""
+    tiny = MODELS["mixtral"]
+    config = msplora.MSPLoraConfig(target_parameters=list(tiny.parameters))
+    plan = plan_of(get_peft_model(tiny.model(), config))
+    assert {site.shape.layout for site in plan.sites} == {"experts"}
+    assert plan.parameters == msplora.plan(tiny.model(), config).parameters
+
+
 def test_a_parameter_that_a_parametrisation_computes_is_adapted_on_top_of_it() -> None:
     class PlusOne(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:

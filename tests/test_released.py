@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 import msplora
 from msplora.errors import AdapterFileError, ConfigError, UnsupportedError
 from msplora.loading import read_config
-from msplora.released import created_levels, is_released
+from msplora.released import created_levels, is_released, load_released
 from tiny import MODELS, VOCABULARY, llama
 
 # By hand, from the released code: 7 / 3 = 2.33 and 4.67, so the groups begin with 0, 3 and 5. The
@@ -242,6 +242,26 @@ def test_what_is_not_read_is_refused(tmp_path: Path) -> None:
         folder = save_checkpoint(tmp_path / str(place), random_pairs(), **changes)
         with pytest.raises(error, match=said):
             msplora.to_lora(folder, tmp_path / "out")
+
+
+def test_without_its_target_modules_the_pairs_say_where_they_are(released: Path) -> None:
+    expected = load_released(released)[0](IDS).logits
+    config = json.loads((released / "adapter_config.json").read_text())
+    del config["target_modules"]
+    (released / "adapter_config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(load_released(released)[0](IDS).logits, expected)
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    base: Any = MODELS["bert"].model(3)
+    base.save_pretrained(tmp_path / "base")
+    key = "bert.encoder.layer.0.attention.self.query"
+    pairs: Pairs = {(key, 0): (torch.ones(2, 32), torch.ones(32, 2))}
+    others = {"base_model.model.classifier.weight": torch.ones(3, 31)}
+    changes = {"r": [2], "target_modules": ["query"], "layers_to_transform": [0]}
+    released = save_checkpoint(tmp_path, pairs, others, task_type="SEQ_CLS", **changes)
+    with pytest.raises(AdapterFileError, match=r"of shape \(3, 31\).*has \(3, 32\)"):
+        msplora.to_lora(released, tmp_path / "out")
 
 
 def test_another_base_is_refused(released: Path, tmp_path: Path) -> None:

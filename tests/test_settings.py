@@ -183,6 +183,7 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
         (f"{MINIMAL}training: {{scheduler: polynomial, learning_rate: 1e-7}}", "falls to 1e-07"),
         (CLASSIFIER.replace("{train:", "{validation_fraction: 0, train:"), "needs held-out rows"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b], regression: true, train:"), "is set"),
+        (CLASSIFIER.replace("{train:", "{labels: [a, b, a], train:"), "names 'a' more than once"),
         (CLASSIFIER.replace("train: rows.jsonl", "glue: mrpc"), "needs data.path"),
         (CLASSIFIER.replace("train: rows.jsonl", "glue: mprc, path: a"), "Did you mean 'mrpc'?"),
         (MINIMAL.replace("train: rows.jsonl", "glue: mrpc, path: a"), "not 'sft'"),

@@ -201,6 +201,20 @@ def test_a_weighted_adapter(combination: str) -> None:
         assert torch.allclose(scale * b @ a, expected_b @ expected_a, atol=1e-5)
 
 
+def test_a_weighted_adapter_is_of_the_scales_that_were_set() -> None:
+    model = two_adapters(r=6)
+    layers = [its for its in model.modules() if hasattr(its, "borrowed")]
+    for layer in layers:
+        layer.set_scale("second", 0.5)
+    weights = {"default": 0.7, "second": -0.3}
+    model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert close(logits(model), logits(delta_model(model, weights | {"second": -0.15})))
+    layers[0].set_scale("second", 2)
+    with pytest.raises(msplora.MSPLoraError, match="other scales in other layers"):
+        model.add_weighted_adapter(list(weights), [1.0, 1.0], "more", combination_type="cat")
+
+
 def test_a_weighted_adapter_saves_and_reloads(tmp_path: Path) -> None:
     model = two_adapters(r=6)
     model.add_weighted_adapter(["default", "second"], [0.5, 2.0], "sum", combination_type="cat")

@@ -118,15 +118,21 @@ def test_an_adapter_that_is_not_alike_is_refused(tmp_path: Path, changes: dict[s
     assert torch.equal(logits(model), expected)
 
 
-def test_a_damaged_file_changes_nothing(tmp_path: Path) -> None:
-    folder, _ = saved(tmp_path)
+@pytest.mark.parametrize("of", ["q_proj", "lm_head"])
+@pytest.mark.parametrize("damage", ["missing", "has shape", "not finite"])
+def test_a_damaged_file_changes_nothing(tmp_path: Path, of: str, damage: str) -> None:
+    """Of a pair or of the head: PEFT copies the head first, and finds out later."""
+    folder, _ = saved(tmp_path, modules_to_save=["lm_head"])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    lost = next(key for key in tensors if "q_proj" in key)
-    save_file({key: its for key, its in tensors.items() if key != lost}, file)
-    model = adapted(1)
+    harmed = next(key for key in tensors if of in key)
+    whole = tensors.pop(harmed)
+    if damage != "missing":
+        tensors[harmed] = whole[:1].clone() if damage == "has shape" else whole / 0
+    save_file(tensors, file)
+    model = adapted(1, modules_to_save=["lm_head"])
     before = tensors_of(model)
-    with pytest.raises(AdapterFileError, match="missing"):
+    with pytest.raises(AdapterFileError, match=damage):
         msplora.hotswap(model, folder)
     assert same_tensors(tensors_of(model), before)
 

@@ -274,6 +274,101 @@ def test_another_base_config_is_refused_with_what_differs(made_up: MadeUp) -> No
         run_sweep(sweep_of(grid={RATE: [1e-3]}, output="other"))
 
 
+@pytest.fixture
+def undrawn(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    """Without the plot, which takes most of a second."""
+    monkeypatch.setattr("msplora.sweep.plot.draw_sweep", lambda *_: None)
+    return made_up
+
+
+def test_results_of_other_data_are_not_put_into_one_table(undrawn: MadeUp) -> None:
+    rows = write_jsonl(Path("answered.jsonl").absolute(), answered_rows(20))
+    undrawn.fails = {1e-2}
+    run_sweep(sweep_of(grid={RATE: [1e-3, 1e-2]}))
+    write_jsonl(rows, answered_rows(20))  # the same again
+    run_sweep(sweep_of(grid={RATE: [1e-3, 1e-2]}))
+    before = tree(Path("out"))
+    write_jsonl(rows, answered_rows(21))
+    for more in ([1e-4], []):  # whether or not there is a new run
+        with pytest.raises(SweepFolderError, match="other content of") as refused:
+            run_sweep(sweep_of(grid={RATE: [1e-3, 1e-2, *more]}))
+        assert str(rows) in str(refused.value)
+    assert tree(Path("out"))["results.jsonl"] == before["results.jsonl"]
+    # One that failed has no result, and may have failed for what was in the file.
+    undrawn.fails.clear()
+    run_sweep(sweep_of(grid={RATE: [1e-2]}), retry_failed=True)
+    assert rows_in()[1]["status"] == "complete"
+
+
+def test_data_that_change_while_a_sweep_runs_stop_it(
+    undrawn: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_jsonl(Path("answered.jsonl"), answered_rows(20))
+
+    def run(*arguments: Any) -> Outcome:
+        write_jsonl(rows, answered_rows(21))
+        return undrawn(*arguments)
+
+    monkeypatch.setattr(sweep_module, "run_here", run)
+    with pytest.raises(SweepFolderError, match="other content of"):
+        run_sweep(sweep_of(grid={RATE: [1e-3, 1e-2]}))
+    assert undrawn.ran == ["learning_rate=0.001"]
+
+
+def test_rows_without_a_checksum_are_kept_and_said_to_have_none(undrawn: MadeUp) -> None:
+    rows = write_jsonl(Path("answered.jsonl"), answered_rows(20))
+    sweep_command({"grid": {RATE: [1e-3]}})
+    _as_before(Path("out"))
+    write_jsonl(rows, answered_rows(21))
+    result = sweep_command({"grid": {RATE: [1e-3, 1e-2]}})
+    assert result.code == 0, result.err
+    assert "1 runs are of an older msplora" in result.out + result.err
+    assert undrawn.ran == ["learning_rate=0.001", "learning_rate=0.01"]
+
+
+def _as_before(folder: Path) -> None:
+    """Rows, and the sweep's file, as they were written when paths stood as in the config."""
+    rows = rows_in(str(folder))
+    for row in rows:
+        del row["inputs"]
+        row["config"]["data.train"] = "answered.jsonl"
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = yaml.safe_load((folder / "sweep.yaml").read_text())
+    content["output"], content["config"] = "out", BASE
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_a_sweep_goes_on_from_any_folder(
+    undrawn: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("answered", "others"):
+        write_jsonl(Path(f"{name}.jsonl"), answered_rows(20))
+    grid = {"data.train": ["answered.jsonl", "others.jsonl"], RATE: [1e-3]}
+    undrawn.stop_at = 1
+    assert sweep_command({"grid": grid}).code == 130
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = msplora("sweep", tmp_path / "out/sweep.yaml")
+    assert result.code == 0, result.err
+    assert len(undrawn.ran) == 2
+    assert not list(Path().iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert sweep_command({"grid": grid}).code == 0
+    assert len(undrawn.ran) == 2
+    assert {row["config"]["data.train"] for row in rows_in()} == {
+        str(tmp_path / "answered.jsonl"),
+        str(tmp_path / "others.jsonl"),
+    }
+
+
+def test_a_search_among_files_ends(undrawn: MadeUp) -> None:
+    for name in ("answered", "others"):
+        write_jsonl(Path(f"{name}.jsonl"), answered_rows(20))
+    choices = ["answered.jsonl", "others.jsonl"]
+    run_sweep(sweep_of(search={"data.train": {"choices": choices}}, trials=5))
+    assert len(undrawn.ran) == 2
+
+
 SEARCH = {RATE: {"low": 1e-5, "high": 1e-1, "log": True}, "adapter.r": {"choices": [4, 8, 16]}}
 
 

@@ -210,6 +210,7 @@ def test_eval_gives_the_number_that_the_run_reports_for_its_best_epoch(
     assert found["accuracy"] == best["accuracy"]
     assert found["loss"] == pytest.approx(best["loss"], rel=1e-6)
     assert found["rows"] == 16
+    assert found["data"] == "held out by the run"
 
 
 def test_the_best_epoch_is_kept_although_later_ones_are_worse(place: Place) -> None:

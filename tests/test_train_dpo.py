@@ -146,6 +146,7 @@ def test_it_starts_at_the_reference_and_its_metrics_are_those_of_the_paper(
         result = command("eval", run, "--json", "--batch-size", size)
         assert result.code == 0, result.err
         assert judged(result.json()) == expected
+        assert result.json()["data"] == "held out by the run"
 
 
 def test_what_is_shown_before_the_first_step(printed: str) -> None:

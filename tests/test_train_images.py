@@ -99,6 +99,7 @@ def test_every_method_trains_the_same_head(folder: Path, method: str) -> None:
     assert result.code == 0, result.err
     best = read_json(folder / method / "metrics.json")["best"]
     assert result.json()["loss"] == pytest.approx(best["loss"], rel=1e-5)
+    assert result.json()["data"] == "held out by the run"
 
 
 def logits_by_hand(folder: Path, file: Path) -> torch.Tensor:

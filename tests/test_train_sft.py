@@ -278,6 +278,7 @@ def test_a_text_file_and_a_chat_train_too(folder: Path, tmp_path: Path) -> None:
     train(folder, "book", data=data, method="full", training={"batch_size": 4})
     metrics = read_json(folder / "book/metrics.json")
     found = command("eval", folder / "book", "--json").json()
+    assert found["data"] == "held out by the run"
     assert found["loss"] == pytest.approx(metrics["best"]["loss"], rel=1e-6)
     assert metrics["best"]["loss"] < metrics["before"]["loss"]
 
@@ -360,6 +361,8 @@ def test_a_run_starts_from_an_adapter_and_keeps_its_shape(folder: Path) -> None:
         assert [its.shape for its in tensors(first / "adapter").values()] == [
             its.shape for its in tensors(second / "adapter").values()
         ]
+    first.rename(folder / "moved")  # which is of no account to what came of it
+    assert command("eval", folder / "again").code == 0
 
 
 @pytest.mark.parametrize(
@@ -371,6 +374,7 @@ def test_a_run_starts_from_an_adapter_and_keeps_its_shape(folder: Path) -> None:
         ({"adapter": {"target_modules": "all-linear"}}, "adapter.target_modules is 'all-linear'"),
         ({"adapter": {"target_modules": ["q_proj"]}}, "adapter.target_modules is ['q_proj']"),
         ({"adapter": {"use_dora": True}}, "adapter.use_dora is True"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, "and the run lm_head too"),
     ],
 )
 def test_an_adapter_of_another_shape_is_not_started_from(

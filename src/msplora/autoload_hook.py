@@ -27,7 +27,8 @@ class _BeforePeft:
             return None
         # What looks for PEFT next is the finder that msplora has just put first.
         for finder in list(sys.meta_path):
-            spec = finder.find_spec(name, path, target)
+            find_spec = getattr(finder, "find_spec", None)  # old finders have none
+            spec = find_spec and find_spec(name, path, target)
             if spec is not None:
                 return spec
         return None

@@ -155,9 +155,10 @@ class SitePairs(nn.Module):
         if found is not None:
             return found[0][place_a], found[1][place_b]
         if self.alone is None:
-            self.alone = tuple(Stacking(its.ranks, its.scales, its.transposed) for its in stackings)
-            for its, owners in zip(self.alone, self.owners, strict=True):
+            alone = tuple(Stacking(its.ranks, its.scales, its.transposed) for its in stackings)
+            for its, owners in zip(alone, self.owners, strict=True):
                 its.join((), owners)
+            self.alone = alone  # whole: another thread may be in its first call too
         factors = self.factors_on(device)
         a_RI, b_RO = (its(f, dtype)[0] for its, f in zip(self.alone, factors, strict=True))
         return a_RI, b_RO

@@ -103,7 +103,7 @@ def to_lora(
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
         verify: load base and result with PEFT and compare the logits before anything is written.
-        force: replace `out` if it is not empty.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
@@ -124,7 +124,7 @@ def to_lora(
     options = base or BaseOptions()
     if not is_released(folder):
         foresee(
-            _pyramid_in(folder),
+            _pyramid_in(folder, form),
             options,
             form=form,
             pad_to=pad_to,
@@ -181,7 +181,7 @@ def to_merged(
         base: how to load the base model, its dtype included; the adapter names it.
         verify: load the result and compare the logits before it takes its place.
         allow_quantized: merge into a quantised base, which rounds the sum again.
-        force: replace `out` if it is not empty.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
@@ -268,14 +268,27 @@ def _load_pyramid(folder: Path, base: BaseOptions | None) -> tuple[PeftModel, di
     return load_adapted(folder, base), other_tensors(read_tensors(folder))
 
 
-def _pyramid_in(folder: Path) -> MSPLoraConfig:
-    config = read_config(folder)
-    if not isinstance(config, MSPLoraConfig):
-        kind = str(config.peft_type).rpartition(".")[2]
+def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
+    config: Any = read_config(folder)
+    if isinstance(config, MSPLoraConfig):
+        return config
+    kind = str(config.peft_type).rpartition(".")[2]
+    if kind != "LORA":
+        way = "merge it: --to merged" if isinstance(config, LoraConfig) else "use it through PEFT"
         raise ConfigError(
-            f"{str(folder)!r} is a {kind} adapter, not MSPLoRA; there is nothing to convert."
+            f"{str(folder)!r} is of type {kind}, and --to {form} takes MSPLoRA adapters; {way}."
         )
-    return config
+    if form == "lora":
+        raise ConfigError(
+            f"{str(folder)!r} is a plain LoRA already, which PEFT and the servers read as it is; "
+            f"there is nothing to convert."
+        )
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    raise ConfigError(
+        f"{str(folder)!r} is a plain LoRA, and --to {form} takes a pyramid. Make it one with a "
+        f"pair for each layer, which is the same: --to msplora --ranks {rank} --groups 0. Convert "
+        f"that."
+    )
 
 
 def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

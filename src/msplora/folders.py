@@ -90,11 +90,20 @@ def _check_replaceable(out: Path, force: bool) -> None:
 
 def cannot_be_renamed(folder: Path) -> str | None:
     """Why an existing folder cannot give its name to another, if so."""
-    if os.path.ismount(folder):
+    if os.path.ismount(folder) or _is_bound(folder):
         return "is where another file system is mounted"
     if _is_current(folder):
         return "is the folder you are in"
     return None
+
+
+def _is_bound(folder: Path) -> bool:
+    """Whether a folder of the same file system is mounted there, which Linux alone tells."""
+    mounts = Path("/proc/self/mountinfo")
+    name = str(folder.resolve()).replace(" ", r"\040")
+    return mounts.exists() and any(
+        line.split(" ")[4] == name for line in mounts.read_text(errors="replace").splitlines()
+    )
 
 
 def _is_current(folder: Path) -> bool:

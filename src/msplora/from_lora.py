@@ -112,7 +112,7 @@ def to_msplora(
         dtype: of the tensors written.
         data: a file, as `msplora eval --data` takes it, to measure the loss of both on.
         verify: load the result with PEFT, measure it and compare the logits before it is kept.
-        force: replace `out` if it is an earlier conversion.
+        force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
         MSPLoraError: the adapter or its base cannot be read, the adapter does what a pyramid

@@ -264,7 +264,7 @@ def base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
         name = (architectures or ["AutoModel"])[0]
     # A module is not imported because an adapter's file says so: that would run its code.
     home = str(adapted.get("parent_library") or "transformers")
-    for module in (transformers, sys.modules.get(home)):
+    for module in (sys.modules.get(home), transformers):
         found = getattr(module, name, None)
         if hasattr(found, "from_pretrained"):
             return found

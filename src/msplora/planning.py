@@ -78,7 +78,10 @@ def on_meta(model_config: Any) -> nn.Module:
 def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:
     """A copy of `config` whose `target_modules` are spelled out as PEFT would."""
     config = copy.copy(config)
-    if config.target_modules is None and not config.target_parameters:
+    if config.target_modules is None and config.target_parameters:
+        # Parameters alone; PEFT would add its default modules of this type of model.
+        config.target_modules = set()
+    if config.target_modules is None:
         model_type = model_type_of(model)
         default = _peft.DEFAULT_TARGETS.get(model_type or "")
         if default is None:

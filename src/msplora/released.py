@@ -96,7 +96,8 @@ def load_released(
     config = _own_pairs(found, sorted(found.pairs))
     model = load_base_of(config, found.others, base or BaseOptions(), class_names(folder))
     own = acting_pairs(found, {key: blocks_on(model, key) for key in found.pairs})
-    named = _own_pairs(found, found.config["target_modules"])
+    targets = found.config.get("target_modules")
+    named = _own_pairs(found, targets) if targets else config
     if _same_sites(model, named, found):
         config = named
     elif not _same_sites(model, config, found):
@@ -124,6 +125,13 @@ def load_released(
             f"{str(folder)!r} holds {left_over[0]!r}, for which {type(model).__name__} has no "
             f"place. Pass the base it was trained on with --base."
         )
+    for key, tensor in found.others.items():
+        if tensor.shape != state[key].shape:
+            raise AdapterFileError(
+                f"{str(folder)!r} holds {key!r} of shape {tuple(tensor.shape)}, and "
+                f"{type(model).__name__} has {tuple(state[key].shape)}. Pass the base it was "
+                f"trained on with --base."
+            )
     set_peft_model_state_dict(adapted, state | found.others)
     return adapted.eval(), found.others
 

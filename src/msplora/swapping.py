@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from torch import nn
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
 
 from .config import MSPLoraConfig
 from .errors import AdapterFileError, MSPLoraError, UnsupportedError
 from .layer import PyramidLayer
 from .loading import adapter_folder, read_config, read_tensors
 from .planning import plan
-from .store import B, factors, find_store, name_in_file
+from .store import B, factors, find_store, name_in_file, raise_for
 
 # What must be alike for one adapter's tensors to have their places in the other.
 _ALIKE = ("use_dora", "bias", "modules_to_save", "trainable_token_indices")
@@ -71,8 +71,25 @@ def hotswap(model: nn.Module, source: str | Path, adapter_name: str = "default")
             for key in tensors:
                 if key.endswith(name_in_file(pair.address, B)):
                     tensors[key] = tensors[key] * ratio
+    _check_tensors(model, adapter_name, tensors)
     with torch.no_grad():
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+
+
+def _check_tensors(model: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Refuse a file that would be put in by halves: PEFT copies a head before it sees the pairs."""
+    problems = []
+    held = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    for key, loaded in held.items():
+        found = tensors.get(key)
+        if found is None:
+            problems.append(f"{key} is missing")
+        elif found.shape != loaded.shape:
+            shapes = tuple(found.shape), tuple(loaded.shape)
+            problems.append(f"{key} has shape {shapes[0]}, the loaded adapter has {shapes[1]}")
+        elif not bool(torch.isfinite(found).all()):
+            problems.append(f"{key} holds values that are not finite")
+    raise_for(problems)
 
 
 def _check_not_merged(model: nn.Module, adapter_name: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import MSPLoraConfig
 from .errors import ConfigError, UnsupportedError
+from .layer import PyramidLayer
 from .product import stack_a, stack_b
 from .pyramid import Plan
 from .store import find_store
@@ -49,6 +50,9 @@ def combined_adapter(
     for name in adapters[1:]:
         _check_alike(first, plans[name], adapters[0], name, same_ranks=not concatenate)
 
+    set_scales = [_set_scale(model, name) for name in adapters]
+    weights = [weight * its for weight, its in zip(weights, set_scales, strict=True)]
+
     tensors = {}
     with torch.no_grad():
         for place, pair in enumerate(first.pairs):
@@ -71,6 +75,23 @@ def combined_adapter(
                 tensors[pair.address] = (_sum(a_factors, roots), _sum(b_factors, signed))
 
     return _config(configs, plans, adapters, concatenate), tensors
+
+
+def _set_scale(model: nn.Module, adapter_name: str) -> float:
+    """What `set_scale` has made of an adapter, in all layers: their pairs are shared."""
+    layers = [its for its in model.modules() if isinstance(its, PyramidLayer)]
+    scales: set[float] = {
+        layer.scaling[adapter_name]  # pyright: ignore[reportAttributeAccessIssue]
+        for layer in layers
+        if adapter_name in layer.borrowed
+    }
+    if len(scales) > 1:
+        raise UnsupportedError(
+            f"adapter {adapter_name!r} has other scales in other layers ({sorted(scales)}), which "
+            f"share pairs: no combination of it has all of them. Call set_scale alike on every "
+            f"layer first."
+        )
+    return scales.pop()
 
 
 def _config(

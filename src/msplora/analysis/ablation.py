@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from msplora.loading import BaseOptions
+from msplora.train.data_files import check_named
 from msplora.train.evaluation import image_rows, pair_judge, pair_rows, text_rows, token_rows
 from msplora.train.held_out_loss import autocast, pad_rows
 from msplora.train.levels import level_parameters
@@ -56,6 +57,7 @@ def switch_off(
     Raises:
         MSPLoraError: the model or the data cannot be read.
     """
+    check_named(data)
     with quiet_libraries():
         run = open_run(path, base)
         measure = _measurement(run, data)

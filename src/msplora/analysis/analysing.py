@@ -64,10 +64,18 @@ def analyse(
     # All is read before anything is computed: what is wrong with the last is said at once.
     folders = [_folder(path) for path in paths]
     read = [read_adapter(folder, options) for folder in folders]
+    for _, its_base in read:
+        if its_base is not None:
+            its_base.check_weights()
+    # Before the rest, of all adapters: it loads most, and so may fail.
+    ablations = [
+        _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
+        for name, (adapter, _) in zip(names, read, strict=True)
+    ]
     results = []
-    for name, path, (adapter, its_base) in zip(names, paths, read, strict=True):
-        # First what loads most and so may fail.
-        ablation = _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
+    for name, path, (adapter, its_base), ablation in zip(
+        names, paths, read, ablations, strict=True
+    ):
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
         results.append(
             AdapterResult(

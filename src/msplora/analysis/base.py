@@ -80,6 +80,14 @@ class Base:
             found = getattr(found, name, None)
         return found
 
+    def check_weights(self) -> None:
+        """Refuse a base whose weights cannot be read one by one.
+
+        Raises:
+            BaseModelError: it has none in safetensors.
+        """
+        _ = self._files
+
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Name of a tensor → the file it is in."""

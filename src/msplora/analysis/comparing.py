@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .kinds import Coordinates
 from .measures import layer_cosines, numerical_ranks, overlaps, spans
 from .results import Comparison, KindComparison, numbers
-from .stored import StoredAdapter, StoredKind
+from .stored import StoredAdapter, StoredKind, StoredSite
 
 
 def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> Comparison:
     """Layer by layer, kinds of the same name and shape; without any in common, nothing."""
-    others = {_identity(kind): kind for kind in second.kinds}
     found = []
     for kind in first.kinds:
-        other = others.get(_identity(kind))
+        other = _counterpart(kind, first, second)
         if other is not None:
             its = _compare(kind, other)
             found += [its] if its else []
     return Comparison(*names, tuple(found))
 
 
-def _identity(kind: StoredKind) -> tuple[str, int, int]:
-    # With a base the name may carry its list of blocks, where several lists have such a kind.
+def _counterpart(kind: StoredKind, first: StoredAdapter, second: StoredAdapter) -> Any:
+    """The kind of the second adapter with the same name and shape, if there is one.
+
+    With a base a name may carry its list of blocks, where several lists have such a kind
+    (`decoder.block:…`). Without it, it is the same kind only where no other list has one.
+    """
+    for identity in (_whole, _bare):
+        ours, theirs = (
+            [its for its in adapter.kinds if identity(its) == identity(kind)]
+            for adapter in (first, second)
+        )
+        if len(ours) == len(theirs) == 1:
+            return theirs[0]
+    return None
+
+
+def _whole(kind: StoredKind) -> tuple[str, int, int]:
+    return kind.name, kind.out_features, kind.in_features
+
+
+def _bare(kind: StoredKind) -> tuple[str, int, int]:
     return kind.name.rpartition(":")[2], kind.out_features, kind.in_features
 
 
-def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
+def _shared(first: StoredKind, second: StoredKind) -> list[tuple[StoredSite, StoredSite]]:
+    """The sites of the same layers; none where it is not certain which these are."""
+    if first.counted or second.counted:
+        # Certain only if no block is skipped, which whoever knows the numbers has to tell.
+        count = len(first.sites)
+        known = [[its.layer for its in kind.sites] for kind in (first, second) if not kind.counted]
+        certain = all(its in (list(range(count)), [None]) for its in known)
+        same = certain and len(second.sites) == count
+        return list(zip(first.sites, second.sites, strict=True)) if same else []
     places = {site.layer: site for site in second.sites}
-    shared = [(site, places[site.layer]) for site in first.sites if site.layer in places]
+    return [(site, places[site.layer]) for site in first.sites if site.layer in places]
+
+
+def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
+    shared = _shared(first, second)
     if not shared:
         return None
     coordinates = Coordinates([*first.pairs, *second.pairs])

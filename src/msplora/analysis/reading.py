@@ -79,7 +79,8 @@ def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
     notes = []
     if counted and not config.layers_to_transform:
         notes.append(
-            "Without --base the layers are counted from the file: where the adapter skips blocks, "
+            "Without --base the layers are counted from the file, and are laid beside another "
+            "adapter's only where that has no gaps: where the adapter skips blocks, "
             "layer 3 is the fourth that is adapted."
         )
     others = [key for key in tensors if ".lora_" not in key and ".msplora_" not in key]

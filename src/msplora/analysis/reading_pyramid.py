@@ -142,14 +142,15 @@ def _counted(
                     borrowed[layer].append(place)
             place += 1
     numbers = block_numbers(config, layers)
+    counted = not config.layers_to_transform
     sites = tuple(
         StoredSite(f"{number}.{kind}", number, tuple(its))
         for number, its in zip(numbers, borrowed, strict=True)
     )
     if experts == 1:
-        return [StoredKind(kind, tuple(matrices[0]), sites)]
+        return [StoredKind(kind, tuple(matrices[0]), sites, counted)]
     return [
-        StoredKind(f"{kind}[expert {expert}]", tuple(pairs), sites)
+        StoredKind(f"{kind}[expert {expert}]", tuple(pairs), sites, counted)
         for expert, pairs in enumerate(matrices)
     ]
 

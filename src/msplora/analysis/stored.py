@@ -48,6 +48,8 @@ class StoredKind:
     pairs: tuple[StoredPair, ...]
     sites: tuple[StoredSite, ...]
     """In depth order."""
+    counted: bool = False
+    """The numbers of the blocks are not known: they are counted from 0."""
 
     @property
     def out_features(self) -> int:

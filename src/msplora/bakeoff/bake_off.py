@@ -11,7 +11,7 @@ from rich.console import Console
 from msplora.sweep.folder import LOGS, SweepFolderError
 from msplora.sweep.rows import Row, essence
 from msplora.sweep.running import SweepSignals
-from msplora.train.run import with_absolute_paths
+from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.stopping import Interrupted
 
 from .choosing import Chain, Choice, Rivals, choose, ladder, single
@@ -183,7 +183,7 @@ class _Running:
         elif row.status in over:
             return row
         settings = self.bake_off.settings_of(run)
-        row.config, row.inputs = portable(essence(settings)), self.folder.inputs(run)
+        row.config, row.files = portable(essence(settings)), self.folder.inputs(run)
         log = self.folder.path / LOGS / f"{run.name}.log"
         return Job(row, with_absolute_paths(settings), log, rejecting)
 

@@ -11,7 +11,7 @@ from msplora.bench.provenance import short
 from msplora.sweep.folder import LOGS, RUNS, SweepFolderError, hold
 from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
-from msplora.train.run import with_absolute_paths
+from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.run_folder import RunFolder, RunFolderError
 from msplora.train.settings import Settings
 
@@ -20,7 +20,7 @@ from .reading import BakeOff, Run
 
 _PLACES = (
     "model", "tokenizer", "data.path", "data.train", "data.validation", "data.hub",
-    "data.chat_template",
+    "data.chat_template", "init_from",
 )  # fmt: skip
 """Keys that say where something is: on another machine, the same is in another folder."""
 HAVE_RESULTS = ("complete", "rejected", "diverged")
@@ -59,6 +59,11 @@ class BakeOffFolder:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the bake-off in {self.path}")
         self.rows = Rows(self.path)  # another process may have written some until now
+        try:
+            self._check_same()
+        except SweepFolderError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let others at it."""
@@ -105,7 +110,7 @@ class BakeOffFolder:
             run = Run.of(its)
             inputs = self._inputs[run.entrant, run.task]
             if row.status in HAVE_RESULTS:
-                self._refuse_others(run, f"{row.name} ran", row.inputs or {}, inputs)
+                self._refuse_others(run, f"{row.name} ran", row.files or {}, inputs)
             now = portable(essence(bake_off.settings_of(run)))
             changed = [
                 f"{key} was {shown(row.config.get(key))} and is {shown(now.get(key))}"
@@ -146,9 +151,9 @@ def _is_same(key: str, row: Row, now: Mapping[str, Any], inputs: Inputs) -> bool
     before, value = row.config.get(key), now.get(key)
     if before == value or key not in _PLACES:
         return before == value
-    if key in compare(row.inputs or {}, inputs):
+    if key in compare(row.files or {}, inputs):
         return _relocated(before, lambda _: "") == _relocated(value, lambda _: "")
-    return row.inputs is None and _ends_alike(before, value)  # an earlier version's row
+    return row.files is None and _ends_alike(before, value)  # an earlier version's row
 
 
 def _ends_alike(one: Any, other: Any) -> bool:

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.checkpoints import checksum
 from msplora.train.data_sources import named_sources
+from msplora.train.init_from import start_companions, start_files
 from msplora.train.settings import Settings
 from msplora.train.settings_data import Sources
 
@@ -26,16 +28,23 @@ _PLACES, _PLACE = 64, 4096
 
 def inputs_of(settings: Settings) -> Inputs:
     """The files of a run's model and data that are on this machine."""
-    data, model = settings.data, Path(settings.model).expanduser()
-    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model
-    glue = [Path(data.path).expanduser() / f"{its}.tsv" for its in _GLUE] if data.path else []
+    settings = with_absolute_paths(settings, must_exist=False)
+    data = settings.data
+    glue = [Path(data.path) / f"{its}.tsv" for its in _GLUE] if data.path else []
+    images = []
+    if settings.task == "image-classification":
+        from msplora.train.data_images import image_files  # which needs Pillow
+
+        images = sorted(set(image_files(data)))
     found = {
-        "model": _those_of(model, _WEIGHTS),
-        "tokenizer": _those_of(tokenizer, _TOKENIZER),
+        "model": _those_of(Path(settings.model), _WEIGHTS),
+        "tokenizer": _those_of(Path(settings.tokenizer or settings.model), _TOKENIZER),
+        "init_from": _checksums([*start_files(settings), *start_companions(settings)]),
         "data.path": _checksums(glue),
         "data.train": _of_sources(data.train, "data.train"),
         "data.validation": _of_sources(data.validation, "data.validation"),
         "data.chat_template": _of_sources(data.chat_template, "data.chat_template"),
+        "the images": _checksums(images),
     }
     return {key: its for key, its in found.items() if its}
 
@@ -60,22 +69,22 @@ def compare(before: Inputs, now: Inputs) -> dict[str, list[str]]:
 
 
 def _of_sources(value: Sources | None, key: str) -> dict[str, int]:
-    if isinstance(value, str) and (folder := Path(value).expanduser()).is_dir():
-        return _checksums(sorted(folder.rglob("*")), folder)  # of images
-    return _checksums(Path(its.path).expanduser() for its in named_sources(value, key) if its.path)
+    if isinstance(value, str) and (folder := Path(value)).is_dir():  # of images
+        return _checksums(sorted(folder.rglob("*")))
+    return _checksums(Path(its.path) for its in named_sources(value, key) if its.path)
 
 
 def _those_of(folder: Path, patterns: Iterable[str]) -> dict[str, int]:
     return _checksums(sorted(file for its in patterns for file in folder.glob(its)))
 
 
-def _checksums(files: Iterable[Path], root: Path | None = None) -> dict[str, int]:
+def _checksums(files: Iterable[Path]) -> dict[str, int]:
     """By names below the folder that all files are in."""
     files = [file.absolute() for file in files if file.is_file()]
     if not files:
         return {}
-    root = root or Path(os.path.commonpath([file.parent for file in files]))
-    return {file.relative_to(root.absolute()).as_posix(): _checksum(file) for file in files}
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    return {file.relative_to(root).as_posix(): _checksum(file) for file in files}
 
 
 def _checksum(file: Path) -> int:

@@ -90,7 +90,7 @@ def origins(outcome: Outcome) -> list[str]:
     hours = sum(row.seconds for row in rows) / 3600
     counts = {status: sum(row.status == status for row in outcome.rows) for status in _STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    unknown = sum(row.inputs is None for row in rows)
+    unknown = sum(row.files is None for row in rows)
     if unknown:
         lines.append(
             f"data: what {unknown} of the runs read was not recorded (an earlier version made "

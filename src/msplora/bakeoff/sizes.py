@@ -11,11 +11,12 @@ import torch
 import transformers
 
 from msplora.errors import ConfigError, MSPLoraError
+from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.base_model import Base, base_without_weights, load_base
 from msplora.train.job import Job
 from msplora.train.methods import Adapted, adapt
 from msplora.train.quiet import quiet_libraries
-from msplora.train.run import prepare_job, with_absolute_paths
+from msplora.train.run import prepare_job
 from msplora.train.settings import Settings
 from msplora.train.settings_methods import METHOD_SECTIONS
 

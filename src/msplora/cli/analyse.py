@@ -26,8 +26,11 @@ def analyse(
         typer.Option(help="A page to write (*.html), or a folder for the page and the numbers."),
     ] = None,
     intruders: Annotated[
-        int, typer.Option(min=0, help="Singular vectors of each weight to compare with the base's.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            min=0, help="Singular vectors of each weight to compare with the base's: 10 by default."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     revision: Annotated[str | None, typer.Option(help="Of the base model on the hub.")] = None,
     trust_remote_code: Annotated[
@@ -36,6 +39,13 @@ def analyse(
     force: Annotated[bool, typer.Option(help="Replace an earlier analysis.")] = False,
 ) -> None:
     """Measure what the levels of an adapter learned; two or more are laid side by side."""
+    if base is None and intruders is not None:
+        raise typer.BadParameter("--intruders compares with the base's weights: give --base.")
+    if base is None and data is None and (revision is not None or trust_remote_code):
+        raise typer.BadParameter(
+            "--revision and --trust-remote-code are for the base, which is read for --base and "
+            "--data only."
+        )
     from msplora.analysis.analysing import analyse as measure
     from msplora.analysis.output import check_free
     from msplora.extras import report_extra
@@ -51,7 +61,11 @@ def analyse(
     options = BaseOptions(base, "auto", revision, trust_remote_code)
     with progress_bar() as progress:
         found = measure(
-            *adapters, base=options, intruder_vectors=intruders, data=data, progress=progress
+            *adapters,
+            base=options,
+            intruder_vectors=10 if intruders is None else intruders,
+            data=data,
+            progress=progress,
         )
     written = [] if output is None else found.write(output, force=force)
     if as_json:

@@ -94,7 +94,8 @@ def convert(
         bool, typer.Option(help="Run Python code that the base model brings along.")
     ] = False,
     force: Annotated[
-        bool, typer.Option(help="Replace an earlier conversion, and nothing else.")
+        bool,
+        typer.Option(help="Replace an earlier conversion that is as it was written; nothing else."),
     ] = False,
     r: Annotated[
         int | None, typer.Option("--r", help="Of a pyramid: rank of the first level.")
@@ -121,6 +122,8 @@ def convert(
         raise typer.BadParameter(
             f"--for, --max-lora-rank, --pad-to: for LoRAs only, not --to {to.value}."
         )
+    if to is not Target.merged and allow_quantized:
+        raise typer.BadParameter(f"--allow-quantized: for --to merged only, not --to {to.value}.")
     if to is Target.msplora:
         to_pyramid(
             source,

@@ -23,5 +23,7 @@ def put_on(base: Any, folder: Path) -> PeftModel:
     """
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:  # PEFT's, and our own
+    except KeyError as error:  # PEFT looks for a head's tensors without asking
+        raise Misfit(f"the file has no tensor {error}") from error
+    except (RuntimeError, ValueError, AttributeError) as error:  # PEFT's, and our own
         raise Misfit(" ".join(str(error).split())[:_MOST_SAID]) from error

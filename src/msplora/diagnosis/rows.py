@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from msplora.errors import UnsupportedError
+from msplora.train.data_files import check_named
 from msplora.train.evaluation import image_rows, text_rows, token_rows
 from msplora.train.held_out_loss import pad_rows
 from msplora.train.quiet import quiet_libraries
@@ -29,6 +30,7 @@ def model_and_rows(adapter: Path, base: str, data: str) -> tuple[PeftModel, dict
         Misfit: the adapter does not fit the base.
         MSPLoraError: the model or the rows cannot be read, or it was trained on preferences.
     """
+    check_named(data)
     with quiet_libraries():
         run = open_run(adapter, base, put_on)
         inputs = _inputs(run, data)

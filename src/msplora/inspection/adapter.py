@@ -18,11 +18,19 @@ from msplora.spectrum import as_matrices, norm_of
 from .blocks import absent_layers, absent_targets, gaps
 from .entries import Entries, Entry, entries_of
 from .results import Finding, KindReport, LevelReport, PairReport
-from .suspicions import exploded, misshapen, not_finite, note, uneven, without_effect
+from .suspicions import (
+    MAGNITUDES,
+    exploded,
+    misshapen,
+    missing_parts,
+    not_finite,
+    note,
+    uneven,
+    without_effect,
+)
 from .tensor_file import TensorFiles
 
 _REWRITES_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
-_MAGNITUDES = ("lora_magnitude_vector", "msplora_magnitude")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ def look_at_adapter(
         done(place, total)
     findings = [
         *entries.findings,
+        *missing_parts(config, others),
         *misshapen(unfit),
         *not_finite(infinite),
         *without_effect(pairs),
@@ -225,7 +234,7 @@ def _notes(config: Any, others: Sequence[str]) -> list[Finding]:
         found.append(
             note("It uses DoRA, which also rescales the base's weights: norms are those of s·BA.")
         )
-    rest = [name for name in others if not any(its in name for its in _MAGNITUDES)]
+    rest = [name for name in others if not any(its in name for its in MAGNITUDES)]
     if rest:
         found.append(
             note(

@@ -20,12 +20,17 @@ FEWEST = 4
 _SHOWN = 3
 _AGAIN = "The file is not whole, or not this config's; save or copy it again."
 
+MAGNITUDES = ("lora_magnitude_vector", "msplora_magnitude")
+"""What the names of DoRA's tensors hold."""
+
 UNEVEN = "uneven kinds"
-NOT_WHOLE = ("missing pair", "unused pair", "misshapen")
+NOT_WHOLE = ("missing pair", "missing part", "unused pair", "misshapen")
 """The rules by which a file is not what its config asks for."""
 
 RULES = {
     "missing pair": "the config's pyramid has a pair that the file lacks, or holds half of",
+    "missing part": "the config asks for a head, trained tokens or DoRA's magnitudes, and the file "
+    "has no tensor of them",
     "unused pair": "the file holds a pair that no layer borrows",
     "missing target": "the config's target_modules list a name that no pair of the file is for",
     "missing layer": "a kind has not as many layers as layers_to_transform lists, or a LoRA lacks "
@@ -65,6 +70,24 @@ def missing(addresses: Sequence[str], whole: bool) -> list[Finding]:
     text = f"The file lacks {len(addresses)} pair(s){of}, or half of them: {some(addresses)}. "
     text += _AGAIN
     return [Finding("missing pair", "problem", text, tuple(addresses))]
+
+
+def missing_parts(config: Any, others: Sequence[str]) -> list[Finding]:
+    """What the config asks for beside the pairs and has no tensor of among the `others`."""
+    saved = list(config.modules_to_save or ())
+    asked = {
+        # PEFT names two heads for every classifier, of which a model has one.
+        f"a module of modules_to_save ({', '.join(saved)})": tuple(f".{its}." for its in saved),
+        "DoRA's magnitudes (use_dora)": MAGNITUDES if config.use_dora else (),
+        "trained tokens (trainable_token_indices)": (
+            ("trainable_tokens",) if getattr(config, "trainable_token_indices", None) else ()
+        ),
+    }
+    return [
+        Finding("missing part", "problem", f"The file has no tensor of {what}. {_AGAIN}")
+        for what, marks in asked.items()
+        if marks and not any(mark in f".{name}" for mark in marks for name in others)
+    ]
 
 
 def left_over(addresses: Sequence[str]) -> list[Finding]:

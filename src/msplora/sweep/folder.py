@@ -79,9 +79,7 @@ class SweepFolder:
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the sweep in {self.path}")
-        content = self.sweep.settings.model_dump(mode="json", exclude_defaults=True)
-        content.pop("base", None)
-        content["config"] = self.sweep.base
+        content = self.sweep.as_file()
         write_whole(self.path / SWEEP, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def release(self) -> None:

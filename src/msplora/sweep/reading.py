@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
+from msplora.train.absolute_paths import PATHS, absolute_value, with_absolute_paths
 from msplora.train.problems import described, together
 from msplora.train.run_folder import flat
 from msplora.train.settings import Settings
@@ -79,7 +80,7 @@ class Sweep:
     def settings_of(
         self, parameters: Mapping[str, Any], seed: int | None = None, output: str = "run"
     ) -> Settings:
-        """The settings of one run.
+        """The settings of one run, with absolute paths.
 
         Raises:
             ConfigError: there is no such run.
@@ -91,7 +92,20 @@ class Sweep:
         for key, value in changes.items():
             put(content, key, value, source)
         content["output"] = output
-        return make_settings(content, source)
+        return with_absolute_paths(make_settings(content, source), must_exist=False)
+
+    def as_file(self) -> dict[str, Any]:
+        """What to write for the next time: with the base config itself, and absolute paths."""
+        content = self.settings.model_dump(mode="json", exclude_defaults=True)
+        content.pop("base", None)
+        content["output"], content["config"] = str(self.output), copy.deepcopy(self.base)
+        there = flat(self.base)
+        for key in PATHS:
+            if there.get(key) and key != "output":
+                put(content["config"], key, absolute_value(key, there[key]), self.source)
+            if key in self.settings.grid:
+                content["grid"][key] = [absolute_value(key, its) for its in self.settings.grid[key]]
+        return content
 
 
 def read_sweep(file: Path | str, output: str | None = None) -> Sweep:
@@ -118,6 +132,9 @@ def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
             f"in {source}: give the config that the runs start from as base (a file) or under "
             f"config; found {found}."
         )
+    for key, searched in settings.search.items():
+        if key in PATHS and searched.choices:  # which are compared with those of the runs
+            searched.choices = [absolute_value(key, its) for its in searched.choices]
     base = read_content(settings.base) if settings.base is not None else settings.config
     sweep = Sweep(settings, base or {}, source)
     _check_keys(sweep)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msplora.errors import MSPLoraError
+from msplora.train.absolute_paths import PATHS, absolute_value
 from msplora.train.checkpoints import write_whole
 from msplora.train.run_folder import FREE_TO_CHANGE, HISTORY, METRICS, flat
 from msplora.train.settings import Settings
@@ -32,8 +33,6 @@ class Row:
     status: Status
     config: dict[str, Any]
     """What `essence` leaves of its settings."""
-    inputs: dict[str, dict[str, int]] | None = None
-    """Of a bake-off: key -> file -> checksum of what it read; None where that was not recorded."""
     metric: str | None = None
     value: float | None = None
     """Of the checkpoint that was kept, on the held-out rows."""
@@ -55,6 +54,10 @@ class Row:
     resident_bytes: int | None = None
     """The most memory that the run's process had at once, without the GPU's; None if not apart."""
     error: str | None = None
+    inputs: dict[str, int] | None = None
+    """The fingerprint of the files that it reads; None where an older msplora began it."""
+    files: dict[str, dict[str, int]] | None = None
+    """Of a bake-off, in its place: key -> file -> checksum; None where that was not recorded."""
     kept: bool = True
     """Whether its folder was left; not so with `keep: best` for the others."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -88,6 +91,7 @@ class Rows:
     def __init__(self, folder: Path) -> None:
         self.file = folder / RESULTS
         self._rows: dict[str, Row] = {}
+        self._absolute: dict[str, dict[str, Any]] = {}
         if self.file.is_file():
             try:
                 lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -112,7 +116,16 @@ class Rows:
     def find(self, settings: Settings) -> Row | None:
         """The row of a run with these settings."""
         wanted = essence(settings)
-        return next((row for row in self if row.config == wanted), None)
+        return next((row for row in self if self._config(row) == wanted), None)
+
+    def _config(self, row: Row) -> dict[str, Any]:
+        """A row's config with absolute paths, which older msploras left as they stood."""
+        if row.name not in self._absolute:
+            paths = {
+                key: absolute_value(key, its) for key, its in row.config.items() if key in PATHS
+            }
+            self._absolute[row.name] = row.config | paths
+        return self._absolute[row.name]
 
     def put(self, row: Row) -> None:
         """Add a row, or replace the one of its name, and write the file."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from msplora.errors import MSPLoraError
+from msplora.train.inputs import data_paths, fingerprint
+from msplora.train.settings import Settings
 from msplora.train.stopping import Interrupted
 
-from .folder import SWEEP, SweepFolder
+from .folder import SWEEP, SweepFolder, SweepFolderError
 from .naming import run_name
 from .reading import Sweep
 from .rows import Row, Rows
@@ -58,12 +60,15 @@ class _Running:
         self.sweep, self.console, self.retry_failed = sweep, console, retry_failed
         self.folder = SweepFolder(sweep)
         self.stop = SweepSignals()
+        self._inputs: dict[str, dict[str, int]] = {}
+        """What is read by which `data` and `init_from`, since the sweep was taken up."""
 
     def run(self) -> list[Setting]:
         folder, stop = self.folder, self.stop
         folder.begin()
         try:
             self.rows = Rows(folder.path)
+            self._check_same_inputs()
             try:
                 with stop:
                     self._run_all()
@@ -94,6 +99,32 @@ class _Running:
             if self.sweep.settings.keep == "best":
                 self._keep_the_best()
 
+    def _check_same_inputs(self) -> None:
+        """Refuse to add to results of other data: all stand in one table."""
+        old = 0
+        for setting in settings_so_far(self.sweep, self.rows):
+            for seed, row in setting.rows.items():
+                if row and row.status in ("complete", "diverged"):
+                    old += row.inputs is None
+                    self._check_inputs(row, self.sweep.settings_of(setting.parameters, seed))
+        if old:
+            self._say(f"{old} runs are of an older msplora, which kept no checksum of their data.")
+
+    def _check_inputs(self, row: Row, settings: Settings) -> None:
+        """Compare what a run read, or is about to read, with what is there since the start."""
+        which = repr((settings.data, settings.init_from))
+        if which not in self._inputs:
+            self._inputs[which] = fingerprint(settings)
+        there = self._inputs[which]
+        changed = [what for what, its in (row.inputs or {}).items() if there.get(what) != its]
+        if changed:
+            named = {"data": ", ".join(data_paths(settings)), "init_from": settings.init_from}
+            raise SweepFolderError(
+                f"the sweep in {self.folder.path} has runs that were made with other content of "
+                f"{'; '.join(f'{named[what]} ({what})' for what in changed)}. They cannot be "
+                f"compared with new ones: put the old content back, or name another output."
+            )
+
     def _is_retried(self, row: Row) -> bool:
         return row.status == "failed" and self.retry_failed
 
@@ -102,7 +133,8 @@ class _Running:
         if row is None:
             name = run_name(setting.parameters, seed, self.rows)
             row = Row.started(name, setting.parameters, seed, settings)
-        row.status = "unfinished"
+        row.status, row.inputs = "unfinished", fingerprint(settings)
+        self._check_inputs(row, settings)
         self.rows.put(row)  # before it starts: what a search chose is known after a kill too
         settings.output = str(self.folder.run(row.name))
         log = self.folder.log(row.name)

@@ -21,6 +21,7 @@ from msplora.loading import (
 )
 
 from .data_classification import Classes
+from .init_from import kept_tokenizer
 from .quantisation import is_quantised, prepare_quantised, quantisation_config
 from .settings import Settings
 from .weightless_quantised import quantise_without_weights
@@ -42,13 +43,15 @@ class Base:
 
 
 def load_tokenizer(settings: Settings) -> Any:
-    """Load the tokenizer of the run, with a token to pad with."""
-    source = resolve_source(settings.tokenizer or settings.model, "tokenizer")
+    """Load the tokenizer of the run, with a token to pad with.
+
+    Of one that starts from an adapter it is the adapter's, its chat template included, where the
+    settings do not name another: so the adapter goes on seeing what it was trained on.
+    """
+    source, revision = _source_of_tokenizer(settings, "tokenizer")
     with loading_errors_explained(source, "the tokenizer of"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source,
-            revision=None if settings.tokenizer else settings.revision,
-            trust_remote_code=settings.trust_remote_code,
+            source, revision=revision, trust_remote_code=settings.trust_remote_code
         )
     if settings.data.chat_template:
         file = Path(settings.data.chat_template)
@@ -63,13 +66,21 @@ def load_tokenizer(settings: Settings) -> Any:
 
 def load_image_processor(settings: Settings) -> Any:
     """Load what turns the images of the run into the model's input."""
-    source = resolve_source(settings.tokenizer or settings.model, "image processor")
+    source, revision = _source_of_tokenizer(settings, "image processor")
     with loading_errors_explained(source, "the image processor of"):
         return transformers.AutoImageProcessor.from_pretrained(
-            source,
-            revision=None if settings.tokenizer else settings.revision,
-            trust_remote_code=settings.trust_remote_code,
+            source, revision=revision, trust_remote_code=settings.trust_remote_code
         )
+
+
+def _source_of_tokenizer(settings: Settings, what: str) -> tuple[str, str | None]:
+    """Where the tokenizer, or the processor of images, is, and the revision of it."""
+    if settings.tokenizer:
+        return resolve_source(settings.tokenizer, what), None
+    kept = kept_tokenizer(settings)
+    if kept:
+        return str(kept), None
+    return resolve_source(settings.model, what), settings.revision
 
 
 def load_base(settings: Settings, classes: Classes | None, for_training: bool = True) -> Base:
@@ -81,10 +92,10 @@ def load_base(settings: Settings, classes: Classes | None, for_training: bool = 
     source = resolve_source(settings.model)
     of_images = settings.task == "image-classification"
     tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
-    config, loader = _config_and_class(settings, classes, source)
+    config, loader = config_and_class(settings, classes, source)
     arithmetic = _arithmetic(settings, config, on_gpu=torch.cuda.is_available())
     options: dict[str, Any] = {
-        **_hub(settings),
+        **hub_options(settings),
         "config": config,
         dtype_argument(): _weights_dtype(settings, arithmetic, for_training),
         # Where it is unset the model is loaded on the CPU, and the trainer moves it.
@@ -125,7 +136,7 @@ def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bo
     source = resolve_source(settings.model)
     of_images = settings.task == "image-classification"
     tokenizer = load_image_processor(settings) if of_images else load_tokenizer(settings)
-    config, loader = _config_and_class(settings, classes, source)
+    config, loader = config_and_class(settings, classes, source)
     arithmetic = _arithmetic(settings, config, on_gpu)
     whole = _head_of(loader, config, settings) if classes else ()
     quantised = quantisation_config(settings, config, arithmetic, whole)
@@ -152,14 +163,14 @@ def base_without_weights(settings: Settings, classes: Classes | None, on_gpu: bo
 LoadBase = Callable[[Settings, Classes | None], Base]
 
 
-def _hub(settings: Settings) -> dict[str, Any]:
+def hub_options(settings: Settings) -> dict[str, Any]:
     return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
-def _config_and_class(settings: Settings, classes: Classes | None, source: str) -> tuple[Any, Any]:
+def config_and_class(settings: Settings, classes: Classes | None, source: str) -> tuple[Any, Any]:
     """The config of the model, with the classes written into it, and what loads it."""
     with loading_errors_explained(source):
-        config = transformers.AutoConfig.from_pretrained(source, **_hub(settings))
+        config = transformers.AutoConfig.from_pretrained(source, **hub_options(settings))
     if classes:
         loader: Any = (
             transformers.AutoModelForImageClassification

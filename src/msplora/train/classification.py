@@ -16,13 +16,15 @@ from msplora.errors import ConfigError
 
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_steps
-from .classification_rows import labelled_sample, prepare_rows
-from .data_classification import Classes, read_classification
+from .classification_rows import labelled_data, labelled_sample, prepare_rows
+from .data_classification import Classes
+from .held_out_rows import HeldOutRows
+from .init_from import start_checksums
 from .job import Job
 from .length_groups import GroupsByLength
-from .lengths import row_limit
 from .methods import adapt
 from .metrics import metrics_for, predictions
+from .outline import outline
 from .run_trainer import RunTrainer
 from .settings import Settings
 from .settings_checks import check_metric
@@ -36,18 +38,19 @@ class ClassificationTrainer(GroupsByLength, RunTrainer):
 
 def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the data, load the model and apply the method."""
-    data = read_classification(settings.data, settings.seed)
+    data = labelled_data(settings)
     classes = data.classes
     best = best_metric(settings, classes)
-    base = load(settings, classes)
-    if base.tokenizer.pad_token is None:
+    described = outline(settings, classes)
+    if described.tokenizer.pad_token is None:
         raise ConfigError(
             f"the tokenizer of {settings.tokenizer or settings.model} has no token for padding, "
             f"for the end or for unknown words, so rows cannot be put into batches. Name another "
             f"as tokenizer."
         )
-    rows = prepare_rows(settings, data, base.tokenizer, row_limit(settings, base.model))
+    rows = prepare_rows(settings, data, described.tokenizer, described.limit)
     check_steps(settings, training_steps(settings, len(rows.train)))
+    base = load(settings, classes)
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> Trainer:
@@ -59,7 +62,12 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, classes=classes),
+        TaskRecord(
+            settings,
+            classes=classes,
+            held_out=HeldOutRows.of(data.held_out),
+            start=start_checksums(settings),
+        ),
         best,
         held_out=True,
         data_notes=rows.notes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import datasets
@@ -21,7 +21,8 @@ from .data_check import (
     warnings_on_lengths,
     warnings_on_repeats,
 )
-from .data_classification import Classes, Example, LabelledData
+from .data_classification import Classes, Example, LabelledData, read_classification
+from .init_from import in_its_classes
 from .lengths import LengthReport, Limit
 from .settings import Settings
 from .tokenise_classification import tokenise_examples
@@ -35,6 +36,13 @@ class ClassificationRows:
     held_out: datasets.Dataset
     notes: list[str]
     check: DataCheck
+
+
+def labelled_data(settings: Settings) -> LabelledData:
+    """Read the examples of a run, labelled as the adapter that it starts from labels them."""
+    data = read_classification(settings.data, settings.seed)
+    classes, (train, held_out) = in_its_classes(settings, data.classes, data.train, data.held_out)
+    return replace(data, classes=classes, train=train, held_out=held_out)
 
 
 def prepare_rows(

@@ -172,6 +172,11 @@ def _usual_text_columns(row: Row) -> tuple[str, ...]:
 
 
 def _class_name(value: Any) -> str:
+    """The name of a label; of a number, the same however it is written."""
+    if isinstance(value, float):
+        if math.isnan(value):  # how tables write that nothing is there
+            return ""
+        value = int(value) if value.is_integer() else value
     return "" if value is None else str(value).strip()
 
 
@@ -198,6 +203,7 @@ def label_of(row: Row, classes: Classes) -> int | float:
     if not name:
         raise DataError(f"{row.place}: no label in the column {classes.label_column!r}.")
     if not classes.regression:
+        name = _as_listed(row[classes.label_column], classes.labels) or name
         if name not in classes.labels:
             raise DataError(
                 f"{row.place}: label {name!r} is none of the classes: "
@@ -214,3 +220,10 @@ def label_of(row: Row, classes: Classes) -> int | float:
         low, high = classes.label_range
         raise DataError(f"{row.place}: label {number:g} is outside the range {low:g} to {high:g}.")
     return number
+
+
+def _as_listed(value: Any, labels: tuple[str, ...]) -> str | None:
+    """The listed class that is the same number as a label, such as 1.0 for 1."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return next((name for name in labels if _class_order(name)[:2] == (0, value)), None)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -63,6 +64,16 @@ def read_text(file: Path | str) -> str:
     if not text.strip():
         raise DataError(f"{file} is empty.")
     return text
+
+
+def check_named(data: str) -> None:
+    """Refuse a file (or a folder of images) that is not there, before a model is loaded for it.
+
+    Raises:
+        DataError: there is neither, and the name is no pattern.
+    """
+    if not glob.has_magic(data) and not Path(data).expanduser().is_dir():
+        _refuse_missing(Path(data).expanduser())
 
 
 def _refuse_missing(file: Path) -> None:

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .data_classification import Classes, label_of, with_classes
@@ -76,20 +77,41 @@ def read_more_images(path: Path | str, classes: Classes) -> list[Row]:
     return [Row(str(file), {column: str(file)}) for file in files]
 
 
+def image_files(data: DataSettings) -> list[Path]:
+    """Every file with an image that is there, in the folders and tables that the data names."""
+    found: list[Path] = []
+    for path in (Path(its) for its in (data.train, data.validation) if isinstance(its, str)):
+        if path.is_dir():
+            found += _images_in(path)
+            continue
+        try:
+            rows = read_rows(path)
+        except DataError:  # a table that cannot be read names no image
+            continue
+        named = [row.values.get(data.image_column) for row in rows]
+        files = [path.parent / its for its in named if isinstance(its, str)]
+        found += [file for file in files if file.is_file()]
+    return found
+
+
 def open_image(image: LabelledImage) -> Image.Image:
-    """Return the image in RGB, upright.
+    """Return the image in RGB of 8 bits, upright.
 
     Raises:
         DataError: it cannot be read to its end.
     """
     try:
-        opened = ImageOps.exif_transpose(_open(image.source))
-        return opened.convert("RGB")
+        opened = _open(image.source)
+        _refuse_unscaled(opened)
+        upright = ImageOps.exif_transpose(opened)
+        if _is_16_bits(opened):  # Pillow would clip it to white
+            upright = Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))
+        return upright.convert("RGB")
     except _UNREADABLE as error:
         raise _no_image(image, error) from error
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
@@ -204,14 +226,44 @@ def _open(source: Any) -> Image.Image:
 
 
 def _look_at(image: LabelledImage) -> None:
-    """Refuse what is no image before anything is spent; pixels are read when they are needed."""
-    if isinstance(image.source, Image.Image):
-        return
+    """Refuse what is no whole image before anything is spent.
+
+    Pixels are read when they are needed, or here where nothing else tells whether all are there.
+    """
     try:
-        with _open(image.source) as opened:
-            opened.verify()
+        opened = _open(image.source)
+        _refuse_unscaled(opened)
+        if isinstance(image.source, Image.Image):
+            return
+        with opened:
+            if opened.format == "PNG":
+                opened.verify()  # it has checksums
+            elif opened.format != "JPEG" or not _has_jpeg_end(image.source):
+                opened.load()
     except _UNREADABLE as error:
         raise _no_image(image, error) from error
+
+
+def _has_jpeg_end(source: Any) -> bool:
+    """Whether the last bytes are the mark that ends a JPEG; more may follow it in a whole one."""
+    if isinstance(source, bytes):
+        return source.endswith(_JPEG_END)
+    with open(source, "rb") as file:
+        file.seek(-len(_JPEG_END), io.SEEK_END)
+        return file.read() == _JPEG_END
+
+
+_JPEG_END = b"\xff\xd9"
+
+
+def _is_16_bits(image: Image.Image) -> bool:
+    # Older Pillows open a grey PNG of 16 bits in the mode of 32.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def _refuse_unscaled(image: Image.Image) -> None:
+    if image.mode in ("I", "F") and not _is_16_bits(image):
+        raise ValueError(f"mode {image.mode}: 32 bits a pixel, and no range that they fill")
 
 
 def _no_image(image: LabelledImage, error: Exception) -> DataError:

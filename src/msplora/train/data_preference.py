@@ -177,8 +177,7 @@ def _has_prompt(values: Mapping[str, Any]) -> bool:
 def _pairs(rows: list[Row], form: Form, columns: Mapping[str, str]) -> tuple[list[Pair], int, int]:
     """The pairs to learn from, and how many were left out as alike and as empty."""
     pairs, alike, empty = [], 0, 0
-    for its in rows:
-        row = named(its, columns)
+    for row in (named(row, columns) for row in rows):
         if form == "messages":
             turns, answers = _chats(row)
             chosen, rejected = (_half(row, form, "messages", [*turns, its]) for its in answers)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
 from msplora.errors import ConfigError
-from msplora.loading import loading_errors_explained, resolve_source
-from msplora.planning import on_meta
 
 from . import classification_rows, preference_rows, sft_rows
-from .base_model import load_tokenizer
 from .data_check import DataCheck
-from .data_classification import read_classification
 from .data_preference import read_preferences
 from .data_sft import read_sft
-from .end_tokens import end_tokens
-from .lengths import row_limit
+from .outline import outline
 from .preview import show_warnings
 from .quiet import quiet_libraries
 from .settings import Settings
@@ -67,45 +60,26 @@ def show_report(report: DataReport, settings: Settings, console: Console) -> Non
 
 def _sft(settings: Settings, rows: int) -> DataReport:
     data = read_sft(settings.data, settings.seed)
-    model, tokenizer, generation = _weightless(settings)
-    ends = end_tokens(tokenizer, model.config, generation)
-    found = sft_rows.prepare_rows(settings, data, tokenizer, row_limit(settings, model), ends)
-    samples = [sft_rows.masked_sample(row, tokenizer) for row in found.train[:rows]]
+    its = outline(settings, None)
+    found = sft_rows.prepare_rows(settings, data, its.tokenizer, its.limit, its.ends)
+    samples = [sft_rows.masked_sample(row, its.tokenizer) for row in found.train[:rows]]
     return DataReport(found.check, found.notes, samples)
 
 
 def _preferences(settings: Settings, rows: int) -> DataReport:
     data = read_preferences(settings.data, settings.seed)
-    model, tokenizer, generation = _weightless(settings)
-    ends = end_tokens(tokenizer, model.config, generation)
-    found = preference_rows.prepare_rows(data, tokenizer, row_limit(settings, model), ends)
-    samples = [preference_rows.pair_sample(row, tokenizer) for row in found.train[:rows]]
+    its = outline(settings, None)
+    found = preference_rows.prepare_rows(data, its.tokenizer, its.limit, its.ends)
+    samples = [preference_rows.pair_sample(row, its.tokenizer) for row in found.train[:rows]]
     return DataReport(found.check, found.notes, samples)
 
 
 def _classification(settings: Settings, rows: int) -> DataReport:
-    data = read_classification(settings.data, settings.seed)
-    model, tokenizer, _ = _weightless(settings)
-    found = classification_rows.prepare_rows(settings, data, tokenizer, row_limit(settings, model))
+    data = classification_rows.labelled_data(settings)
+    its = outline(settings, data.classes)
+    found = classification_rows.prepare_rows(settings, data, its.tokenizer, its.limit)
     samples = [
-        classification_rows.labelled_sample(found.train[place], tokenizer, data.classes)
+        classification_rows.labelled_sample(found.train[place], its.tokenizer, data.classes)
         for place in range(min(rows, len(found.train)))
     ]
     return DataReport(found.check, found.notes, samples)
-
-
-def _weightless(settings: Settings) -> tuple[Any, Any, Any]:
-    """The model without its weights, its tokenizer, and its generation config if it has one."""
-    source = resolve_source(settings.model)
-    hub: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    with loading_errors_explained(source):
-        config = transformers.AutoConfig.from_pretrained(source, **hub)
-        model = on_meta(config)
-    try:
-        generation = transformers.GenerationConfig.from_pretrained(source, **hub)
-    except OSError:  # older models keep it in the config
-        generation = None
-    return model, load_tokenizer(settings), generation

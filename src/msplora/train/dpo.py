@@ -15,18 +15,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from msplora.errors import AdapterFileError, ConfigError
-from msplora.loading import adapter_folder
+from msplora.errors import ConfigError
 
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_steps
 from .data_preference import read_preferences
-from .end_tokens import end_tokens
+from .held_out_rows import HeldOutRows
 from .held_out_trainer import JudgesHeldOutRows
+from .init_from import start_checksums, start_folder
 from .job import Job
 from .length_groups import GroupsByLength
-from .lengths import row_limit
 from .methods import adapt
+from .outline import outline
 from .preference_rows import pair_sample, prepare_rows
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
@@ -98,14 +98,13 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the pairs, load the model and apply the method."""
     data = read_preferences(settings.data, settings.seed)
     best = check_metric(settings, "loss", ("loss", "rewards/accuracies", "rewards/margins"))
-    base = load(settings, None)
-    limit = row_limit(settings, base.model)
-    ends = end_tokens(base.tokenizer, base.model.config, base.model.generation_config)
-    rows = prepare_rows(data, base.tokenizer, limit, ends)
+    described = outline(settings, None)
+    rows = prepare_rows(data, described.tokenizer, described.limit, described.ends)
     train, held_out, notes = rows.train, rows.held_out, rows.notes
     if settings.method != "full" and settings.adapter.lora_dropout:
         notes.append("task dpo trains without dropout, so adapter.lora_dropout is not read")
     check_steps(settings, training_steps(settings, len(train)))
+    base = load(settings, None)
     adapted = adapt(base, settings)
     notes.append(f"reference: {_reference_in_words(settings)}")
     if isinstance(adapted.model.get_output_embeddings(), BaseTunerLayer):
@@ -129,7 +128,13 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
+        TaskRecord(
+            settings,
+            form=data.forms[0],
+            more_forms=data.forms[1:],
+            held_out=HeldOutRows.of(data.held_out),
+            start=start_checksums(settings),
+        ),
         best,
         held_out=bool(held_out),
         data_notes=notes,
@@ -183,13 +188,8 @@ def _set_reference(model: peft.PeftModel, settings: Settings) -> None:
     """
     if _REFERENCE in model.peft_config:
         model.delete_adapter(_REFERENCE)
-    if settings.init_from:
-        try:
-            start = adapter_folder(Path(settings.init_from))
-        except AdapterFileError as error:
-            raise AdapterFileError(
-                f"the run is compared with the adapter it started from (init_from), and {error}"
-            ) from error
+    start = start_folder(settings)
+    if start:
         model.load_adapter(str(start), _REFERENCE)
 
 

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from msplora.errors import ConfigError
 
+from .absolute_paths import with_absolute_paths
 from .base_model import base_without_weights
 from .estimate import Estimate, estimate
 from .job import Job
@@ -25,7 +26,7 @@ from .methods import Trainable
 from .quantisation import can_be_quantised, is_quantised
 from .quiet import quiet_libraries
 from .rehearsal import Rows
-from .run import prepare_job, with_absolute_paths
+from .run import prepare_job
 from .settings import Settings
 from .target import Target, find_target
 from .trainer_arguments import warmup_steps

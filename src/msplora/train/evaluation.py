@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from msplora.loading import BaseOptions
 
@@ -20,16 +20,20 @@ from .data_sft import Sample, read_more_sft, read_sft
 from .dpo import HeldOutDPOTrainer, preference_trainer
 from .held_out_loss import held_out_loss
 from .image_classification import Pixels
+from .init_from import check_start
 from .lengths import LengthReport, row_limit
 from .progress import plain_metrics
 from .quiet import quiet_libraries
 from .saved_run import SavedRun, open_run
 from .settings import Task
+from .settings_data import DataSettings
 from .sft import padding_id
 from .tokenise_classification import tokenise_examples
 from .tokenise_preference import PairTokens, tokenise_pairs
 from .tokenise_sft import Tokens, tokenise_samples
 from .trainer_arguments import trainer_arguments
+
+Row = TypeVar("Row")
 
 
 def evaluate_run(
@@ -47,7 +51,22 @@ def evaluate_run(
         run = open_run(path, base)
         batch_size = batch_size or run.settings.training.eval_batch_size
         found = _BY_TASK[run.settings.task](run, data, batch_size)
-        return {"run": str(path), "data": data or "held out by the run"} | found
+        return {"run": str(path), "data": data or _held_out_in_words(run)} | found
+
+
+def _held_out_in_words(run: SavedRun) -> str:
+    if run.record.held_out:
+        return "held out by the run"
+    return "held out by the run, if its data are unchanged: an older msplora kept no checksum"
+
+
+def _held_out(run: SavedRun, rows: list[Row]) -> list[Row]:
+    """The rows, refused where there are none, or where they are not those the run held out."""
+    if not rows:
+        raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
+    if run.record.held_out:
+        run.record.held_out.check(rows, run.path, run.settings.data)
+    return rows
 
 
 def _classification(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
@@ -64,7 +83,7 @@ def text_rows(run: SavedRun, data: str | None) -> tuple[Any, LengthReport]:
         rows = read_glue_file(settings.data.glue, data)
         held_out = examples(rows, fit_columns(rows, classes))
     else:
-        held_out = read_classification(settings.data, settings.seed).held_out
+        held_out = _held_out(run, read_classification(_with_classes(run), settings.seed).held_out)
     limit = row_limit(settings, run.base.model)
     return tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
 
@@ -81,8 +100,17 @@ def image_rows(run: SavedRun, data: str | None) -> Pixels:
     if data:
         held_out = labelled_images(read_more_images(data, classes), classes)
     else:
-        _, held_out, _ = read_images(settings.data, settings.seed)
+        held_out = _held_out(run, read_images(_with_classes(run), settings.seed)[1])
     return Pixels(held_out, run.base.tokenizer)
+
+
+def _with_classes(run: SavedRun) -> DataSettings:
+    """The run's data, with the classes in the order that its head has."""
+    data, classes = run.settings.data, run.record.classes
+    assert classes
+    if data.glue or not classes.labels:
+        return data
+    return data.model_copy(update={"labels": list(classes.labels)})
 
 
 def _judge(run: SavedRun, inputs: Any, batch_size: int) -> dict[str, float]:
@@ -115,9 +143,7 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
     elif not forms:
         raise DataError(f"{run.path} does not say what it was trained on; give a file with --data.")
     else:
-        held_out = read_sft(settings.data, settings.seed).held_out
-        if not held_out:
-            raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
+        held_out = _held_out(run, read_sft(settings.data, settings.seed).held_out)
     return tokenise_samples(
         held_out,
         run.base.tokenizer,
@@ -131,7 +157,12 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
 def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
     rows, report = pair_rows(run, data)
     trainer = pair_judge(run, rows, batch_size)
-    return {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
+    found = {"rows": len(rows), **report.left_out(), **plain_metrics(trainer.evaluate())}
+    if run.settings.init_from and run.record.start is None:
+        found["reference"] = (
+            f"{run.settings.init_from}, if it is unchanged: an older msplora kept no checksum"
+        )
+    return found
 
 
 def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], LengthReport]:
@@ -141,9 +172,7 @@ def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], Length
     if data:
         held_out = read_more_preferences(data, forms, settings.data)
     else:
-        held_out = read_preferences(settings.data, settings.seed).held_out
-        if not held_out:
-            raise DataError(f"the run {run.path} held out no rows; give a file with --data.")
+        held_out = _held_out(run, read_preferences(settings.data, settings.seed).held_out)
     limit = row_limit(settings, run.base.model)
     return tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out")
 
@@ -151,6 +180,7 @@ def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], Length
 def pair_judge(run: SavedRun, rows: list[PairTokens], batch_size: int) -> HeldOutDPOTrainer:
     """What compares the model's answers to pairs with those of the model it started from."""
     settings = run.settings
+    check_start(settings, run.record.start or {})
     reference = load_base(settings, None).model if settings.method == "full" else None
     with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
         arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")

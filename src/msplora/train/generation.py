@@ -12,6 +12,7 @@ from msplora.errors import ConfigError
 
 from .data_files import DataError
 from .data_sft import Form, Sample, alpaca_prompt
+from .end_tokens import end_tokens
 from .held_out_loss import autocast
 from .lengths import positions_of
 from .quiet import quiet_libraries
@@ -74,6 +75,11 @@ def continue_sample(
         max_new_tokens = min(max_new_tokens, positions - len(ids))
     inputs = torch.tensor([ids], device=run.model.device)
     options: dict[str, Any] = {"do_sample": temperature > 0}
+    # The tokenizer's own end token among them, which is what the model has learnt to end with:
+    # the base's generation config, which alone counts otherwise, may not know it.
+    ends = end_tokens(tokenizer, run.base.model.config, run.base.model.generation_config)
+    if ends:
+        options["eos_token_id"] = sorted(ends)
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}
     with torch.no_grad(), autocast(inputs.device.type, run.base.arithmetic):

@@ -16,6 +16,8 @@ from .callbacks import check_steps
 from .classification import best_metric, classification_trainer
 from .data_classification import Classes
 from .data_images import LabelledImage, open_image, read_images
+from .held_out_rows import HeldOutRows
+from .init_from import in_its_classes, start_checksums
 from .job import Job
 from .methods import adapt
 from .settings import Settings
@@ -43,6 +45,7 @@ class Pixels(Dataset):
 def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Look at the images, load the model and apply the method."""
     train, held_out, classes = read_images(settings.data, settings.seed)
+    classes, (train, held_out) = in_its_classes(settings, classes, train, held_out)
     best = best_metric(settings, classes)
     base = load(settings, classes)
     train_rows, held_rows = Pixels(train, base.tokenizer), Pixels(held_out, base.tokenizer)
@@ -61,7 +64,12 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, classes=classes),
+        TaskRecord(
+            settings,
+            classes=classes,
+            held_out=HeldOutRows.of(held_out),
+            start=start_checksums(settings),
+        ),
         best,
         held_out=True,
         data_notes=[

@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 import msplora
 from msplora import sisters
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetError, nearest
-from msplora.loading import adapter_folder, read_config
+from msplora.loading import read_config
 
 from .adalora import is_adalora, penalise_training_only
 from .base_model import Base
+from .init_from import notes_on_start, start_folder
 from .levels import check_level_names, freeze_levels, level_parameters
 from .peft_methods import METHODS, config_of, is_lora, keys_read, rank_of, unread_sections
 from .settings import LEVEL_KEYS, PYRAMID_KEYS, AdapterSettings, Settings
@@ -62,10 +63,10 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         return _without_adapter(base, settings)
     config = adapter_config(settings, base)
     notes = _inapplicable(settings)
-    folder = adapter_folder(Path(settings.init_from)) if settings.init_from else None
+    folder = start_folder(settings)
     if folder:
         config = _config_to_start_from(folder, base, settings, config)
-        notes.append(f"starts from the adapter {folder}: its ranks, alphas and dropout hold")
+        notes += notes_on_start(settings, base.model, base.tokenizer)
     plan = None
     if isinstance(config, msplora.MSPLoraConfig):
         plan = msplora.plan(base.model, config)
@@ -232,6 +233,8 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
         with warnings.catch_warnings():
             # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            if is_trainable:  # a run says it itself, of every method
+                warnings.filterwarnings("ignore", message="the adapter names")
             loaded = peft.PeftModel.from_pretrained(
                 model, str(folder), is_trainable=is_trainable, low_cpu_mem_usage=_on_meta(model)
             )
@@ -267,11 +270,19 @@ def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: 
             f"init_from {folder} is a {str(found.peft_type).rpartition('.')[2]} adapter, but the "
             f"method is {settings.method!r}. Set method to match, or start from another adapter."
         )
+    untrained = sorted(set(config.modules_to_save or ()) - set(found.modules_to_save or ()))
+    if untrained:
+        raise ConfigError(
+            f"init_from {folder} trains {', '.join(sorted(found.modules_to_save or ())) or 'none'} "
+            f"in full beside the adapter, and the run {', '.join(untrained)} too "
+            f"(adapter.modules_to_save, and a classifier's head). The adapter decides: leave out "
+            f"of adapter.modules_to_save what is not in it, or start from another adapter."
+        )
     default = AdapterSettings()  # pyright: ignore[reportCallIssue]
     unlike = [
         name
         for name in AdapterSettings.model_fields
-        if name not in ("init_lora_weights", "modules_to_save")  # neither shapes an old adapter
+        if name not in ("init_lora_weights", "modules_to_save")  # one is done, the other checked
         and getattr(settings.adapter, name) != getattr(default, name)
         and not _alike(name, getattr(found, name, None), getattr(config, name, None), base)
     ]

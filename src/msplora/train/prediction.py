@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from msplora.errors import ConfigError
 
 from .data_classification import Classes, examples, fit_columns
-from .data_files import DataError, read_rows
+from .data_files import TABLES, DataError, read_rows, suffix_of
 from .data_glue import read_glue_file
 from .data_images import labelled_images, read_more_images
 from .data_preference import read_prompts
 from .data_sft import WITHOUT_PROMPTS, read_more_sft
+from .data_sources import WHOLE_TEXT
 from .generation import continue_sample
 from .held_out_loss import autocast
 from .image_classification import Pixels
@@ -39,6 +40,11 @@ def predict_file(
 ) -> list[Prediction]:
     """Return one prediction for each row of `file`, in its order; labels in it are not read."""
     is_folder = Path(file).is_dir()
+    if suffix_of(file) == WHOLE_TEXT and not is_folder:
+        raise DataError(
+            f"{file} is one text without rows; msplora predict answers the prompts of rows. Give a "
+            f"file of them ({', '.join(TABLES)}), or use msplora generate --prompt."
+        )
     rows = [] if is_folder else read_rows(file)  # first, so that a bad file costs no loading
     with quiet_libraries():
         run = open_run(path, base)

@@ -14,14 +14,14 @@ from rich.markup import escape
 from safetensors import SafetensorError
 
 from msplora.errors import MSPLoraError
-from msplora.loading import resolve_source
 
+from .absolute_paths import with_absolute_paths
 from .base_model import LoadBase, load_base
 from .callbacks import add_callbacks, check_trackers
 from .checkpoints import find_newest
-from .data_sources import absolute_sources
 from .devices import is_main_process, join, wait_for_everyone, world_size
 from .disk_space import check_space, free_space
+from .init_from import check_task
 from .job import Job
 from .next_steps import next_steps
 from .preview import show_preview, show_sample, show_warnings
@@ -146,31 +146,10 @@ def _already_complete(folder: RunFolder, console: Console) -> Path:
     return folder.path
 
 
-def with_absolute_paths(settings: Settings) -> Settings:
-    """The settings with every local path made absolute, so that they hold from any folder."""
-    settings = settings.model_copy(deep=True)
-    settings.model = resolve_source(settings.model)
-    if settings.tokenizer:
-        settings.tokenizer = resolve_source(settings.tokenizer, "tokenizer")
-    settings.output = _absolute(settings.output)
-    if settings.init_from:
-        settings.init_from = _absolute(settings.init_from)
-    for key in ("train", "validation"):
-        sources = absolute_sources(getattr(settings.data, key), f"data.{key}")
-        setattr(settings.data, key, sources)
-    for key in ("path", "chat_template"):
-        if getattr(settings.data, key):
-            setattr(settings.data, key, _absolute(getattr(settings.data, key)))
-    return settings
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
-
-
 def prepare_job(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read and check all that the run needs, by its task; `load` gives it the base model."""
     check_trackers(settings)
+    check_task(settings)
     prepare: Callable[[Settings, LoadBase], Job]
     if settings.task == "sft":
         from .sft import prepare

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msplora.errors import MSPLoraError
-from msplora.folders import cannot_be_renamed, clear_after_a_kill, put_in_place
+from msplora.folders import (
+    cannot_be_renamed,
+    check_apart,
+    clear_after_a_kill,
+    put_in_place,
+)
 
 from . import inputs
 from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
@@ -31,7 +36,7 @@ DATA = "data.json"
 BEFORE = "checkpoints/before.json"
 """What was measured before the first step, kept for a run that is resumed."""
 INPUTS = "checkpoints/inputs.json"
-"""The checksums of the data files that the run began with."""
+"""The checksums of the files that the run began with."""
 
 NOT_RESUMED = ("adalora",)
 """The methods whose unfinished runs can only be started anew."""
@@ -74,6 +79,10 @@ class RunFolder:
         if self.path.is_file():
             raise RunFolderError(f"the output {self.path} is a file; name a folder.")
         self._check_writable()
+        if settings.init_from:
+            start = Path(settings.init_from)
+            for folder in (self.path, self.working):
+                check_apart(folder, (start, start / "adapter"))
         unfinished = (self.working / CONFIG).is_file()
         self.is_complete = resume == "auto" and not unfinished and (self.path / METRICS).is_file()
         """Whether there is nothing left to do."""
@@ -166,6 +175,11 @@ class RunFolder:
             remove(path)
             notes.append(f"skipped {path.name}: {fault}")
         newest = self.found.newest
+        if self.settings.init_from and not inputs.knows_start(self._inputs(), self.settings):
+            notes.append(
+                f"began with an msplora that kept no checksum of {self.settings.init_from}: "
+                f"whether it is still the same cannot be told"
+            )
         if newest:
             notes.append(f"goes on after step {newest.step}, from {newest.path}")
         elif self.found.damaged:
@@ -260,13 +274,16 @@ class RunFolder:
     def _check_same_data(self) -> None:
         if not (self.working / INPUTS).is_file():
             return  # it has been put away already: only the name is lacking
-        before = json.loads((self.working / INPUTS).read_text(encoding="utf-8"))
-        changed = inputs.changed(before, self.settings)
+        changed = inputs.changed(self._inputs(), self.settings)
         if changed:
             raise RunFolderError(
-                f"the unfinished run in {self.working} began with other data: {', '.join(changed)} "
-                f"changed since. Put the old content back, or pass --force instead to start anew."
+                f"the unfinished run in {self.working} began with other files: "
+                f"{', '.join(changed)} changed since. Put the old content back, or pass --force "
+                f"instead to start anew."
             )
+
+    def _inputs(self) -> dict[str, int]:
+        return json.loads((self.working / INPUTS).read_text(encoding="utf-8"))
 
     def _check_same_settings(self, folder: Path) -> None:
         what = "unfinished" if folder == self.working else "complete"

@@ -15,14 +15,12 @@ from msplora.errors import MSPLoraError
 from msplora.loading import TASK_FILE, BaseOptions, read_config
 
 from .base_model import Base, load_base
+from .init_from import holds_tokenizer
 from .methods import load_adapter
 from .quantisation import is_quantised
 from .settings import Settings
 from .settings_file import make_settings
 from .task_record import TaskRecord
-
-_TOKENIZERS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-"""What there is one of where a tokenizer, or a processor of images, was saved with the weights."""
 
 
 class SavedRunError(MSPLoraError):
@@ -73,9 +71,8 @@ def open_run(
         settings.revision = options.revision or settings.revision
         settings.trust_remote_code |= options.trust_remote_code
     # The tokenizer was saved with the weights, and with it what the run set on it.
-    with_it = any((weights / name).is_file() for name in _TOKENIZERS)
-    settings.tokenizer = str(weights) if with_it else None
-    settings.data.chat_template = None
+    settings.tokenizer = str(weights) if holds_tokenizer(weights) else None
+    settings.data.chat_template = settings.init_from = None
     loaded = load_base(settings, record.classes, for_training=settings.method == "full")
     model = loaded.model
     if adapted:

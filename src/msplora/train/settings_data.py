@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -150,3 +151,11 @@ class DataSettings(Section):
     max_rows: int | None = Field(
         None, ge=1, description="Use only the first rows of each split and source, for a quick try."
     )
+
+    @field_validator("labels")
+    @classmethod
+    def _each_once(cls, labels: list[str] | None) -> list[str] | None:
+        twice = sorted({name for name in labels or [] if (labels or []).count(name) > 1})
+        if twice:
+            raise ValueError(f"it names {', '.join(map(repr, twice))} more than once")
+        return labels

@@ -14,13 +14,14 @@ from msplora.errors import ConfigError
 from .base_model import LoadBase, load_base
 from .callbacks import check_steps
 from .data_sft import read_sft
-from .end_tokens import end_tokens
 from .held_out_loss import held_out_loss
+from .held_out_rows import HeldOutRows
 from .held_out_trainer import JudgesHeldOutRows
+from .init_from import start_checksums
 from .job import Job
 from .length_groups import GroupsByLength
-from .lengths import row_limit
 from .methods import adapt
+from .outline import outline
 from .packing import packed_length, packed_rows, refuse_leaking
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
@@ -56,17 +57,18 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the data, load the model and apply the method."""
     data = read_sft(settings.data, settings.seed)
     best = check_metric(settings, "loss", METRICS)
-    base = load(settings, None)
-    tokenizer, limit = base.tokenizer, row_limit(settings, base.model)
-    ends = end_tokens(tokenizer, base.model.config, base.model.generation_config)
-    rows = prepare_rows(settings, data, tokenizer, limit, ends)
+    described = outline(settings, None)
+    tokenizer, limit = described.tokenizer, described.limit
+    rows = prepare_rows(settings, data, tokenizer, limit, described.ends)
     train, packing = _dataset(rows.train), settings.training.packing
     if packing:
         if tokenizer.pad_token is None:
             raise ConfigError("training.packing needs a tokenizer with a padding or end token.")
-        refuse_leaking(base.model, rows.train)
         train = packed_rows(train, packed_length(limit, rows.train))
     check_steps(settings, training_steps(settings, len(train)))
+    base = load(settings, None)
+    if packing:
+        refuse_leaking(base.model, rows.train)
     adapted = adapt(base, settings)
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
@@ -97,7 +99,13 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     return Job(
         base,
         adapted,
-        TaskRecord(settings, form=data.forms[0], more_forms=data.forms[1:]),
+        TaskRecord(
+            settings,
+            form=data.forms[0],
+            more_forms=data.forms[1:],
+            held_out=HeldOutRows.of(data.held_out),
+            start=start_checksums(settings),
+        ),
         best,
         held_out=bool(rows.held_out),
         data_notes=rows.notes,

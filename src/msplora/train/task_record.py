@@ -11,6 +11,7 @@ from msplora.loading import TASK_FILE
 
 from .data_classification import Classes
 from .data_sft import Form
+from .held_out_rows import HeldOutRows
 from .settings import Settings
 from .settings_file import make_settings
 
@@ -26,6 +27,10 @@ class TaskRecord:
     form: Form | None = None
     more_forms: tuple[Form, ...] = ()
     """Of a run of several sources that have different ones."""
+    held_out: HeldOutRows | None = None
+    """By what its held-out rows are known; None of a run before that was kept."""
+    start: dict[str, int] | None = None
+    """The checksums of the adapter that `init_from` names; None of a run before that was kept."""
 
     def save(self, folder: Path) -> None:
         """Write task.json into the folder of the weights."""
@@ -35,6 +40,8 @@ class TaskRecord:
             "classes": asdict(self.classes) if self.classes else None,
             "form": self.form,
             "more_forms": self.more_forms,
+            "held_out": asdict(self.held_out) if self.held_out else None,
+            "start": self.start,
         }
         (folder / TASK_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -63,6 +70,8 @@ class TaskRecord:
                 )
             form, settings = content["form"], content["settings"]
             more_forms = tuple(content.get("more_forms", ()))
+            held_out = content.get("held_out")
+            held_out = HeldOutRows(held_out["rows"], held_out["checksum"]) if held_out else None
         except (ValueError, KeyError, TypeError) as error:
             raise MSPLoraError(
                 f"{file} is not a record of a run ({type(error).__name__}: {error}). Restore it, "
@@ -73,4 +82,11 @@ class TaskRecord:
                 f"{file} has format_version {version}; this msplora reads {_FORMAT_VERSION}. "
                 f"Install the msplora that wrote it, or a newer one."
             )
-        return cls(make_settings(settings, str(file)), classes, form, more_forms)
+        return cls(
+            make_settings(settings, str(file)),
+            classes,
+            form,
+            more_forms,
+            held_out,
+            content.get("start"),
+        )

@@ -54,8 +54,7 @@ def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
         for place, message in enumerate(sample.messages)
         if message["role"] == "assistant" and message.get("weight") != 0
     ]
-    found = (_span(sample, place, whole, tokenizer) for place in turns)
-    spans = [span for span in found if span]
+    spans = _spans(sample, turns, whole, tokenizer)
     if not spans:
         raise DataError(
             f"{sample.place}: the chat template renders the assistant's turn differently when it "
@@ -70,11 +69,34 @@ def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
     return RenderedChat(whole, spans, len(turns))
 
 
-def _span(sample: Sample, turn: int, whole: str, tokenizer: Any) -> Span | None:
-    """Where a turn stands in the whole chat, without the mark that opens it."""
-    through = _try(sample, sample.messages[: turn + 1], tokenizer)
-    start = None if through is None else _start(sample, turn, through, whole, tokenizer)
-    if through is None or start is None or whole[:start] != through[:start]:
+def _spans(sample: Sample, turns: list[int], whole: str, tokenizer: Any) -> list[Span]:
+    """Where those of the turns stand that can be found."""
+    spans: list[Span] = []
+    since = ("", 0)
+    for turn in turns:
+        through = _try(sample, sample.messages[: turn + 1], tokenizer)
+        # What comes before a turn may be rendered as in the whole chat from its beginning, or only
+        # from the turn found last: that one may have had a thought while it was the last.
+        for known, reached in dict.fromkeys((("", 0), since)):
+            if through is not None and through.startswith(known):
+                span = _span(sample, turn, known, through, whole[reached:], tokenizer)
+                if span:
+                    spans.append((reached + span[0], reached + span[1]))
+                    since = (through, spans[-1][1])
+                    break
+    return spans
+
+
+def _span(
+    sample: Sample, turn: int, known: str, through: str, whole: str, tokenizer: Any
+) -> Span | None:
+    """Where a turn stands in a chat, without the mark that opens it.
+
+    `through` is the chat up to the turn, `whole` all of it but for what `known` is of `through`.
+    """
+    start = _start(sample, turn, known, through, whole, tokenizer)
+    through = through[len(known) :]
+    if start is None or whole[:start] != through[:start]:
         return None
     alone, stands = through[start:], whole[start:]
     if stands.startswith(alone):
@@ -95,14 +117,20 @@ _MARKS = re.compile(r"(?:\s|<[^<>]*>)*")
 """What holds no word: white space, and marks such as those around a thought."""
 
 
-def _start(sample: Sample, turn: int, through: str, whole: str, tokenizer: Any) -> int | None:
-    """Where the last turn of `through` begins to be the assistant's own words."""
+def _start(
+    sample: Sample, turn: int, known: str, through: str, whole: str, tokenizer: Any
+) -> int | None:
+    """Where, after `known`, the last turn of `through` begins to be the assistant's own words."""
     before = sample.messages[:turn]
-    closed, opened = (
-        _try(sample, before, tokenizer, fresh) if before else None for fresh in (False, True)
-    )
+
+    def rendered(fresh: bool) -> str | None:
+        text = _try(sample, before, tokenizer, fresh) if before else None
+        return text[len(known) :] if text is not None and text.startswith(known) else None
+
+    through, opened = through[len(known) :], rendered(fresh=True)
     if opened is not None and through.startswith(opened) and whole.startswith(opened):
         return len(opened)
+    closed = rendered(fresh=False)
     if closed is not None and through.startswith(closed) and whole.startswith(closed):
         # A fresh answer is opened with something that this turn lacks, such as a thought's mark.
         return max(len(closed), _in_common(opened or "", through, whole))
