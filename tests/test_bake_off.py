@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import transformers as hf
 from rich.console import Console
 
 from msplora.bakeoff import engines, running
@@ -31,6 +32,7 @@ from msplora.sweep.folder import SweepFolderError
 from msplora.sweep.rows import Row, Rows
 from msplora.sweep.running import Outcome as RunOutcome
 from msplora.sweep.running import SweepSignals
+from msplora.train.run import prepare_job
 from msplora.train.stopping import Interrupted
 from runs import labelled_rows, msplora, save_encoder, write_config, write_jsonl
 
@@ -179,6 +181,38 @@ def test_the_best_rate_at_an_end_is_followed_outwards(made_up: MadeUp) -> None:
     }
     kept = run_bake_off(prepared(output="kept", choose={"tasks": ["one"], "extend": 0}))
     assert [its.rate for its in kept.choices["pyramid"].tried] == [1e-4, 1e-3, 1e-2]
+
+
+def test_rates_that_are_no_longer_in_the_file_do_not_count(made_up: MadeUp) -> None:
+    run_bake_off(prepared(choose={"tasks": ["one"], "extend": 0}))  # 1e-4, 1e-3, 1e-2
+    finer: dict[str, Any] = {"learning_rates": [2e-4, 4e-4], "choose": {"tasks": ["one"]}}
+    assert not outcome_so_far(prepared(**finer)).is_over  # as many were tried, and others
+    outcome = run_bake_off(prepared(**finer))
+    assert outcome.is_over
+    tried = {name: [its.rate for its in choice.tried] for name, choice in outcome.choices.items()}
+    assert tried == {name: [2e-4, 4e-4, 8e-4] for name in BEST}
+    assert rates_of(outcome) == dict.fromkeys(BEST, 8e-4)
+    # One that was run for an earlier file counts where it is reached, and is not run again.
+    made_up.ran.clear()
+    coarser = run_bake_off(prepared(learning_rates=[1e-4, 1e-3], choose={"tasks": ["one"]}))
+    assert [its.rate for its in coarser.choices["pyramid"].tried] == [1e-4, 1e-3, 1e-2]
+    assert names(made_up.ran, "one", "pyramid", "seed=0") == []
+
+
+def test_a_report_of_nothing_is_refused(made_up: MadeUp) -> None:
+    with pytest.raises(SweepFolderError, match=r"no run of the bake-off in .*out was begun"):
+        write_report(outcome_so_far(prepared()))
+    assert not Path("out").exists()
+    assert run_bake_off(prepared()).is_over
+
+
+def test_one_rate_is_not_said_to_be_followed_outwards(made_up: MadeUp) -> None:
+    several, one = (
+        markdown(outcome_so_far(prepared(learning_rates=rates)), {})
+        for rates in ([1e-3, 1e-2], [1e-3])
+    )
+    assert "the next one beyond it is tried too" in several
+    assert "the next one beyond it" not in one
 
 
 def test_a_rate_far_behind_is_given_up_and_changes_no_choice(made_up: MadeUp) -> None:
@@ -359,7 +393,7 @@ def test_results_of_other_data_are_not_compared(
 ) -> None:
     rows = write_jsonl(tmp_path / "one.jsonl", labelled_rows(40))
     run_bake_off(prepared())
-    assert all(row["inputs"] for row in rows_in(SPEC["output"]) if row["name"].startswith("one,"))
+    assert all(row["files"] for row in rows_in(SPEC["output"]) if row["name"].startswith("one,"))
     count = len(made_up.ran)
     # Elsewhere the same files are the same, and those that are not there are not compared.
     (tmp_path / "elsewhere").mkdir()
@@ -370,7 +404,7 @@ def test_results_of_other_data_are_not_compared(
     run_bake_off(prepared())
     write_jsonl(rows, labelled_rows(41))
     for _ in range(2):  # and the folder is free again
-        with pytest.raises(SweepFolderError, match="runs of one that were made with other content"):
+        with pytest.raises(SweepFolderError, match=r"one\.jsonl of data\.train had other content"):
             run_bake_off(prepared())
     assert len(made_up.ran) == count
 
@@ -387,6 +421,89 @@ def test_the_same_on_another_machine_is_the_same(made_up: MadeUp) -> None:
     made_up.ran.clear()
     run_bake_off(prepared(output="there", base=moved))
     assert made_up.ran == []
+
+
+def _reading(folder: str) -> dict[str, Any]:
+    """A bake-off whose model and rows lie in a folder."""
+    base = {**SPEC["base"], "model": f"{folder}/hf"}
+    tasks = {"one": {"data": {"train": f"{folder}/data/train.jsonl"}}}
+    return {"base": base, "tasks": tasks, "methods": {"lora": SPEC["methods"]["lora"]}}
+
+
+def _put(folder: str, weights: bytes, rows: int) -> None:
+    for name in ("hf", "data"):
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    Path(folder, "hf/model.safetensors").write_bytes(weights)
+    write_jsonl(Path(folder, "data/train.jsonl"), labelled_rows(rows))
+
+
+def test_other_data_or_weights_under_the_same_name_are_refused(made_up: MadeUp) -> None:
+    weights = bytes(range(256)) * 1000
+    _put("v1", weights, 12)
+    _put("v2", weights, 14)
+    _put("v3", bytes(reversed(weights)), 12)
+    run_bake_off(prepared(**_reading("v1")))
+    rows = rows_in("out")
+    assert all(set(row["files"]) == {"model", "data.train"} for row in rows)
+    made_up.ran.clear()
+    for folder, what in (
+        ("v2", r"train\.jsonl of data\.train"),
+        ("v3", r"model\.safetensors of model"),
+    ):
+        with pytest.raises(SweepFolderError, match=f"task one .* is not what it was: {what} had"):
+            run_bake_off(prepared(**_reading(folder)))
+    _put("v1", weights, 13)  # what was there is edited
+    with pytest.raises(SweepFolderError, match=r"data\.train had other content when one,lora,"):
+        outcome_so_far(prepared(**_reading("v1")))
+    assert (made_up.ran, rows_in("out")) == ([], rows)
+
+
+def test_the_same_content_under_any_path_is_the_same(made_up: MadeUp) -> None:
+    _put("v1", b"weights", 12)
+    run_bake_off(prepared(**_reading("v1")))
+    made_up.ran.clear()
+    there = _reading("v1/data/../../v1")
+    Path("v1/data/train.jsonl").rename("renamed.jsonl")
+    there["tasks"] = {"one": {"data": {"train": "renamed.jsonl"}}}
+    run_bake_off(prepared(**there))
+    assert made_up.ran == []
+
+
+def test_data_that_is_edited_under_way_stops_it_there(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put("v1", b"weights", 12)
+
+    def edits(job: Job, stop: Any, *_: Any) -> Row:
+        row = made_up(job, stop)
+        _put("v1", b"weights", 13)
+        return row
+
+    monkeypatch.setattr(engines, "make_run", edits)
+    with pytest.raises(SweepFolderError, match=r"had other content when this was started"):
+        run_bake_off(prepared(**_reading("v1")))
+    assert [row["status"] for row in rows_in("out")] == ["complete"]
+
+
+def test_rows_that_know_no_checksums_are_found_by_the_names_of_their_files(
+    made_up: MadeUp,
+) -> None:
+    _put("v1", b"weights", 12)
+    run_bake_off(prepared(**_reading("v1")))
+    rows = rows_in("out")
+    for row in rows:
+        row["config"]["data.train"] = "train.jsonl"
+        del row["files"]
+    Path("out/results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    made_up.ran.clear()
+    outcome = run_bake_off(prepared(**_reading("v1")))
+    assert made_up.ran == []
+    assert f"what {len(rows)} of the runs read was not recorded" in markdown(outcome, {})
+    Path("v1/data/train.jsonl").rename("v1/data/test.jsonl")
+    other = _reading("v1")
+    other["tasks"] = {"one": {"data": {"train": "v1/data/test.jsonl"}}}
+    with pytest.raises(SweepFolderError, match=r"data.train was train.jsonl and is data/test"):
+        run_bake_off(prepared(**other))
 
 
 def test_a_lost_row_is_read_from_its_run(here: Path, made_up: MadeUp) -> None:
@@ -503,6 +620,54 @@ def test_a_budget_that_no_rank_reaches_is_refused(
         _sizes(other=method)
 
 
+def test_data_is_read_once_per_task_and_a_size_is_without_the_head_of_the_task(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def reads(settings: Any, load: Any) -> Any:
+        read.append(Path(settings.data.train).name)
+        return prepare_job(settings, load)
+
+    monkeypatch.setattr("msplora.bakeoff.sizes.prepare_job", reads)
+    rows = [{**row, "label": place % 3} for place, row in enumerate(labelled_rows(44))]
+    write_jsonl(here / "three.jsonl", rows)
+    tasks = {**SPEC["tasks"], "three": {"data": {"train": "three.jsonl"}}}
+    methods = {name: {"method": name} for name in ("lora", "full", "frozen")}
+    found = prepare(spec(methods=methods, tasks=tasks))
+    assert read == ["one.jsonl", "two.jsonl", "three.jsonl"]
+    encoder = hf.BertModel.from_pretrained(here / "encoder", add_pooling_layer=False)
+    assert found.sizes["full"] == encoder.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("modules", "error"),
+    [
+        (["query"], r"lora trains 2,048 numbers on one and 1,024 on two, and sizes are compared"),
+        (["qeury"], r"spec.yaml \(lora on two\): .*qeury"),
+    ],
+)
+def test_a_method_that_is_not_the_same_on_another_task_is_refused(
+    here: Path, modules: list[str], error: str
+) -> None:
+    two = {**SPEC["tasks"]["two"], "adapter": {"target_modules": modules}}
+    with pytest.raises(ConfigError, match=error):
+        prepare(spec(methods={"lora": {"method": "lora"}}, tasks={**SPEC["tasks"], "two": two}))
+
+
+def test_methods_of_one_task_are_judged_by_one_metric(here: Path) -> None:
+    by_loss = {"method": "lora", "training": {"metric_for_best": "loss"}}
+    with pytest.raises(ConfigError, match=r"methods.other has 'training.metric_for_best'"):
+        spec(methods={"lora": {"method": "lora"}, "other": by_loss})
+    rows = [{**row, "label": place % 3} for place, row in enumerate(labelled_rows(24))]
+    write_jsonl(here / "numbers.jsonl", rows)
+    methods: dict[str, Any] = {"lora": {"method": "lora"}}
+    methods["other"] = {"method": "lora", "data": {"regression": True}}
+    error = r"\(other on one\): it would be judged by \w+, and the methods before it .* accuracy"
+    with pytest.raises(ConfigError, match=error):
+        prepare(spec(methods=methods, tasks={"one": {"data": {"train": "numbers.jsonl"}}}))
+
+
 def test_what_no_run_could_do_is_refused_before_the_first(here: Path) -> None:
     (here / "two.jsonl").unlink()
     with pytest.raises(MSPLoraError, match=r"two\.jsonl"):
@@ -572,6 +737,12 @@ def test_its_runs_are_those_that_train_makes(here: Path) -> None:
     assert found == (metrics["best"]["loss"], metrics["evaluations"])
     assert best["resident_bytes"] > 2**20
     assert f"{best['value']:.4f}" in done.out
+
+
+def test_what_only_ray_takes_is_refused_without_it(here: Path) -> None:
+    done = msplora("bake-off", write_config(here / "spec.yaml", SPEC), "--gpus", "1")
+    assert done.code == 2
+    assert "--cpus, --gpus: for --ray only" in done.err
 
 
 @pytest.mark.thorough

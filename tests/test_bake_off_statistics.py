@@ -31,6 +31,13 @@ def test_the_p_value_is_scipys(values: list[float]) -> None:
     assert sign_flip_p(values) == pytest.approx(float(found.pvalue), abs=1e-12)
 
 
+def test_large_differences_have_the_p_value_of_small_ones() -> None:
+    """Sums in another order differ in their last digits, of large numbers by more."""
+    for seed in range(20):
+        values = np.random.default_rng(seed).uniform(1e6, 3e6, 9).round(4)
+        assert sign_flip_p(list(values)) == least_p(9)
+
+
 def test_the_p_value_of_differences_all_alike() -> None:
     assert sign_flip_p([0.1] * 6) == 2 / 2**6
     assert least_p(6) == 2 / 2**6

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from msplora.sweep.folder import LOGS, SweepFolderError
-from msplora.sweep.rows import Row
+from msplora.sweep.rows import Row, essence
 from msplora.sweep.running import SweepSignals
 from msplora.train.absolute_paths import with_absolute_paths
-from msplora.train.inputs import fingerprint
 from msplora.train.stopping import Interrupted
 
 from .choosing import Chain, Choice, Rivals, choose, ladder, single
 from .engines import Engine, Here
-from .folder import BakeOffFolder
+from .folder import BakeOffFolder, portable
 from .reading import Run
 from .rejecting import Rejecting
 from .running import Job
@@ -41,7 +40,8 @@ class Outcome:
         """Whether no run is left to be made but those that failed."""
         entrants = self.prepared.bake_off.entrants
         for name, choice in self.choices.items():
-            if len(choice.tried) < len(entrants[name].rates) or choice.beyond is not None:
+            tried = {its.rate for its in choice.tried}
+            if not tried.issuperset(entrants[name].rates) or choice.beyond is not None:
                 return False
             if choice.best is None and choice.given_up:
                 return False
@@ -182,8 +182,10 @@ class _Running:
                 return row
         elif row.status in over:
             return row
+        settings = self.bake_off.settings_of(run)
+        row.config, row.files = portable(essence(settings)), self.folder.inputs(run)
         log = self.folder.path / LOGS / f"{run.name}.log"
-        return Job(row, with_absolute_paths(self.bake_off.settings_of(run)), log, rejecting)
+        return Job(row, with_absolute_paths(settings), log, rejecting)
 
     def _rejecting(self, run: Run, rivals: Rivals | None) -> Rejecting | None:
         reject = self.bake_off.settings.reject
@@ -193,7 +195,7 @@ class _Running:
         return Rejecting(reject, metric, [its.evaluations for its in rivals])
 
     def started(self, job: Job) -> None:
-        job.row.status, job.row.inputs = "unfinished", fingerprint(job.settings)
+        job.row.status = "unfinished"
         self.folder.rows.put(job.row)
         self._say(job.row.name)
 

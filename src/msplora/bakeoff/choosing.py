@@ -71,27 +71,38 @@ def single(run: Run) -> Chain:
 
 
 def choose(bake_off: BakeOff, folder: BakeOffFolder, entrant: str) -> Choice:
-    """The best rate of an entrant, of all that were tried on all tasks and seeds to choose on."""
+    """The best rate of an entrant: of those that the file gives, and of those beyond them that were
+    tried because the best one was at an end. Other rates, of an earlier file, do not count.
+    """
     wanted = [(task, seed) for task in bake_off.choose_tasks for seed in bake_off.choose_seeds]
     rows: dict[float, list[Row]] = {}
     for row in folder.rows:
         its = row.parameters
         if its["method"] == entrant and (its["task"], its["seed"]) in wanted:
             rows.setdefault(its["learning_rate"], []).append(row)
-    tried = [Tried(rate, rows[rate]) for rate in sorted(rows) if len(rows[rate]) == len(wanted)]
+    whole = {rate: Tried(rate, its) for rate, its in rows.items() if len(its) == len(wanted)}
+    given = sorted(bake_off.entrants[entrant].rates)
+    tried = [whole[rate] for rate in given if rate in whole]
+    best, beyond = _best(tried), None
+    if len(tried) == len(given):
+        for _ in range(bake_off.settings.choose.extend):
+            beyond = _beyond(given, tried, best)
+            if beyond not in whole:
+                break
+            tried = sorted([*tried, whole[beyond]], key=lambda its: its.rate)
+            best, beyond = _best(tried), None
+    return Choice(tried, best, beyond)
+
+
+def _best(tried: Sequence[Tried]) -> Tried | None:
     whole = [its for its in tried if its.is_whole]
     # Of two alike the lower, which is the safer one.
-    best = max(whole, key=lambda its: (its.score, -its.rate), default=None)
-    return Choice(tried, best, _beyond(bake_off, entrant, tried, best))
+    return max(whole, key=lambda its: (its.score, -its.rate), default=None)
 
 
-def _beyond(
-    bake_off: BakeOff, entrant: str, tried: Sequence[Tried], best: Tried | None
-) -> float | None:
+def _beyond(given: Sequence[float], tried: Sequence[Tried], best: Tried | None) -> float | None:
     """The next rate out, in the steps of the rates that were given; None where there is no need."""
-    given = sorted(bake_off.entrants[entrant].rates)
-    extended = len(tried) - len(given)
-    if best is None or len(given) < 2 or extended >= bake_off.settings.choose.extend:
+    if best is None or len(given) < 2:
         return None
     if best is tried[-1]:
         return rounded(best.rate * given[-1] / given[-2])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from msplora.bench.provenance import short
@@ -11,14 +12,19 @@ from msplora.sweep.folder import LOGS, RUNS, SweepFolderError, hold
 from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
 from msplora.train.absolute_paths import with_absolute_paths
-from msplora.train.inputs import data_paths, fingerprint
 from msplora.train.run_folder import RunFolder, RunFolderError
 from msplora.train.settings import Settings
 
+from .inputs import Inputs, compare, inputs_of
 from .reading import BakeOff, Run
 
-_PLACES = ("model", "tokenizer", "data.path", "data.train", "data.validation", "data.hub")
+_PLACES = (
+    "model", "tokenizer", "data.path", "data.train", "data.validation", "data.hub",
+    "data.chat_template", "init_from",
+)  # fmt: skip
 """Keys that say where something is: on another machine, the same is in another folder."""
+HAVE_RESULTS = ("complete", "rejected", "diverged")
+"""What a run has come to if the data it read is to stay what it was."""
 
 
 class BakeOffFolder:
@@ -37,6 +43,11 @@ class BakeOffFolder:
                 f"the output folder {self.path} is not empty and holds no bake-off. Name another."
             )
         self.rows = Rows(self.path)
+        self._inputs = {
+            (name, task): inputs_of(bake_off.settings_of(Run(name, task, its.rates[0], 0)))
+            for name, its in bake_off.entrants.items()
+            for task in bake_off.settings.tasks
+        }
         self._check_same()
 
     def begin(self) -> None:
@@ -49,7 +60,7 @@ class BakeOffFolder:
         self.lock = hold(self.path, f"the bake-off in {self.path}")
         self.rows = Rows(self.path)  # another process may have written some until now
         try:
-            self._check_same_inputs()
+            self._check_same()
         except SweepFolderError:
             self.release()
             raise
@@ -68,13 +79,24 @@ class BakeOffFolder:
             found = Row(
                 run.name, run.parameters, run.seed, "unfinished", portable(essence(settings))
             )
-            if _is_complete(settings):  # its row was lost
+            if _is_complete(settings):  # its row was lost, and with it what it had read
                 found.read_run(self.path / RUNS / run.name)
                 self.rows.put(found)
         return found
 
+    def inputs(self, run: Run) -> Inputs:
+        """What a run that begins now reads.
+
+        Raises:
+            SweepFolderError: it has changed since this folder was made.
+        """
+        found = inputs_of(self.bake_off.settings_of(run))
+        before = self._inputs[run.entrant, run.task]
+        self._refuse_others(run, "this was started", before, found)
+        return found
+
     def _check_same(self) -> None:
-        """A row stands for a run only where it was made with the same settings."""
+        """A row stands for a run only where it was made with the same settings, of the same."""
         bake_off = self.bake_off
         for row in self.rows:
             its = row.parameters
@@ -85,11 +107,15 @@ class BakeOffFolder:
                 )
             if its["method"] not in bake_off.entrants or its["task"] not in bake_off.settings.tasks:
                 continue
-            now = portable(essence(bake_off.settings_of(Run.of(its))))
+            run = Run.of(its)
+            inputs = self._inputs[run.entrant, run.task]
+            if row.status in HAVE_RESULTS:
+                self._refuse_others(run, f"{row.name} ran", row.files or {}, inputs)
+            now = portable(essence(bake_off.settings_of(run)))
             changed = [
                 f"{key} was {shown(row.config.get(key))} and is {shown(now.get(key))}"
                 for key in sorted(row.config.keys() | now.keys())
-                if row.config.get(key) != now.get(key)
+                if not _is_same(key, row, now, inputs)
             ]
             if changed:
                 raise SweepFolderError(
@@ -98,29 +124,19 @@ class BakeOffFolder:
                     f"another output, or give what is new a name of its own."
                 )
 
-    def _check_same_inputs(self) -> None:
-        """Refuse to add to results of other data: all of a task are compared with each other.
-
-        What is not on this machine, or was not recorded, cannot be compared.
-        """
-        bake_off = self.bake_off
-        now: dict[str, dict[str, int]] = {}
-        for row in self.rows:
-            entrant, task = row.parameters["method"], row.parameters["task"]
-            known = entrant in bake_off.entrants and task in bake_off.settings.tasks
-            if not known or row.inputs is None or row.status in ("failed", "unfinished"):
-                continue
-            settings = bake_off.settings_of(Run.of(row.parameters))
-            settings = with_absolute_paths(settings, must_exist=False)
-            which = repr((settings.data, settings.init_from))
-            if which not in now:
-                now[which] = fingerprint(settings)
-            if any(now[which].get(what, its) != its for what, its in row.inputs.items()):
-                raise SweepFolderError(
-                    f"the bake-off in {self.path} has runs of {task} that were made with other "
-                    f"content of {', '.join(data_paths(settings))}. They cannot be compared with "
-                    f"new ones: put the old content back, or name another output."
-                )
+    def _refuse_others(self, run: Run, when: str, before: Inputs, now: Inputs) -> None:
+        others = [
+            f"{', '.join(files[:3])}{' …' if len(files) > 3 else ''} of {key}"
+            for key, files in compare(before, now).items()
+            if files
+        ]
+        if others:
+            raise SweepFolderError(
+                f"task {run.task} of the bake-off in {self.path} is not what it was: "
+                f"{', '.join(others)} had other content when {when}. What was run cannot be "
+                f"compared with new runs: put the old content back, name another output, or give "
+                f"what is new a name of its own."
+            )
 
 
 def _is_complete(settings: Settings) -> bool:
@@ -130,18 +146,42 @@ def _is_complete(settings: Settings) -> bool:
         return False  # the run will say so itself, and it alone fails
 
 
+def _is_same(key: str, row: Row, now: Mapping[str, Any], inputs: Inputs) -> bool:
+    """Whether a setting is what a row has; where something lies is not compared if it could be."""
+    before, value = row.config.get(key), now.get(key)
+    if before == value or key not in _PLACES:
+        return before == value
+    if key in compare(row.files or {}, inputs):
+        return _relocated(before, lambda _: "") == _relocated(value, lambda _: "")
+    return row.files is None and _ends_alike(before, value)  # an earlier version's row
+
+
+def _ends_alike(one: Any, other: Any) -> bool:
+    """Whether two places agree as far as both name folders."""
+    if isinstance(one, str) and isinstance(other, str):
+        parts, others = Path(one).parts, Path(other).parts
+        depth = min(len(parts), len(others))
+        return parts[-depth:] == others[-depth:]
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_ends_alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return all(_ends_alike(its, other[key]) for key, its in one.items())
+    return one == other
+
+
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings without the folders of this machine."""
     return {
-        key: _without_folders(value) if key in _PLACES else value for key, value in config.items()
+        key: _relocated(value, short) if key in _PLACES else value for key, value in config.items()
     }
 
 
-def _without_folders(value: Any) -> Any:
+def _relocated(value: Any, path: Callable[[str], str]) -> Any:
+    """A place, or a list of sources, with every path replaced."""
     if isinstance(value, str):
-        return short(value)
+        return path(value)
     if isinstance(value, list):
-        return [_without_folders(its) for its in value]
-    if isinstance(value, dict):
-        return {key: _without_folders(its) for key, its in value.items()}
+        return [_relocated(its, path) for its in value]
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": path(value["path"])}
     return value

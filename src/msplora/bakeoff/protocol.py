@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bake_off import Outcome
+from .folder import HAVE_RESULTS
 from .statistics import least_p, standings
 
 
@@ -19,7 +20,7 @@ def protocol(outcome: Outcome) -> list[str]:
         f"The learning rate of each method is the one with the best mean over "
         f"{', '.join(bake_off.choose_tasks)} with seed {_list(bake_off.choose_seeds)}, of "
         f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}"
-        f"{_extended(settings.choose.extend)}. It is the same for all tasks.",
+        f"{_extended(settings.choose.extend, max(map(len, same)))}. It is the same for all tasks.",
         f"Then each method runs on every task with the seeds {_list(settings.seeds)} at its rate; "
         f"a run that was made while choosing, with one of these seeds, is not made twice.",
         f"The value of a run is that of its best checkpoint on the held-out rows, which also "
@@ -50,8 +51,8 @@ def protocol(outcome: Outcome) -> list[str]:
     return said
 
 
-def _extended(times: int) -> str:
-    if times == 0:
+def _extended(times: int, rates: int) -> str:
+    if times == 0 or rates < 2:  # the step to the next one is that between the rates
         return ""
     often = f", at most {times} times" if times > 1 else ""
     return f"; where that is the lowest or the highest, the next one beyond it is tried too{often}"
@@ -70,7 +71,7 @@ def _least_p(outcome: Outcome) -> str:
 
 def origins(outcome: Outcome) -> list[str]:
     """Versions, commits and machines of all runs, a line each."""
-    rows = [row for row in outcome.rows if row.status in ("complete", "rejected", "diverged")]
+    rows = [row for row in outcome.rows if row.status in HAVE_RESULTS]
     lines = []
     for what, values in (
         ("commit", [row.commit or "unknown" for row in rows]),
@@ -89,6 +90,12 @@ def origins(outcome: Outcome) -> list[str]:
     hours = sum(row.seconds for row in rows) / 3600
     counts = {status: sum(row.status == status for row in outcome.rows) for status in _STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    unknown = sum(row.files is None for row in rows)
+    if unknown:
+        lines.append(
+            f"data: what {unknown} of the runs read was not recorded (an earlier version made "
+            f"them, or their rows were lost): only the names of the files were compared"
+        )
     return [*lines, f"runs: {told or 'none'}; {hours:.1f} hours of runs in all"]
 
 

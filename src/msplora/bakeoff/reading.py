@@ -247,6 +247,12 @@ def _check(bake_off: BakeOff) -> None:
         for where, content in parts.items():
             if _has(content, key):
                 raise ConfigError(f"in {source}: {where} has {key!r}: {why}. Leave it out.")
+    for name, content in settings.methods.items():
+        if _has(content, "training.metric_for_best"):
+            raise ConfigError(
+                f"in {source}: methods.{name} has 'training.metric_for_best': all methods are "
+                f"judged by the same on a task. Set it in base or in the task."
+            )
     for entrant in bake_off.entrants.values():
         for task in settings.tasks:
             run = Run(entrant.name, task, entrant.rates[0], settings.seeds[0])

@@ -9,6 +9,7 @@ from typing import Any
 
 from msplora.page.environment import environment
 from msplora.page.writing import write_files
+from msplora.sweep.folder import SweepFolderError
 
 from .bake_off import Outcome
 from .plots import draw_differences, draw_front, draw_rates
@@ -25,8 +26,14 @@ def write_report(outcome: Outcome) -> Path:
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written to.
+        SweepFolderError: no run was begun; a report alone would make the folder seem taken.
     """
     folder = outcome.prepared.bake_off.output
+    if not outcome.rows:
+        raise SweepFolderError(
+            f"there is nothing to report: no run of the bake-off in {folder} was begun. Start it "
+            f"without --report-only first; --list shows what is known before."
+        )
     plots = draw(outcome)
     files = {folder / PAGE: page(outcome, plots), folder / TEXT: markdown(outcome, plots)}
     files |= {folder / f"{name}.svg": its.decode() for name, its in plots.items()}

@@ -12,12 +12,13 @@ import transformers
 
 from msplora.errors import ConfigError, MSPLoraError
 from msplora.train.absolute_paths import with_absolute_paths
-from msplora.train.base_model import base_without_weights, load_base
+from msplora.train.base_model import Base, base_without_weights, load_base
 from msplora.train.job import Job
-from msplora.train.methods import adapt
+from msplora.train.methods import Adapted, adapt
 from msplora.train.quiet import quiet_libraries
 from msplora.train.run import prepare_job
 from msplora.train.settings import Settings
+from msplora.train.settings_methods import METHOD_SECTIONS
 
 from .reading import BakeOff, Run
 
@@ -30,6 +31,8 @@ _WITHOUT = {
     "frozen": "it trains the head only",
 }
 """The methods whose size is not a matter of one rank, and what to do instead."""
+_OF_A_METHOD = {"method", "adapter", *METHOD_SECTIONS}
+"""A method that sets these keys alone reads a task's data as all others do."""
 _LARGEST = 4096
 _ON_META_IN_VAIN = "vera"
 """PEFT draws its frozen factors when it is put on a model, which needs storage."""
@@ -49,17 +52,16 @@ class Prepared:
 
 
 def prepare(bake_off: BakeOff, tell: Callable[[str], None] = lambda _: None) -> Prepared:
-    """Decide the ranks of budgets, and look once at every task and every entrant.
+    """Decide the ranks of budgets, and look at every entrant on every task.
 
     Raises:
         MSPLoraError: what `msplora train` would refuse: data that is not there, a target that
             matches nothing …; or a budget that no rank reaches.
     """
-    settings = bake_off.settings
+    settings, looks = bake_off.settings, _Looks()
     sizes: dict[str, int] = {}
-    metrics: dict[str, str] = {}
     ranks: dict[str, str] = {}
-    first = next(iter(settings.tasks))
+    first, *others = settings.tasks
     # Those of a budget last: it may be the size of another.
     in_order = sorted(bake_off.entrants.values(), key=lambda its: its.budget is not None)
     for name in (its.name for its in in_order):
@@ -67,20 +69,74 @@ def prepare(bake_off: BakeOff, tell: Callable[[str], None] = lambda _: None) -> 
         entrant = bake_off.entrants[name]
         if entrant.budget is not None:
             budget = sizes[entrant.budget] if isinstance(entrant.budget, str) else entrant.budget
-            key, rank = _within_budget(bake_off, name, budget, first)
+            key, rank = _within_budget(bake_off, name, budget, first, looks)
             bake_off, ranks[name] = bake_off.sized(name, key, rank), f"{key} = {rank}"
-        job = _job(bake_off, name, first)
-        sizes[name], metrics[first] = _size(job), job.best
-    for task in list(settings.tasks)[1:]:
-        tell(f"looking at {task}")
-        metrics[task] = _job(bake_off, next(iter(bake_off.entrants)), task).best
+        sizes[name] = looks.size(bake_off, name, first)
+        for task in others:
+            tell(f"looking at {name} on {task}")
+            size = looks.size(bake_off, name, task)
+            is_head_only = _settings_of(bake_off, name, task).method == "frozen"
+            if size != sizes[name] and not is_head_only:  # a head is of its task
+                raise ConfigError(
+                    f"in {bake_off.source}: {name} trains {sizes[name]:,} numbers on {first} and "
+                    f"{size:,} on {task}, and sizes are compared. Give both tasks the same model "
+                    f"and adapter, or make two bake-offs of them."
+                )
+    metrics = {task: looks.metrics[task] for task in settings.tasks}
     _check_metrics(metrics, bake_off.source)
     return Prepared(bake_off, {name: sizes[name] for name in bake_off.entrants}, metrics, ranks)
 
 
-def _job(bake_off: BakeOff, entrant: str, task: str) -> Job:
-    run = Run(entrant, task, bake_off.entrants[entrant].rates[0], bake_off.settings.seeds[0])
-    return _without_weights(bake_off.settings_of(run))[0]
+class _Looks:
+    """What was seen of tasks and models, so that a task's data is read once for all methods."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, str] = {}
+        """Task -> what its runs are judged by."""
+        self._classes: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+
+    def size(self, bake_off: BakeOff, name: str, task: str) -> int:
+        """What an entrant's adapter trains on a task, which it is refused for where it cannot."""
+        settings = _settings_of(bake_off, name, task)
+        its_own = bake_off.entrants[name].content.keys() - _OF_A_METHOD
+        # Of two runs that differ in their data only, the adapters are alike.
+        same = settings.model_dump_json(exclude={"data", "output", "seed"})
+        if task in self._classes and not its_own and same in self._sizes:
+            return self._sizes[same]
+        try:
+            if task in self._classes and not its_own:
+                with quiet_libraries():
+                    base = _base(settings, self._classes[task])
+                    size = _size(adapt(base, settings), base, settings)
+            else:
+                size = self._read(settings, task)
+        except MSPLoraError as error:
+            raise ConfigError(f"in {bake_off.source} ({name} on {task}): {error}") from error
+        self._sizes[same] = size
+        return size
+
+    def classes(self, bake_off: BakeOff, name: str, task: str) -> Any:
+        """The classes of a task, None where it has none."""
+        if task not in self._classes:
+            self.size(bake_off, name, task)
+        return self._classes[task]
+
+    def _read(self, settings: Settings, task: str) -> int:
+        job, classes = _without_weights(settings)
+        metric = self.metrics.setdefault(task, job.best)
+        if job.best != metric:
+            raise ConfigError(
+                f"it would be judged by {job.best}, and the methods before it are by {metric}. "
+                f"Methods of one bake-off have the same kind of task."
+            )
+        self._classes.setdefault(task, classes)
+        return _size(job.adapted, job.base, settings)
+
+
+def _settings_of(bake_off: BakeOff, name: str, task: str) -> Settings:
+    run = Run(name, task, bake_off.entrants[name].rates[0], bake_off.settings.seeds[0])
+    return with_absolute_paths(bake_off.settings_of(run))
 
 
 def _without_weights(settings: Settings) -> tuple[Job, Any]:
@@ -91,7 +147,6 @@ def _without_weights(settings: Settings) -> tuple[Job, Any]:
         made_for.append(classes)
         return _base(settings, classes)
 
-    settings = with_absolute_paths(settings)
     with quiet_libraries():
         transformers.set_seed(settings.seed)
         return prepare_job(settings, load), made_for[0]
@@ -104,18 +159,23 @@ def _base(settings: Settings, classes: Any) -> Any:
         return base_without_weights(settings, classes)
 
 
-def _size(job: Job) -> int:
-    """What the adapter trains; of a method without one, everything that trains."""
-    trainable = job.adapted.trainable
+def _size(adapted: Adapted, base: Base, settings: Settings) -> int:
+    """What the adapter trains; of a method without one, everything that trains but the head, or
+    the head where that is all.
+    """
+    trainable = adapted.trainable
+    if settings.method == "full":
+        heads = [base.model.get_submodule(name).parameters() for name in base.head]
+        return trainable.total - sum(its.numel() for head in heads for its in head)
     return trainable.adapter or trainable.total
 
 
-def _within_budget(bake_off: BakeOff, name: str, budget: int, task: str) -> tuple[str, int]:
+def _within_budget(
+    bake_off: BakeOff, name: str, budget: int, task: str, looks: _Looks
+) -> tuple[str, int]:
     """The key of an entrant's rank, and the rank."""
-    entrant, source = bake_off.entrants[name], bake_off.source
-    run = Run(name, task, entrant.rates[0], bake_off.settings.seeds[0])
-    settings = bake_off.settings_of(run)
-    where = f"in {source}: {name} with a budget of {budget:,}"
+    settings = _settings_of(bake_off, name, task)
+    where = f"in {bake_off.source}: {name} with a budget of {budget:,}"
     if settings.method in _WITHOUT:
         raise ConfigError(
             f"{where}: method {settings.method!r} has no one rank to fit to a budget, "
@@ -126,13 +186,13 @@ def _within_budget(bake_off: BakeOff, name: str, budget: int, task: str) -> tupl
         raise ConfigError(
             f"{where}: adapter.ranks gives its size already. Leave ranks or budget out."
         )
-    _, classes = _without_weights(bake_off.sized(name, key, _some_rank(settings)).settings_of(run))
+    classes = looks.classes(bake_off.sized(name, key, _some_rank(settings)), name, task)
 
     @cache
     def size(rank: int) -> int | None:
         """Numbers that train; None where the method does not take the rank."""
         try:
-            its = with_absolute_paths(bake_off.sized(name, key, rank).settings_of(run))
+            its = _settings_of(bake_off.sized(name, key, rank), name, task)
             with quiet_libraries():
                 return adapt(_base(its, classes), its).trainable.adapter
         except MSPLoraError:

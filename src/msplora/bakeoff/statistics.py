@@ -169,7 +169,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         signs = np.vstack([np.ones(len(values)), 1.0 - 2.0 * drawn])
     means = np.abs(signs @ values)
     # Sums of the same numbers in another order may differ in the last digits.
-    return float(np.mean(means >= abs(values.sum()) - 1e-12))
+    return float(np.mean(means >= abs(values.sum()) - 1e-12 * np.abs(values).sum()))
 
 
 def least_p(pairs: int) -> float:

@@ -34,12 +34,16 @@ def bake_off(
             help="Make runs at once on a Ray cluster: its address, auto, or local for one here.",
         ),
     ] = None,
-    cpus: Annotated[float, typer.Option(min=0.01, help="With --ray: cores of a run.")] = 1,
+    cpus: Annotated[
+        float | None, typer.Option(min=0.01, help="With --ray: cores of a run; 1 if left out.")
+    ] = None,
     gpus: Annotated[
-        float, typer.Option(min=0, help="With --ray: GPUs of a run; none leaves it the CPU.")
-    ] = 0,
+        float | None, typer.Option(min=0, help="With --ray: GPUs of a run; none leaves it the CPU.")
+    ] = None,
 ) -> None:
     """Compare methods, each at its own best learning rate; continues what was stopped."""
+    if ray is None and (cpus is not None or gpus is not None):
+        raise typer.BadParameter("--cpus, --gpus: for --ray only. Without it a run has it all.")
     from msplora.extras import report_extra, train_extra
 
     with train_extra(), report_extra():
@@ -60,7 +64,7 @@ def bake_off(
         if list_ or report_only:
             outcome = outcome_so_far(prepared)
         else:
-            engine = OnRay(ray, cpus, gpus) if ray else None
+            engine = OnRay(ray, 1 if cpus is None else cpus, gpus or 0) if ray else None
             outcome = run_bake_off(prepared, console, engine, retry_failed=retry_failed)
         results = Console()
         for table in rich_tables(outcome):

@@ -56,6 +56,8 @@ class Row:
     error: str | None = None
     inputs: dict[str, int] | None = None
     """The fingerprint of the files that it reads; None where an older msplora began it."""
+    files: dict[str, dict[str, int]] | None = None
+    """Of a bake-off, in its place: key -> file -> checksum; None where that was not recorded."""
     kept: bool = True
     """Whether its folder was left; not so with `keep: best` for the others."""
     versions: dict[str, str] = field(default_factory=dict)
