@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,6 @@ from peft import get_peft_model
 from torch import Tensor
 
 from adapted_llama import config
-from msplora.train.base_model import Base
-from msplora.train.data_sft import Sample
-from msplora.train.generation import continue_sample
 from oracle import randomise
 from runs import save_decoder
 
@@ -103,17 +99,3 @@ def test_a_pipeline(source: str, folder: Path) -> None:
         for its in (model, load(folder / "merged"))
     ]
     assert written[0] == written[1]
-
-
-def test_the_end_token_of_the_tokenizer_ends_what_is_generated(folder: Path) -> None:
-    """A base model's generation config does not know the end token of a chat model's tokenizer."""
-    base, words = load(folder / "base"), tokenizer(folder)
-    base.generation_config.eos_token_id = base.config.eos_token_id = None
-    run: Any = SimpleNamespace(base=Base(base, words, torch.float32), model=base)
-    sample = Sample("here", "w1 w2 w3")
-    said = continue_sample(run, sample, 12).split()
-    word = next(its for its in said if its != said[0] and its not in sample.prompt.split())
-    ids = words.convert_tokens_to_ids([word, words.eos_token])
-    weight = base.get_output_embeddings().weight.data
-    weight[ids] = weight[ids[::-1]]  # where it said the word, it now says the end token
-    assert continue_sample(run, sample, 12).split() == said[: said.index(word)]

@@ -1,0 +1,31 @@
+"""Where `msplora generate` and `predict` stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers as hf
+
+from msplora.train.base_model import Base
+from msplora.train.data_sft import Sample
+from msplora.train.generation import continue_sample
+from runs import save_decoder
+
+
+def test_the_end_token_of_the_tokenizer_ends_what_is_generated(tmp_path: Path) -> None:
+    """A base model's generation config does not know the end token of a chat model's tokenizer."""
+    save_decoder(tmp_path)
+    base: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    words: Any = hf.AutoTokenizer.from_pretrained(tmp_path)
+    base.generation_config.eos_token_id = base.config.eos_token_id = None
+    run: Any = SimpleNamespace(base=Base(base, words, torch.float32), model=base)
+    sample = Sample("here", "w1 w2 w3")
+    said = continue_sample(run, sample, 12).split()
+    word = next(its for its in said if its != said[0] and its not in sample.prompt.split())
+    ids = words.convert_tokens_to_ids([word, words.eos_token])
+    weight = base.get_output_embeddings().weight.data
+    weight[ids] = weight[ids[::-1]]  # where it said the word, it now says the end token
+    assert continue_sample(run, sample, 12).split() == said[: said.index(word)]
