@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import msplora
 from msplora import loading
 from msplora.adapted import load_adapted
-from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, MSPLoraError
+from msplora.folder_mark import CONVERSION as MARK
 from msplora.folders import OutputError, new_folder
 from msplora.plain_lora import lora_of
 from msplora.verifying import VerificationError
@@ -103,7 +103,8 @@ def test_the_config_is_one_every_server_reads(adapter: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_are_rounded_once(adapter: Path, tmp_path: Path, dtype: Any) -> None:
-    msplora.to_lora(adapter, tmp_path / "lora")
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    msplora.to_lora(adapter, tmp_path / "lora", base=base)
     msplora.to_lora(adapter, tmp_path / "half", dtype=dtype)
     exact = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     rounded = load_file(tmp_path / "half" / "adapter_model.safetensors")

@@ -281,7 +281,7 @@ def test_an_error_of_the_table(message: str, workspace: Path) -> None:
     (workspace / "taken/notes.txt").write_text("mine")
     shutil.copytree(workspace / "taken", workspace / "stopped.unfinished")
     (workspace / "complete").mkdir()
-    (workspace / "complete/metrics.json").write_text("{}")
+    (workspace / "complete/run.json").write_text("{}")
     flags = [word for change in changes for word in ("--set", change)]
     resume = ["--resume"] if "output=complete" in changes else []
     with pytest.raises(MSPLoraError, match=re.escape(message)):

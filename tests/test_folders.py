@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from msplora.conversion_mark import MARK, not_of_the_conversion
+from msplora.folder_mark import CONVERSION as MARK
+from msplora.folder_mark import not_written
 from msplora.folders import (
     OutputError,
     cannot_be_renamed,
@@ -83,7 +84,7 @@ def test_what_changed_while_it_was_written_is_kept(earlier: Path) -> None:
 def test_a_copy_of_a_conversion_is_one(earlier: Path, tmp_path: Path) -> None:
     earlier.rename(tmp_path / "copy")
     os.utime(tmp_path / "copy" / "model.safetensors", (0, 0))
-    assert not_of_the_conversion(tmp_path / "copy") == []
+    assert not_written(tmp_path / "copy", MARK) == []
 
 
 def test_an_empty_folder_stays_the_same_one(

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import msplora
 from msplora import loading
 from msplora.cli.app import app
-from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, UnsupportedError
+from msplora.folder_mark import CONVERSION as MARK
 from msplora.folders import OutputError
 from msplora.train.evaluation import evaluate_run
 from msplora.verifying import VerificationError

@@ -194,7 +194,7 @@ def test_a_run_does_not_replace_what_it_starts_from(
     if not changes:
         RunFolder(settings)
         return
-    for name in ("config.yaml", "metrics.json"):
+    for name in ("config.yaml", "run.json"):
         (Path(settings.output) / name).write_text("")  # a run's folder, which --force replaces
     with pytest.raises(OutputError, match="which it is made from"):
         RunFolder(settings, force=True)

@@ -11,7 +11,7 @@ import pytest
 import transformers as hf
 
 from msplora.train.progress import ShowProgress
-from msplora.train.run_folder import RunFolder, RunFolderError
+from msplora.train.run_folder import _WRITTEN, RunFolder, RunFolderError
 from msplora.train.settings_file import make_settings
 from runs import (
     Result,
@@ -275,12 +275,70 @@ def test_force_deletes_runs_only(bases: Path, here: Path) -> None:
         assert result.code == 1
         assert Path(folder, "thesis.txt").read_text() == "mine"
         shutil.rmtree(folder)
+    # What users put among a run's files, or change in them, is theirs.
+    assert train(content).code == 0
+    assert {its.name for its in Path("run").iterdir()} <= _WRITTEN
+    for folder, name, said in (
+        ("run", "thesis.txt", "thesis.txt"),
+        ("run", "adapter/thesis.txt", "adapter/thesis.txt"),
+        ("run", "README.md", "README.md (changed since)"),
+        ("run.unfinished", "thesis.txt", "thesis.txt"),
+    ):
+        Path(folder).mkdir(exist_ok=True)
+        if folder == "run.unfinished":
+            shutil.copy("run/config.yaml", folder)
+        file = Path(folder, name)
+        before = file.read_text() if file.exists() else None
+        file.write_text("mine")
+        result = train(content, "--force")
+        assert result.code == 1
+        assert f"{Path(folder).resolve()} holds what its run did not write: {said}." in result.error
+        assert file.read_text() == "mine"
+        file.unlink() if before is None else file.write_text(before)
+    shutil.rmtree("run.unfinished")
+    shutil.rmtree("run")
     # A neighbour whose name looks like one of ours is nobody's business.
     Path("run.replaced").mkdir()
     Path("run.replaced/thesis.txt").write_text("mine")
     assert train(content).code == 0
     assert train(content, "--force").code == 0
     assert Path("run.replaced/thesis.txt").read_text() == "mine"
+
+
+def test_what_came_into_the_output_while_a_run_trained_is_kept(
+    bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = RunFolder.finish
+
+    def finish(folder: RunFolder) -> Path:
+        if folder.checkpoints.exists():
+            folder.path.mkdir()
+            (folder.path / "thesis.txt").write_text("mine")
+        return usual(folder)
+
+    monkeypatch.setattr(RunFolder, "finish", finish)
+    content = config(bases, training={"epochs": 1})
+    said = train(content).error
+    assert "holds thesis.txt, which no run wrote" in said
+    assert "thesis.txt" in train(content, "--resume").error
+    assert Path("run/thesis.txt").read_text() == "mine"
+    Path("run").rename("thesis")
+    assert "--resume" in said
+    resumed = train(content, "--resume")  # the training is done: it only takes its name
+    assert "complete but for its name" in resumed.out
+    assert Path("run/metrics.json").is_file()
+
+
+def test_a_complete_run_of_other_data_is_not_called_complete(bases: Path, here: Path) -> None:
+    shutil.copy(bases / "answered.jsonl", here)
+    content = config(bases, training={"epochs": 1}, data={"train": "answered.jsonl"})
+    for _ in range(2):
+        assert train(content, "--resume", "auto").code == 0
+    write_jsonl(here / "answered.jsonl", answered_rows(39))
+    again = train(content, "--resume", "auto")
+    assert again.code == 1
+    assert f"began with other files: {here / 'answered.jsonl'} changed since" in again.error
+    assert train(content, "--force").code == 0
 
 
 def test_an_output_that_cannot_be_a_folder(bases: Path, here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,13 @@ def test_tensorboard_gets_the_norms_of_the_levels(bases: Path) -> None:
         ({"training": {"stages": []}}, "training.stages"),
         ({"training": {"stages": [{"levels": ["mid"], "share": 0}]}}, "stages"),
         ({"training": {"frozen_levels": ["top"]}}, "has global, mid, local"),
+        (
+            {
+                "training": {"frozen_levels": ["mid"]},
+                "adapter": {"ranks": [4, 2], "groups": [1, 0], "levels": ["all", "own"]},
+            },
+            "the pyramid has all, own",
+        ),
         ({"training": {"frozen_levels": ["global", "mid", "local"]}}, "no level of the pyramid"),
         (
             {"training": {"frozen_levels": ["mid"], "stages": ["global", "mid"]}},
@@ -205,6 +213,18 @@ def test_what_no_run_can_do_is_refused(bases: Path, changes: dict[str, Any], err
     assert found.code == 1
     assert error in found.error
     assert not list(Path().glob("run*"))
+
+
+@pytest.mark.parametrize("key", ["stages", "frozen_levels", "level_learning_rate_factors"])
+def test_an_unknown_level_is_found_before_the_base_is_loaded(
+    bases: Path, tmp_path: Path, key: str
+) -> None:
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    base = shutil.copytree(bases / "decoder", tmp_path / "base", ignore=without_weights)
+    found = train(
+        bases, model=str(base), training={key: {"top": 2} if key.startswith("level") else ["top"]}
+    )
+    assert f"training.{key} names the level 'top'" in found.error
 
 
 def test_other_methods_say_what_they_do_not_read(bases: Path) -> None:

@@ -149,6 +149,7 @@ def test_the_run_folder_is_complete(folder: Path, printed: str) -> None:
         "metrics.json",
         "plan.json",
         "plan.txt",
+        "run.json",
         "versions.json",
     }
     settings = read_settings(run / "config.yaml")
@@ -384,6 +385,19 @@ def test_an_adapter_of_another_shape_is_not_started_from(
     result = command("train", write_config(tmp_path / "a.yaml", content))
     assert result.code == 1
     assert said in result.error
+    assert not list(folder.glob("refused*"))
+
+
+@pytest.mark.parametrize(("first", "then"), [("dora", "lora"), ("lora", "rslora")])
+def test_a_lora_of_another_kind_is_not_started_from(
+    folder: Path, printed: str, tmp_path: Path, first: str, then: str
+) -> None:
+    """The adapter decides, and a run's method would not say what was trained."""
+    train(folder, f"{first}-first", method=first, training={"epochs": 1, "check_saved": False})
+    content = config(folder, "refused", init_from=str(folder / f"{first}-first"), method=then)
+    result = command("train", write_config(tmp_path / "a.yaml", content))
+    assert result.code == 1
+    assert f"Use method {first}, or start from another adapter" in result.error
     assert not list(folder.glob("refused*"))
 
 

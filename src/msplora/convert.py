@@ -87,7 +87,7 @@ def to_lora(
     source: str | Path,
     out: str | Path,
     *,
-    base: BaseOptions | None = None,
+    base: str | BaseOptions | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     pad_to: Padding = "none",
     server: str | None = None,
@@ -101,7 +101,7 @@ def to_lora(
     Args:
         source: the adapter's folder, or a run's.
         out: the folder to write.
-        base: how to load the base model; the adapter names it.
+        base: the base model, or how to load it; the adapter names it.
         dtype: of the tensors written.
         pad_to: "pow2" pads the rank with zeros to a power of two, a number to that rank.
         server: refuse what this one of `serving.SERVERS` cannot serve.
@@ -120,14 +120,14 @@ def to_lora(
     check_padding(pad_to)
     stored = dtype_named(dtype)
     folder, out = adapter_folder(Path(source)), Path(out).expanduser()
-    check_apart(out, folders_read(folder, base))
+    options = BaseOptions.of(base)
+    check_apart(out, folders_read(folder, options))
     check_output(out, force)
     if out.suffix == ".gguf":
         raise ConfigError(
             f"the output {str(out)!r} is a folder, in which the file is {GGUF_FILE}; give a "
             f"folder's name."
         )
-    options = base or BaseOptions()
     if not is_released(folder):
         foresee(
             _pyramid_in(folder, form),
@@ -137,7 +137,7 @@ def to_lora(
             server=asked,
             max_lora_rank=max_lora_rank,
         )
-    adapted = _load_pyramid(folder, base)
+    adapted = _load_pyramid(folder, options)
     tensors, config = lora_of(adapted.model, dtype=stored, pad_to=pad_to)
     holds = features(adapted.model, adapted.others)
     if asked is not None:
@@ -182,7 +182,7 @@ def to_merged(
     source: str | Path,
     out: str | Path,
     *,
-    base: BaseOptions | None = None,
+    base: str | BaseOptions | None = None,
     verify: bool = True,
     allow_quantized: bool = False,
     force: bool = False,
@@ -192,7 +192,7 @@ def to_merged(
     Args:
         source: the adapter's folder, or a run's.
         out: the folder to write.
-        base: how to load the base model, its dtype included; the adapter names it.
+        base: the base model, or how to load it, its dtype included; the adapter names it.
         verify: hold every merged weight against base and update, then load the result and compare
             the logits before it takes its place. What rounding to the base's dtype takes is said;
             `RoundedAwayWarning` where that is most of the adapter.
@@ -203,10 +203,13 @@ def to_merged(
         MSPLoraError: the adapter or its base cannot be read, or the result is not the same.
     """
     folder, out = adapter_folder(Path(source)), Path(out).expanduser()
-    check_apart(out, folders_read(folder, base))
+    options = BaseOptions.of(base)
+    check_apart(out, folders_read(folder, options))
     check_output(out, force)
     _check_merges(folder)
-    model = load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
+    model = (
+        load_released(folder, options)[0] if is_released(folder) else load_adapted(folder, options)
+    )
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
     if getattr(base_model, "is_quantized", False) and not allow_quantized:
@@ -260,14 +263,14 @@ def _with_lora(base: Any, written: Written, folder: Path, config: dict[str, Any]
         return put_on(base, Path(scratch))
 
 
-def folders_read(folder: Path, base: BaseOptions | None) -> list[Path]:
+def folders_read(folder: Path, base: BaseOptions) -> list[Path]:
     """The folders a conversion reads, which its output must not replace."""
-    source = (base.source if base else None) or base_named_by(folder)
+    source = base.source or base_named_by(folder)
     place = Path(source).expanduser() if source else folder
     return [folder, *([place] if place.is_dir() else [])]
 
 
-def _load_pyramid(folder: Path, base: BaseOptions | None) -> Adapted:
+def _load_pyramid(folder: Path, base: BaseOptions) -> Adapted:
     """The adapted model, and what the adapter's file holds."""
     if is_released(folder):
         return Adapted(*load_released(folder, base))

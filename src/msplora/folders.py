@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .conversion_mark import not_of_the_conversion, write_mark
 from .errors import MSPLoraError
+from .folder_mark import CONVERSION, not_written, some, write_mark
 
 # What makes a folder an adapter's or a model's comes into it last.
 _LAST = ("adapter_config.json", "config.json")
@@ -68,18 +68,18 @@ def _check_replaceable(out: Path, force: bool) -> None:
             f"the output folder {str(out)!r} is not empty. Choose another, or pass --force to "
             f"replace it."
         )
-    foreign = not_of_the_conversion(out)
+    foreign = not_written(out, CONVERSION)
     if foreign is not None:
         foreign = [name for name in foreign if not name.startswith(_partial(out))]
     else:
         raise OutputError(
             f"the output folder {str(out)!r} is no earlier conversion: it holds "
-            f"{_some(_content(out))}. --force does not delete it; choose another folder."
+            f"{some(_content(out))}. --force does not delete it; choose another folder."
         )
     if foreign:
         raise OutputError(
             f"the output folder {str(out)!r} holds what its conversion did not write: "
-            f"{_some(foreign)}. --force does not delete it; choose another folder."
+            f"{some(foreign)}. --force does not delete it; choose another folder."
         )
     if why := cannot_be_renamed(out):
         raise OutputError(
@@ -172,7 +172,7 @@ def new_folder(out: Path, force: bool = False, made_from: str | None = None) -> 
         with _explained(out):
             yield partial
             if made_from is not None:
-                write_mark(partial, made_from)
+                write_mark(partial, CONVERSION, {"from": made_from})
             check_output(out, force and not fill)  # another process may have been quicker
             if fill:
                 _move_up(partial, out)
@@ -264,8 +264,3 @@ def _content(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(name for name in os.listdir(folder) if not name.startswith(_partial(folder)))
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

@@ -88,7 +88,7 @@ def to_msplora(
     ranks: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
     levels: Sequence[str] | None = None,
-    base: BaseOptions | None = None,
+    base: str | BaseOptions | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     data: str | None = None,
     verify: bool = True,
@@ -108,7 +108,7 @@ def to_msplora(
         ranks: rank of each level.
         groups: groups of each level, 0 for a pair per layer.
         levels: the levels' names.
-        base: how to load the base model; the adapter names it.
+        base: the base model, or how to load it; the adapter names it.
         dtype: of the tensors written.
         data: a file, as `msplora eval --data` takes it, to measure the loss of both on.
         verify: load the result with PEFT, measure it and compare the logits before it is kept.
@@ -119,7 +119,8 @@ def to_msplora(
             cannot, or what was written is not what was found.
     """
     folder, out = adapter_folder(Path(source)), Path(out).expanduser()
-    check_apart(out, folders_read(folder, base))
+    options = BaseOptions.of(base)
+    check_apart(out, folders_read(folder, options))
     check_output(out, force)
     shape: dict[str, Any] = {"r": r, "ranks": ranks, "groups": groups, "levels": levels}
     shape = {key: its if key == "r" else list(its) for key, its in shape.items() if its is not None}
@@ -127,8 +128,8 @@ def to_msplora(
     shape = _shape_to_find(folder, shape)
     if data is not None and not Path(data).exists():
         raise ConfigError(f"the data file {data!r} does not exist.{nearest_path(Path(data))}")
-    before = None if data is None else _loss_of_source(folder, data, base)
-    adapted, shape = _load(folder, base, shape)
+    before = None if data is None else _loss_of_source(folder, data, options)
+    adapted, shape = _load(folder, options, shape)
     model, others = adapted.model, adapted.others
     updates = dict(updates_of(model))
     changed = {key: its for key, its in updates.items() if norm_of(its) > 0}
@@ -148,7 +149,7 @@ def to_msplora(
     tensors |= others
     check_finite(tensors, f"the pyramid in {dtype}")
     config.model_type, config.fingerprint = model_type_of(model.get_base_model()), found.fingerprint
-    recorded = (base or BaseOptions()).recorded_for(config)
+    recorded = options.recorded_for(config)
     config.base_model_name_or_path, config.revision = recorded
     expected = explain(found, changed, sums_of(found, pairs))
     with new_folder(out, force, made_from=folder.name) as partial:
@@ -161,7 +162,7 @@ def to_msplora(
         if verify:
             del model  # which is taken apart
             expected, comparison = measure(adapted, partial, found, changed, expected, dtype)
-        after = None if data is None else _loss(partial, data, base)
+        after = None if data is None else _loss(partial, data, options)
     return Fitted(
         out=out,
         ranks=list(config.ranks or ()),
@@ -206,9 +207,7 @@ def _shape_to_find(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
     return shape
 
 
-def _load(
-    folder: Path, base: BaseOptions | None, shape: dict[str, Any]
-) -> tuple[Adapted, dict[str, Any]]:
+def _load(folder: Path, base: BaseOptions, shape: dict[str, Any]) -> tuple[Adapted, dict[str, Any]]:
     """The adapted model, and the shape of the pyramid to find."""
     if is_released(folder):
         adapted = Adapted(*load_released(folder, base))
@@ -366,7 +365,7 @@ def _wanted(pair: Pair, kind: Kind) -> Shared:
 # The loss
 
 
-def _loss_of_source(folder: Path, data: str, base: BaseOptions | None) -> float:
+def _loss_of_source(folder: Path, data: str, base: BaseOptions) -> float:
     if not is_released(folder):
         return _loss(folder, data, base)
     with TemporaryDirectory() as nowhere:
@@ -374,7 +373,7 @@ def _loss_of_source(folder: Path, data: str, base: BaseOptions | None) -> float:
         return _loss(same.out, data, base)
 
 
-def _loss(folder: Path, data: str, base: BaseOptions | None) -> float:
+def _loss(folder: Path, data: str, base: BaseOptions) -> float:
     from .extras import train_extra
 
     with train_extra():

@@ -58,6 +58,11 @@ class BaseOptions:
         if self.dtype != "auto":
             dtype_named(self.dtype)
 
+    @classmethod
+    def of(cls, base: str | BaseOptions | None) -> BaseOptions:
+        """The options where a path, a hub id or nothing may stand for them."""
+        return base if isinstance(base, BaseOptions) else cls(base)
+
     def revision_for(self, config: Any) -> str | None:
         """Of the base: as asked, or as an adapter's config says of the base that it names."""
         if self.revision or self.source:

@@ -69,7 +69,7 @@ def doctor(
         MSPLoraError: the base, the adapter or the data cannot be read at all. That the two do not
             fit each other is a failed check.
     """
-    options = BaseOptions(model) if isinstance(model, str) else model
+    options = BaseOptions.of(model)
     if not options.source:
         raise BaseModelError("no base is given. Give its folder, or its id on the hub.")
     source = resolve_source(options.source)

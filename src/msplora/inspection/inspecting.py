@@ -9,8 +9,8 @@ from pathlib import Path
 
 from msplora import __version__
 from msplora.analysis.history import checkpoint_folders
-from msplora.conversion_mark import MARK
 from msplora.errors import AdapterFileError, UnsupportedError
+from msplora.folder_mark import CONVERSION
 from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from msplora.serving import GGUF_FILE
 
@@ -146,9 +146,9 @@ def _find(path: Path) -> _Place:
 
 def _converted(folder: Path) -> str | None:
     """What the folder was converted from, where msplora converted it."""
-    if not (folder / MARK).is_file():
+    if not (folder / CONVERSION).is_file():
         return None
-    return f"converted from {read_json(folder / MARK).get('from', 'an adapter')}"
+    return f"converted from {read_json(folder / CONVERSION).get('from', 'an adapter')}"
 
 
 def _adapter_file(folder: Path) -> Path:

@@ -35,13 +35,23 @@ def freeze_levels(model: nn.Module, levels: Iterable[str], adapter_name: str = "
     by_level = level_parameters(model, adapter_name)
     levels = list(levels)
     check_level_names(levels, by_level, "frozen_levels")
-    if by_level.keys() <= set(levels):
-        raise ConfigError(
-            f"frozen_levels = {levels} leaves no level of the pyramid to train. Leave one out."
-        )
+    check_some_train(levels, by_level)
     for level in levels:
         for parameter in by_level[level]:
             parameter.requires_grad_(False)
+
+
+def check_some_train(frozen: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse to freeze all there is.
+
+    Raises:
+        ConfigError: no level is left.
+    """
+    frozen = list(frozen)
+    if set(known) <= set(frozen):
+        raise ConfigError(
+            f"frozen_levels = {frozen} leaves no level of the pyramid to train. Leave one out."
+        )
 
 
 def check_level_names(asked: Iterable[str], known: Iterable[str], key: str) -> None:

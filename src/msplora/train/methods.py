@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 from torch import nn
@@ -19,10 +20,12 @@ from msplora.loading import read_config
 from .adalora import is_adalora, penalise_training_only
 from .base_model import Base
 from .init_from import notes_on_start, start_folder
-from .levels import check_level_names, freeze_levels, level_parameters
+from .levels import check_level_names, check_some_train, freeze_levels
 from .peft_methods import METHODS, config_of, is_lora, keys_read, rank_of, unread_sections
 from .settings import LEVEL_KEYS, PYRAMID_KEYS, AdapterSettings, Settings
 from .settings_methods import LORAS
+
+Config = TypeVar("Config")
 
 _TASK_TYPES = {True: peft.TaskType.SEQ_CLS, False: peft.TaskType.CAUSAL_LM}
 """By whether the model classifies."""
@@ -85,7 +88,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if is_adalora(model):
         penalise_training_only(model)
     if plan:
-        _check_levels(settings, model)
+        freeze_levels(model, settings.training.frozen_levels or ())
     head = _count(model, modules_to_save=True)
     adapter = _count(model) - head
     rank = sum(config.ranks or ()) if plan else rank_of(config)
@@ -93,16 +96,33 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     return Adapted(model, Trainable(adapter, head, base_numbers, lora), plan, rank, notes)
 
 
-def _check_levels(settings: Settings, model: Any) -> None:
-    """Refuse levels that the pyramid does not have, and freeze those that are not to train."""
+def check_levels(settings: Settings) -> None:
+    """Refuse levels that the run's pyramid does not have, before its base is loaded.
+
+    Raises:
+        ConfigError: a key of `training` names one, or freezes all there are.
+    """
     training = settings.training
-    known = level_parameters(model)
+    frozen = training.frozen_levels or ()
     staged = [level for stage in training.stages or () for level in stage.levels]
-    check_level_names(staged, known, "training.stages")
-    check_level_names(
-        training.level_learning_rate_factors, known, "training.level_learning_rate_factors"
-    )
-    freeze_levels(model, training.frozen_levels or ())
+    factors = training.level_learning_rate_factors
+    if settings.method != "msplora" or not (frozen or staged or factors):
+        return
+    folder = start_folder(settings)
+    config = read_config(folder) if folder else _explained(_pyramid, settings)
+    if not isinstance(config, msplora.MSPLoraConfig):
+        return  # an adapter of another method, which is refused when it is put on its base
+    levels = config.levels or ()
+    check_level_names(staged, levels, "training.stages")
+    check_level_names(factors, levels, "training.level_learning_rate_factors")
+    check_level_names(frozen, levels, "training.frozen_levels")
+    check_some_train(frozen, levels)
+
+
+def _pyramid(settings: Settings) -> msplora.MSPLoraConfig:
+    """The pyramid alone, without what a base has to be looked at for."""
+    given = settings.adapter.model_dump(include={"r", "lora_alpha", *PYRAMID_KEYS})
+    return msplora.MSPLoraConfig(**{key: its for key, its in given.items() if its is not None})
 
 
 def _on_meta(model: nn.Module) -> bool:
@@ -116,8 +136,13 @@ def adapter_config(settings: Settings, base: Base) -> Any:
     Raises:
         ConfigError: PEFT, or the pyramid, does not know what to do with the settings together.
     """
+    return _explained(_config_of, settings, base)
+
+
+def _explained(make: Callable[..., Config], *given: Any) -> Config:
+    """Make a config; what PEFT says of it is about the adapter's section."""
     try:
-        return _config_of(settings, base)
+        return make(*given)
     except MSPLoraError:
         raise
     except (ValueError, TypeError) as error:
@@ -270,6 +295,14 @@ def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: 
             f"init_from {folder} is a {str(found.peft_type).rpartition('.')[2]} adapter, but the "
             f"method is {settings.method!r}. Set method to match, or start from another adapter."
         )
+    for key, method in (("use_dora", "dora"), ("use_rslora", "rslora")):
+        its, asked = bool(getattr(found, key)), bool(getattr(config, key))
+        if is_lora(settings.method) and its != asked:
+            raise ConfigError(
+                f"init_from {folder} was trained with {key} = {str(its).lower()}, and method "
+                f"{settings.method!r} has {str(asked).lower()}. Use method "
+                f"{method if its else 'lora'}, or start from another adapter."
+            )
     untrained = sorted(set(config.modules_to_save or ()) - set(found.modules_to_save or ()))
     if untrained:
         raise ConfigError(

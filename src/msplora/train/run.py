@@ -23,6 +23,7 @@ from .devices import is_main_process, join, wait_for_everyone, world_size
 from .disk_space import check_space, free_space
 from .init_from import check_task
 from .job import Job
+from .methods import check_levels
 from .next_steps import next_steps
 from .preview import show_preview, show_sample, show_warnings
 from .progress import ShowProgress, plain_metrics
@@ -150,6 +151,7 @@ def prepare_job(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read and check all that the run needs, by its task; `load` gives it the base model."""
     check_trackers(settings)
     check_task(settings)
+    check_levels(settings)
     prepare: Callable[[Settings, LoadBase], Job]
     if settings.task == "sft":
         from .sft import prepare

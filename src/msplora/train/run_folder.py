@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from msplora.analysis.history import RECORD
 from msplora.errors import MSPLoraError
+from msplora.folder_mark import not_written, read_mark, some, write_mark
 from msplora.folders import (
     cannot_be_renamed,
     check_apart,
@@ -37,6 +39,16 @@ BEFORE = "checkpoints/before.json"
 """What was measured before the first step, kept for a run that is resumed."""
 INPUTS = "checkpoints/inputs.json"
 """The checksums of the files that the run began with."""
+RUN = "run.json"
+"""The mark of a complete run: the checksums of what it read and of what it wrote."""
+
+_WRITTEN = frozenset(
+    {
+        *(CONFIG, METRICS, HISTORY, DATA, RUN, RECORD, "checkpoints", "tensorboard"),
+        *("adapter", "model", "versions.json", "plan.json", "plan.txt", "loss.png", "README.md"),
+    }
+)
+"""All that a run writes in its folder."""
 
 NOT_RESUMED = ("adalora",)
 """The methods whose unfinished runs can only be started anew."""
@@ -84,13 +96,14 @@ class RunFolder:
             for folder in (self.path, self.working):
                 check_apart(folder, (start, start / "adapter"))
         unfinished = (self.working / CONFIG).is_file()
-        self.is_complete = resume == "auto" and not unfinished and (self.path / METRICS).is_file()
+        self.is_complete = resume == "auto" and not unfinished and (self.path / RUN).is_file()
         """Whether there is nothing left to do."""
         self.resumes = unfinished if resume == "auto" else bool(resume)
         if not self.is_complete:
             self._check_replaceable()
         if self.is_complete:
             self._check_same_settings(self.path)
+            self._check_same_data(self.path, (read_mark(self.path, RUN) or {}).get("inputs"))
         elif self.resumes:
             self._check_resumable()
         elif force:
@@ -106,7 +119,7 @@ class RunFolder:
     @property
     def lacks_only_its_name(self) -> bool:
         """Whether the unfinished run was killed when all that was left was to rename it."""
-        return (self.working / METRICS).is_file() and not self.checkpoints.exists()
+        return (self.working / RUN).is_file() and not self.checkpoints.exists()
 
     @property
     def go_on(self) -> str:
@@ -145,6 +158,9 @@ class RunFolder:
 
     def finish(self) -> Path:
         """Drop the checkpoints and give the folder its name; return where the run now is."""
+        if not self.lacks_only_its_name:
+            facts = {"inputs": self._inputs()}
+            write_mark(self.working, RUN, facts, leave_out=[self.checkpoints.name])
         sync(self.working)
         self._take_its_name()
         self.release()
@@ -164,6 +180,13 @@ class RunFolder:
         if self.checkpoints.exists():
             away = tempfile.mkdtemp(prefix=f".{self.path.name}.old-", dir=self.path.parent)
             self.checkpoints.rename(Path(away) / self.checkpoints.name)
+        foreign = self._foreign(self.path)
+        if foreign:
+            raise RunFolderError(
+                f"{self.path} holds {foreign}, which no run wrote, so the new run was not put in "
+                f"its place. It is complete, in {self.working}: move what is yours away, and then "
+                f"{self.go_on}"
+            )
         put_in_place(self.working, self.path)
         clear_after_a_kill(self.path)
 
@@ -224,13 +247,28 @@ class RunFolder:
 
     def _check_discardable(self) -> None:
         """Of what --force would delete: it must be what a run left, and nothing else."""
-        for folder, marks in ((self.path, (CONFIG, METRICS)), (self.working, (CONFIG,))):
-            missing = [mark for mark in marks if not (folder / mark).is_file()]
-            if _holds_something(folder) and missing:
+        for folder, mark in ((self.path, RUN), (self.working, CONFIG)):
+            if _holds_something(folder) and not (folder / mark).is_file():
                 raise RunFolderError(
-                    f"{folder} holds files but no {missing[0]}, so it is not a run, and --force "
+                    f"{folder} holds files but no {mark}, so it is not a run, and --force "
                     f"does not delete it. Name another output."
                 )
+            foreign = self._foreign(folder)
+            if foreign:
+                raise RunFolderError(
+                    f"{folder} holds what its run did not write: {foreign}. --force does not "
+                    f"delete it: move it away, or name another output."
+                )
+
+    def _foreign(self, folder: Path) -> str:
+        """Some of what is in a folder of the run and is not the run's, in words."""
+        if not folder.is_dir():
+            return ""
+        if folder == self.path or (folder / RUN).is_file():
+            found = not_written(folder, RUN)
+            return some(sorted(os.listdir(folder)) if found is None else found)
+        # While it is written only the names can be told.
+        return some(sorted(its for its in os.listdir(folder) if not _is_of_a_run(its)))
 
     def _check_free(self) -> None:
         if _holds_something(self.path):
@@ -246,7 +284,7 @@ class RunFolder:
 
     def _check_resumable(self) -> None:
         if not (self.working / CONFIG).is_file():
-            if (self.path / METRICS).is_file():
+            if (self.path / RUN).is_file():
                 raise RunFolderError(
                     f"the run in {self.path} is complete; there is nothing to resume. Start from "
                     f"its adapter with init_from and another output, or pass --force to redo it."
@@ -255,8 +293,15 @@ class RunFolder:
                 f"there is no unfinished run of {self.path} to resume. Leave --resume out, or pass "
                 f"--resume auto, which starts one."
             )
+        foreign = self._foreign(self.path)
+        if foreign:
+            raise RunFolderError(
+                f"{self.path} holds what no run wrote: {foreign}. The run would take its place "
+                f"when it is complete: move it away first."
+            )
         self._check_same_settings(self.working)
-        self._check_same_data()
+        if (self.working / INPUTS).is_file():  # else only the name is lacking
+            self._check_same_data(self.working, self._inputs())
         self.found = find_newest(self.checkpoints)
         newest, now = self.found.newest, int(os.environ.get("WORLD_SIZE", "1"))
         if newest and self.settings.method in NOT_RESUMED:
@@ -271,22 +316,24 @@ class RunFolder:
                 f"{now}. Resume with {newest.processes}, or pass --force instead to start anew."
             )
 
-    def _check_same_data(self) -> None:
-        if not (self.working / INPUTS).is_file():
-            return  # it has been put away already: only the name is lacking
-        changed = inputs.changed(self._inputs(), self.settings)
+    def _check_same_data(self, folder: Path, before: dict[str, int] | None) -> None:
+        if before is None:
+            raise RunFolderError(f"{folder / RUN} is not whole: name another output.")
+        changed = inputs.changed(before, self.settings)
         if changed:
             raise RunFolderError(
-                f"the unfinished run in {self.working} began with other files: "
+                f"the {self._state(folder)} run in {folder} began with other files: "
                 f"{', '.join(changed)} changed since. Put the old content back, or pass --force "
                 f"instead to start anew."
             )
+
+    def _state(self, folder: Path) -> str:
+        return "unfinished" if folder == self.working else "complete"
 
     def _inputs(self) -> dict[str, int]:
         return json.loads((self.working / INPUTS).read_text(encoding="utf-8"))
 
     def _check_same_settings(self, folder: Path) -> None:
-        what = "unfinished" if folder == self.working else "complete"
         before = flat(read_settings(folder / CONFIG).to_dict())
         now = flat(self.settings.to_dict())
         changed = [
@@ -296,8 +343,9 @@ class RunFolder:
         ]
         if changed:
             raise RunFolderError(
-                f"the {what} run in {folder} has other settings: {'; '.join(changed)}. "
-                f"Resume with the same ones, or pass --force instead to start anew."
+                f"the {self._state(folder)} run in {folder} has other settings: "
+                f"{'; '.join(changed)}. Resume with the same ones, or pass --force "
+                f"instead to start anew."
             )
 
 
@@ -310,6 +358,10 @@ def has_to_start_anew(settings: Settings) -> bool:
 
 def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _is_of_a_run(name: str) -> bool:
+    return name in _WRITTEN or (name.startswith(".") and name.endswith(".partial"))
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

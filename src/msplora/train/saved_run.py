@@ -53,7 +53,7 @@ def open_run(
     `put_on` does so.
     """
     path = Path(path).expanduser()
-    options = base if isinstance(base, BaseOptions) else BaseOptions(base)
+    options = BaseOptions.of(base)
     weights = _weights(path)
     record = TaskRecord.load(weights) or _record_of_foreign_adapter(weights, options.source)
     settings = record.settings.model_copy(deep=True)
