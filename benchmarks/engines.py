@@ -177,7 +177,8 @@ def native(base: Path, adapter: Path, ids: list[int]) -> dict[str, Any]:
     """The logits of the base and of the pyramid on it, in float32."""
     import torch
 
-    from msplora.loading import BaseOptions, load_adapted
+    from msplora.adapted import load_adapted
+    from msplora.loading import BaseOptions
 
     model = load_adapted(adapter, BaseOptions(str(base), "float32"))
     with torch.inference_mode():

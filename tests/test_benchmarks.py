@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import statistics
@@ -200,3 +202,17 @@ def test_what_an_analysis_costs() -> None:
         assert f"| {name} | {row['seconds']:.1f} | {' | '.join(sizes)} |" in text
     assert len(rows) == 4
     assert f"4096 × 4096 took {intruders['seconds']:.0f} seconds" in text
+
+
+SCRIPTS = [*BENCHMARKS.rglob("*.py"), *(BENCHMARKS.parent / "tests/contract").glob("*.py")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda its: its.stem)
+def test_what_a_script_imports_of_the_library_is_there(script: Path) -> None:
+    """They run by hand, some in environments of other tools: a name that moved is found here."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "msplora":
+            module = importlib.import_module(node.module or "")
+            for its in node.names:
+                if not hasattr(module, its.name):
+                    importlib.import_module(f"{node.module}.{its.name}")
