@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     about = provenance("cpu")  # before the results change what is tracked
@@ -238,7 +239,7 @@ def main() -> None:
             file.write(json.dumps(rows[-1]) + "\n")
         return row["loss"]
 
-    for name in WAYS:
+    for name in given.ways:
         best = min(given.rates, key=lambda rate, name=name: loss(name, rate, given.seeds[0]))
         found = [loss(name, best, seed) for seed in given.seeds]
         size = next(row["trainable"] for row in rows if row["way"] == name)
