@@ -89,7 +89,7 @@ def axolotl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def call(verb: str, name: str, **changes: Any) -> None:
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({**common, "output_dir": str(folder / name), **changes}))
-        run_in(python, "-m", f"axolotl.cli.{verb}", str(file), more={"AXOLOTL_DO_NOT_TRACK": "1"})
+        run_in(python, "-m", f"axolotl.cli.{verb}", str(file), more=_QUIET)
 
     call("train", "straight")
     halfway = folder / "straight" / f"checkpoint-{HALFWAY}"
@@ -108,6 +108,9 @@ REFUSED = {
     "lora_qkv_kernel": {"lora_qkv_kernel": True},
     "merge-lora": {"merge_lora": True, "merge_method": "memory_efficient"},
 }
+_QUIET = {"AXOLOTL_DO_NOT_TRACK": "1"}
+"""Without a network its telemetry may wait for ever."""
+
 # Axolotl's reading of a config, as each of its commands begins.
 _READING = """
 import json, sys
@@ -126,7 +129,7 @@ print(json.dumps(said))
 
 def refusals(python: Path, config: Path) -> dict[str, str]:
     """What the plug-in says to options that Axolotl would ignore or misapply."""
-    done = run_in(python, "-c", _READING, str(config), json.dumps(REFUSED))
+    done = run_in(python, "-c", _READING, str(config), json.dumps(REFUSED), more=_QUIET)
     # Libraries print there, too.
     (said,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
     return json.loads(said)
