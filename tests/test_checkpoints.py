@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from msplora.folder_mark import write_mark
 from msplora.train.checkpoints import (
     SEAL,
     WRITING,
@@ -23,7 +24,7 @@ from msplora.train.checkpoints import (
     read,
     seal,
 )
-from msplora.train.run_folder import RunFolder, RunFolderError
+from msplora.train.run_folder import RUN, RunFolder, RunFolderError
 from msplora.train.settings_file import make_settings
 
 
@@ -248,6 +249,18 @@ def test_killed_at_any_moment_a_run_folder_is_taken_up_and_no_result_is_lost(
         assert [path.name for path in here.iterdir()] == ["run"]
     assert ("new", False, False) in moments
     assert (old, True, False) in moments
+
+
+def test_a_run_killed_before_its_checkpoints_went_can_be_discarded(tmp_path: Path) -> None:
+    first = RunFolder(made_up(tmp_path))
+    first.begin()
+    fill(first, "first")
+    write_mark(first.working, RUN, {"inputs": {}}, leave_out=["checkpoints"])
+    first.release()
+    again = RunFolder(made_up(tmp_path), force=True)
+    again.begin()
+    assert not again.lacks_only_its_name
+    again.release()
 
 
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:

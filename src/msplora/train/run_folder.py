@@ -264,7 +264,7 @@ class RunFolder:
         """Some of what is in a folder of the run and is not the run's, in words."""
         if not folder.is_dir():
             return ""
-        if folder == self.path or (folder / RUN).is_file():
+        if folder == self.path or self.lacks_only_its_name:
             found = not_written(folder, RUN)
             return some(sorted(os.listdir(folder)) if found is None else found)
         # While it is written only the names can be told.
