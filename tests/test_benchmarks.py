@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import runpy
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -216,3 +217,10 @@ def test_what_a_script_imports_of_the_library_is_there(script: Path) -> None:
             for its in node.names:
                 if not hasattr(module, its.name):
                     importlib.import_module(f"{node.module}.{its.name}")
+
+
+def test_the_tables_of_the_results_are_those_of_the_reports() -> None:
+    names = runpy.run_path(str(BENCHMARKS / "results_page.py"))
+    page = names["PAGE"].read_text(encoding="utf-8")
+    assert page.count("<!-- end of table -->") == 2
+    assert names["filled"](page) == page
