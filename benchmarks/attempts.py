@@ -17,9 +17,10 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -32,6 +33,8 @@ from msplora.train.run import prepare_job, with_absolute_paths
 from msplora.train.settings import Settings
 
 ALPHA = 16
+ROW = math.sqrt(1 / 3)
+"""The length of a row of LoRA's A at the start, on average."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Level:
     rank: int
     a_groups: int
     b_groups: int
-    gated: bool = False
-    """A vector per layer, of ones at first, between A and B."""
+    between: Literal["", "number", "vector", "matrix"] = ""
+    """What each layer has of its own between A and B: ones, or the identity, at first."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,20 @@ class Way:
     """Levels, and how they are made and trained."""
 
     levels: tuple[Level, ...]
-    orthogonal: bool = False
-    """The A's that meet in a layer start with orthogonal rows."""
+    start: Literal["random", "orthogonal", "gradient"] = "random"
+    """The rows of A: LoRA's; orthogonal to those of the other levels; or, level after level, where
+    the first gradient of the layers that share them is largest, orthogonal to the levels above."""
+    cuts: Literal["equal", "gradient"] = "equal"
+    """Groups of layers next to each other: as large as each other, or of layers whose first
+    gradients are alike."""
     penalty: float = 0.0
     """Weight of the squared cosines between the rows of different levels' A in a layer."""
 
 
-def pyramid(*ranks: int, gated: bool = False) -> tuple[Level, ...]:
+def pyramid(*ranks: int, between: Any = "") -> tuple[Level, ...]:
     """Global, mid in three groups, local."""
     return tuple(
-        Level(rank, groups, groups, gated and groups != 0)
+        Level(rank, groups, groups, between if groups else "")
         for rank, groups in zip(ranks, (1, 3, 0), strict=True)
     )
 
@@ -67,22 +74,28 @@ def pyramid(*ranks: int, gated: bool = False) -> tuple[Level, ...]:
 WAYS = {
     "LoRA, r = 6": Way((Level(6, 0, 0),)),
     "pyramid 8, 4, 2": Way(pyramid(8, 4, 2)),
-    "pyramid, shared pairs gated per layer": Way(pyramid(8, 4, 2, gated=True)),
-    "pyramid, orthogonal at the start": Way(pyramid(8, 4, 2), orthogonal=True),
-    "pyramid, levels held apart (0.1)": Way(pyramid(8, 4, 2), orthogonal=True, penalty=0.1),
+    "pyramid, shared pairs scaled per layer": Way(pyramid(8, 4, 2, between="number")),
+    "pyramid, shared pairs gated per layer": Way(pyramid(8, 4, 2, between="vector")),
+    "pyramid, shared pairs with a core per layer": Way(pyramid(6, 4, 2, between="matrix")),
+    "pyramid, orthogonal at the start": Way(pyramid(8, 4, 2), start="orthogonal"),
+    "pyramid, A from the gradient": Way(pyramid(8, 4, 2), start="gradient"),
+    "LoRA, r = 6, A from the gradient": Way((Level(6, 0, 0),), start="gradient"),
+    "pyramid, cut by the gradient": Way(pyramid(8, 4, 2), cuts="gradient"),
+    "pyramid, levels held apart (0.1)": Way(pyramid(8, 4, 2), start="orthogonal", penalty=0.1),
     "A shared by all, B per layer, r = 11": Way((Level(11, 1, 0),)),
     "B shared by all, A per layer, r = 9": Way((Level(9, 0, 1),)),
     "A shared by all and by groups, B per layer, r = 5 + 5": Way((Level(5, 1, 0), Level(5, 3, 0))),
     "one pair for all, r = 30": Way((Level(30, 1, 1),)),
-    "one pair for all, gated per layer, r = 28": Way((Level(28, 1, 1, gated=True),)),
+    "one pair for all, gated per layer, r = 28": Way((Level(28, 1, 1, "vector"),)),
+    "one pair for all, a core per layer, r = 17": Way((Level(17, 1, 1, "matrix"),)),
     "global 10, local 4": Way((Level(10, 1, 1), Level(4, 0, 0))),
-    "global 10 gated, local 4": Way((Level(10, 1, 1, gated=True), Level(4, 0, 0))),
+    "global 10 gated, local 4": Way((Level(10, 1, 1, "vector"), Level(4, 0, 0))),
     "A shared r = 5, local r = 3": Way((Level(5, 1, 0), Level(3, 0, 0))),
 }
 
 
 class Site(nn.Module):
-    """A frozen layer and what its levels add: ``y = W x + Σ s B (g ∘ (A x))``."""
+    """A frozen layer and what its levels add: ``y = W x + Σ s B C A x``, C the layer's own."""
 
     def __init__(self, base: nn.Module, parts: Sequence[tuple[Any, Any, Any, float]]) -> None:
         super().__init__()
@@ -90,71 +103,137 @@ class Site(nn.Module):
         self.scales = [scale for *_, scale in parts]
         self.a = nn.ParameterList(a for a, *_ in parts)
         self.b = nn.ParameterList(b for _, b, *_ in parts)
-        self.gates = nn.ParameterDict(
-            {str(place): gate for place, (_, _, gate, _) in enumerate(parts) if gate is not None}
+        self.cores = nn.ParameterDict(
+            {str(place): core for place, (_, _, core, _) in enumerate(parts) if core is not None}
         )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for place, (a_RI, b_OR, scale) in enumerate(zip(self.a, self.b, self.scales, strict=True)):
             inner = x @ a_RI.mT
-            if str(place) in self.gates:
-                inner = inner * self.gates[str(place)]
+            if str(place) in self.cores:
+                core = self.cores[str(place)]
+                inner = inner @ core.mT if core.dim() == 2 else inner * core
             y = y + scale * (inner @ b_OR.mT)
         return y
 
 
-def put_on(model: nn.Module, way: Way) -> list[Site]:
-    """Replace the LoRA layers of a model; only what the way adds trains."""
+def put_on(model: nn.Module, way: Way, gradients: dict[str, Tensor]) -> list[Site]:
+    """Replace the LoRA layers of a model; only what the way adds trains.
+
+    `gradients`: of each layer's weight, (O, I), by its path; none where the way asks for none.
+    """
     model.requires_grad_(False)
-    layers = [(path, its) for path, its in model.named_modules() if isinstance(its, LoraLayer)]
-    kinds: dict[str, list[tuple[str, Any]]] = {}
-    for path, layer in layers:
-        kinds.setdefault(path.rpartition(".")[2], []).append((path, layer))
+    kinds: dict[str, dict[str, Any]] = {}
+    for path, its in model.named_modules():
+        if isinstance(its, LoraLayer):
+            kinds.setdefault(path.rpartition(".")[2], {})[path] = its.get_base_layer()
     sites = []
-    for kind in kinds.values():
-        made: dict[tuple[int, str, int], nn.Parameter] = {}
-        for place, (path, layer) in enumerate(kind):
-            base = layer.get_base_layer()
-            parts = list(_parts(way, made, place, len(kind), base.in_features, base.out_features))
+    for layers in kinds.values():
+        slopes = [gradients[path] for path in layers] if gradients else None
+        for (path, base), parts in zip(layers.items(), _parts(way, layers, slopes), strict=True):
             parent, _, name = path.rpartition(".")
-            site = Site(base, parts)
-            setattr(model.get_submodule(parent), name, site)
-            sites.append(site)
+            sites.append(Site(base, parts))
+            setattr(model.get_submodule(parent), name, sites[-1])
     return sites
 
 
 def _parts(
-    way: Way, made: dict[Any, nn.Parameter], place: int, layers: int, width: int, height: int
-) -> Iterator[tuple[Any, Any, Any, float]]:
+    way: Way, layers: dict[str, Any], slopes: Sequence[Tensor] | None
+) -> list[list[tuple[Any, Any, Any, float]]]:
+    """Of each layer of one kind: A, B, what is between and scale of each level."""
+    base = next(iter(layers.values()))
+    width, height, count = base.in_features, base.out_features, len(layers)
+    found: list[list[tuple[Any, Any, Any, float]]] = [[] for _ in layers]
     rows = sum(level.rank for level in way.levels)
-    basis = torch.linalg.qr(torch.randn(width, max(rows, 1)))[0].mT if rows <= width else None
-    start = 0
-    for number, level in enumerate(way.levels):
-        a_key = number, "a", _group(level.a_groups, place, layers)
-        b_key = number, "b", _group(level.b_groups, place, layers)
-        if a_key not in made:
+    orthogonal_RI = torch.linalg.qr(torch.randn(width, rows))[0].mT if rows <= width else None
+    first = 0
+    for level in way.levels:
+        a_of, b_of = (
+            _groups(groups, count, slopes if way.cuts == "gradient" else None)
+            for groups in (level.a_groups, level.b_groups)
+        )
+        a_factors, b_factors = {}, {}
+        for group in sorted(set(a_of)):
+            its = [place for place in range(count) if a_of[place] == group]
             a_RI = torch.empty(level.rank, width)
             nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
-            if way.orthogonal and basis is not None:
-                # As long as LoRA's rows are on average.
-                a_RI = basis[start : start + level.rank] * math.sqrt(1 / 3)
-            made[a_key] = nn.Parameter(a_RI)
-        if b_key not in made:
-            made[b_key] = nn.Parameter(torch.zeros(height, level.rank))
-        gate = nn.Parameter(torch.ones(level.rank)) if level.gated else None
-        # One alpha, split between the levels: all ways step alike at one rate.
-        yield made[a_key], made[b_key], gate, ALPHA / len(way.levels) / level.rank
-        start += level.rank
+            if way.start == "gradient" and slopes is not None:
+                above = [a for place in its for a, *_ in found[place]]
+                a_RI = ROW * _steepest(sum(slopes[place] for place in its), level.rank, above)
+            elif way.start == "orthogonal" and orthogonal_RI is not None:
+                a_RI = ROW * orthogonal_RI[first : first + level.rank]
+            a_factors[group] = nn.Parameter(a_RI)
+        for group in set(b_of):
+            b_factors[group] = nn.Parameter(torch.zeros(height, level.rank))
+        for place in range(count):
+            core = _between(level)
+            # One alpha, split between the levels: all ways step alike at one rate.
+            scale = ALPHA / len(way.levels) / level.rank
+            found[place].append((a_factors[a_of[place]], b_factors[b_of[place]], core, scale))
+        first += level.rank
+    return found
 
 
-def _group(groups: int, place: int, layers: int) -> int:
-    """The group of a layer: the first groups are the larger ones, as in a pyramid."""
+def _between(level: Level) -> nn.Parameter | None:
+    """A layer's own part between A and B, which changes nothing at first."""
+    ones = {
+        "number": torch.ones(1),
+        "vector": torch.ones(level.rank),
+        "matrix": torch.eye(level.rank),
+    }
+    return nn.Parameter(ones[level.between]) if level.between else None
+
+
+def _steepest(slope_OI: Any, rank: int, above: Sequence[Tensor]) -> Tensor:
+    """The first right singular vectors of a gradient, (rank, I), orthogonal to the rows above."""
+    if above:
+        rows_RI = torch.linalg.svd(torch.cat(list(above)).detach(), full_matrices=False)
+        kept_RI = rows_RI[2][rows_RI[1] > 1e-4 * rows_RI[1][0]]
+        slope_OI = slope_OI - slope_OI @ kept_RI.mT @ kept_RI
+    return torch.linalg.svd(slope_OI)[2][:rank]
+
+
+def _groups(groups: int, count: int, slopes: Sequence[Tensor] | None) -> list[int]:
+    """The group of each layer.
+
+    The first groups are the larger ones, as in a pyramid; or, by gradients, the cuts for which the
+    unit gradients have the least variance in their groups.
+    """
     if groups == 0:
-        return place
-    size, larger = divmod(layers, groups)
-    ends = [sum(size + (group < larger) for group in range(its + 1)) for its in range(groups)]
-    return next(group for group, end in enumerate(ends) if place < end)
+        return list(range(count))
+    if slopes is None:
+        size, larger = divmod(count, groups)
+        return [group for group in range(groups) for _ in range(size + (group < larger))]
+    units = [slope / slope.norm() for slope in slopes]
+
+    def alike(cuts: tuple[int, ...]) -> float:
+        ends = zip((0, *cuts), (*cuts, count), strict=True)
+        parts = [torch.stack(units[start:end]) for start, end in ends]
+        return sum(float(its.sum(0).square().sum()) / len(its) for its in parts)
+
+    cuts = max(combinations(range(1, count), groups - 1), key=alike)
+    return [sum(place >= cut for cut in cuts) for place in range(count)]
+
+
+def first_gradients(trainer: Any, batches: int = 16) -> dict[str, Tensor]:
+    """The gradient of each adapted weight, (O, I), summed over the first batches of training."""
+    model = trainer.model
+    weights = {
+        path: its.get_base_layer().weight
+        for path, its in model.named_modules()
+        if isinstance(its, LoraLayer)
+    }
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    model.eval()  # B = 0: what is measured is the base
+    for batch in islice(trainer.get_train_dataloader(), batches):
+        trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
+    model.train()
+    found = {path: weight.grad for path, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = None
+    return found
 
 
 def apart(sites: Sequence[Site]) -> Tensor:
@@ -195,7 +274,10 @@ def one_run(given: argparse.Namespace, way: Way, rate: float, seed: int) -> dict
         settings = with_absolute_paths(settings)
         transformers.set_seed(seed)
         job = prepare_job(settings)
-        sites = put_on(job.adapted.model, way)
+        wants_gradients = "gradient" in (way.start, way.cuts)
+        gradients = first_gradients(job.make_trainer(Path(folder))) if wants_gradients else {}
+        transformers.set_seed(seed)
+        sites = put_on(job.adapted.model, way, gradients)
         trainer = job.make_trainer(Path(folder))
         trainer.args.save_strategy = "no"  # PEFT would not know what to save
         trainer.args.load_best_model_at_end = False
