@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from bake_offs import MadeUp
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -36,3 +40,45 @@ def saved(tmp_path: Path) -> Path:
 
     adapted().save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def pyramid(tmp_path: Path) -> Path:
+    """The folder of an adapter of a tiny Llama, as small as one that was trained."""
+    from adapted_llama import adapted
+    from inspected import scaled
+
+    scaled(adapted()).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture(scope="session")
+def _bake_off_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from runs import labelled_rows, save_encoder, write_jsonl
+
+    folder = tmp_path_factory.mktemp("bake-off")
+    save_encoder(folder / "encoder")
+    write_jsonl(folder / "one.jsonl", labelled_rows(40))
+    write_jsonl(folder / "two.jsonl", labelled_rows(44))
+    return folder
+
+
+@pytest.fixture
+def bake_off_folder(_bake_off_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the model and the rows that the bake-off of the tests names."""
+    for file in _bake_off_files.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
+    """Runs of bake-offs, started in the current folder, that are made up."""
+    from bake_offs import MadeUp
+    from msplora.bakeoff import engines
+
+    monkeypatch.chdir(tmp_path)
+    runs = MadeUp()
+    monkeypatch.setattr(engines, "make_run", runs)
+    return runs
