@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -64,6 +65,29 @@ class Coordinates:
         return decompose(sides, len(sums), max(ranks))
 
 
+@dataclass(frozen=True)
+class LevelUpdates:
+    """The updates of one level: each pair's once, however many layers borrow it."""
+
+    pairs: Updates
+    of_layer: list[int]
+    """Which of them each layer has."""
+
+    def values(self) -> Tensor:
+        """The singular values of all layers, (L, K)."""
+        return self.pairs.values[self.of_layer]
+
+    def of_layers(self) -> Updates:
+        """As if each layer had its own."""
+        if len(self.pairs.values) == len(self.of_layer):  # then they are in the layers' order
+            return self.pairs
+        return Updates(*(its[self.of_layer] for its in self.pairs))
+
+    def only(self, pair: int) -> Updates:
+        """One pair's, as a batch of one."""
+        return Updates(*(its[pair : pair + 1] for its in self.pairs))
+
+
 class KindUpdates:
     """The updates of a kind's layers, level by level and in sum."""
 
@@ -71,16 +95,18 @@ class KindUpdates:
         self.kind = kind
         self.level_names = levels
         self._coordinates = Coordinates(kind.pairs)
-        self.levels = [
-            self._coordinates.updates([[site.pairs[place]] for site in kind.sites])
-            for place in range(len(levels))
-        ]
-        """Of each level, of all layers."""
+        self.levels = [self._level(place) for place in range(len(levels))]
+
+    def _level(self, place: int) -> LevelUpdates:
+        borrowed = [site.pairs[place] for site in self.kind.sites]
+        found = {pair: place for place, pair in enumerate(dict.fromkeys(borrowed))}
+        updates = self._coordinates.updates([[pair] for pair in found])
+        return LevelUpdates(updates, [found[pair] for pair in borrowed])
 
     def total(self) -> Updates:
         """Of all layers, the sum of the levels'; each call computes it."""
         if len(self.levels) == 1:
-            return self.levels[0]
+            return self.levels[0].of_layers()
         return self._coordinates.updates([site.pairs for site in self.kind.sites])
 
 
@@ -105,40 +131,40 @@ def analyse_kind(kind: StoredKind, levels: tuple[str, ...]) -> KindResult:
 def level_measures(updates: KindUpdates) -> list[list[Measures]]:
     """For every site, for every level."""
     kind = updates.kind
-    norms = torch.stack([level.values.norm(dim=-1) for level in updates.levels], dim=-1)  # (L, T)
-    squares = norms.square()
+    values = [level.values() for level in updates.levels]
+    squares = torch.stack([its.square().sum(-1) for its in values], dim=-1)  # (L, T)
     shares = squares / squares.sum(-1, keepdim=True)  # not a number where all are zero
     by_level = [
         _measures(
-            kind, level, shares[:, place], [site.pairs[place : place + 1] for site in kind.sites]
+            kind, its, shares[:, place], [site.pairs[place : place + 1] for site in kind.sites]
         )
-        for place, level in enumerate(updates.levels)
+        for place, its in enumerate(values)
     ]
     return [list(its) for its in zip(*by_level, strict=True)]
 
 
 def _measures(
-    kind: StoredKind, of: Updates, shares: Tensor, pairs: Sequence[tuple[int, ...]]
+    kind: StoredKind, values_LK: Tensor, shares: Tensor, pairs: Sequence[tuple[int, ...]]
 ) -> list[Measures]:
     """Of each layer's update, which is the sum of its `pairs`."""
     # A layer of lower rank than others has zeros at the end, which are none of its values.
     ranks = [sum(kind.pairs[its].rank for its in its_pairs) for its_pairs in pairs]
-    values = [its[:rank] for its, rank in zip(of.values.tolist(), ranks, strict=True)]
+    values = [its[:rank] for its, rank in zip(values_LK.tolist(), ranks, strict=True)]
     columns = zip(
-        of.values.norm(dim=-1).tolist(),
+        values_LK.norm(dim=-1).tolist(),
         numbers(shares),
-        effective_ranks(of.values).tolist(),
-        stable_ranks(of.values).tolist(),
-        _ranks(kind, of).tolist(),
+        effective_ranks(values_LK).tolist(),
+        stable_ranks(values_LK).tolist(),
+        _ranks(kind, values_LK).tolist(),
         map(tuple, values),
         strict=True,
     )
     return [Measures(*its) for its in columns]
 
 
-def _ranks(kind: StoredKind, updates: Updates) -> Tensor:
+def _ranks(kind: StoredKind, values_LK: Tensor) -> Tensor:
     """Numerical ranks, (L,)."""
-    return numerical_ranks(updates.values, kind.out_features, kind.in_features)
+    return numerical_ranks(values_LK, kind.out_features, kind.in_features)
 
 
 def _sites(
@@ -148,7 +174,7 @@ def _sites(
     of_levels: Sequence[Sequence[Measures]],
 ) -> tuple[SiteResult, ...]:
     whole = torch.ones(len(kind.sites), dtype=torch.float64)
-    totals = _measures(kind, total, whole, [site.pairs for site in kind.sites])
+    totals = _measures(kind, total.values, whole, [site.pairs for site in kind.sites])
     return tuple(
         SiteResult(site.key, site.layer, its, dict(zip(names, levels, strict=True)))
         for site, its, levels in zip(kind.sites, totals, of_levels, strict=True)
@@ -156,7 +182,7 @@ def _sites(
 
 
 def _similarity(kind: StoredKind, total: Updates) -> Similarity:
-    ranks = _ranks(kind, total)
+    ranks = _ranks(kind, total.values)
     columns, principal_columns = _between(spans(total.left, ranks))
     rows, principal_rows = _between(spans(total.right, ranks))
     dimension = float(ranks.double().mean())
@@ -207,37 +233,40 @@ def coarser(updates: KindUpdates) -> LevelOverlap | None:
 
 
 def _overlap(updates: KindUpdates, place: int, of: tuple[int, ...], level: str) -> LevelOverlap:
-    level_updates, others = updates.levels[place], [updates.levels[its] for its in of]
-    ranks = [_ranks(updates.kind, its) for its in others]
-    columns, dimension_of_columns = _inside_all(
-        level_updates.left, level_updates.values, [its.left for its in others], ranks
-    )
-    rows, dimension_of_rows = _inside_all(
-        level_updates.right, level_updates.values, [its.right for its in others], ranks
-    )
-    cosine: Tensor = torch.empty(0)
-    if len(of) == 1:
-        cosine = layer_cosines(level_updates, others[0])
+    kind, levels = updates.kind, [updates.levels[its] for its in (place, *of)]
+    # Pairs that are shared meet in several layers, and are compared once.
+    met = list(zip(*(its.of_layer for its in levels), strict=True))
+    found = {
+        pairs: _meeting(kind, *(its.only(pair) for its, pair in zip(levels, pairs, strict=True)))
+        for pairs in dict.fromkeys(met)
+    }
+    columns, rows, cosine, *dimensions = torch.stack([found[pairs] for pairs in met]).unbind(-1)
     return LevelOverlap(
         level,
         tuple(updates.level_names[its] for its in of),
-        columns,
-        rows,
-        dimension_of_columns / updates.kind.out_features,
-        dimension_of_rows / updates.kind.in_features,
-        numbers(cosine),
+        numbers(columns),
+        numbers(rows),
+        float(dimensions[0].mean()) / kind.out_features,
+        float(dimensions[1].mean()) / kind.in_features,
+        numbers(cosine) if len(of) == 1 else (),
     )
 
 
-def _inside_all(
-    basis_LPK: Tensor, values_LK: Tensor, others: Sequence[Tensor], ranks: Sequence[Tensor]
-) -> tuple[Numbers, float]:
-    """The share of each layer's update within the others' span, and its dimension on average."""
-    shares, dimension = [], 0
-    for layer, (basis_PK, values_K) in enumerate(zip(basis_LPK, values_LK, strict=True)):
-        span_PM = joint_span(
-            [its[layer, :, : int(rank[layer])] for its, rank in zip(others, ranks, strict=True)]
-        )
-        shares.append(inside(basis_PK, values_K, span_PM))
-        dimension += span_PM.shape[1]
-    return numbers(torch.stack(shares)), dimension / len(shares)
+def _meeting(kind: StoredKind, update: Updates, *others: Updates) -> Tensor:
+    """An update beside others of the same layer, each a batch of one.
+
+    Returns:
+        (5,): the shares of its square within the others' columns and rows, its cosine with the
+        first, and the dimensions that the others span in columns and in rows.
+    """
+    ranks = [int(_ranks(kind, its.values)) for its in others]
+    shares, dimensions = [], []
+    for basis_1PK, sides in (
+        (update.left, [its.left for its in others]),
+        (update.right, [its.right for its in others]),
+    ):
+        bases = [its[0, :, :rank] for its, rank in zip(sides, ranks, strict=True)]
+        span_PM = joint_span(bases)
+        shares.append(inside(basis_1PK[0], update.values[0], span_PM))
+        dimensions.append(torch.tensor(float(span_PM.shape[1]), dtype=torch.float64))
+    return torch.stack([*shares, layer_cosines(update, others[0])[0], *dimensions])

@@ -101,8 +101,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
         adapted,
         TaskRecord(
             settings,
-            form=data.forms[0],
-            more_forms=data.forms[1:],
+            forms=data.forms,
             held_out=HeldOutRows.of(data.held_out),
             start=start_checksums(settings),
         ),

@@ -24,9 +24,8 @@ class TaskRecord:
 
     settings: Settings
     classes: Classes | None = None
-    form: Form | None = None
-    more_forms: tuple[Form, ...] = ()
-    """Of a run of several sources that have different ones."""
+    forms: tuple[Form, ...] = ()
+    """Every form that the data had, the one to put prompts into first."""
     held_out: HeldOutRows | None = None
     """By what its held-out rows are known; None of a run before that was kept."""
     start: dict[str, int] | None = None
@@ -39,16 +38,16 @@ class TaskRecord:
             "settings": self.settings.to_dict(),
             "classes": asdict(self.classes) if self.classes else None,
             "form": self.form,
-            "more_forms": self.more_forms,
+            "more_forms": self.forms[1:],
             "held_out": asdict(self.held_out) if self.held_out else None,
             "start": self.start,
         }
         (folder / TASK_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @property
-    def forms(self) -> tuple[Form, ...]:
-        """Every form that the data had, the one to put prompts into first."""
-        return (self.form, *self.more_forms) if self.form else ()
+    def form(self) -> Form | None:
+        """The form to put prompts into."""
+        return self.forms[0] if self.forms else None
 
     @classmethod
     def load(cls, folder: Path) -> TaskRecord | None:
@@ -69,7 +68,7 @@ class TaskRecord:
                     tuple(label_range) if label_range else None,
                 )
             form, settings = content["form"], content["settings"]
-            more_forms = tuple(content.get("more_forms", ()))
+            forms = (form, *content.get("more_forms", ())) if form else ()
             held_out = content.get("held_out")
             held_out = HeldOutRows(held_out["rows"], held_out["checksum"]) if held_out else None
         except (ValueError, KeyError, TypeError) as error:
@@ -85,8 +84,7 @@ class TaskRecord:
         return cls(
             make_settings(settings, str(file)),
             classes,
-            form,
-            more_forms,
+            forms,
             held_out,
             content.get("start"),
         )
