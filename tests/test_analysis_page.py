@@ -115,6 +115,40 @@ def test_a_page_of_one_lora_has_no_empty_sections(folders: Path) -> None:
     assert sections == {"levels", "spectra", "between"}
 
 
+def test_of_many_experts_the_smallest_the_median_and_the_largest_are_drawn(
+    found: Analysis,
+) -> None:
+    kind, *_ = found.adapters[0].kinds
+    order = [7, 2, 11, 0, 5, 9, 1, 10, 3, 8, 6, 4]  # an expert's norm, and how alike it is
+
+    def grown(by: int) -> Any:
+        sites = [
+            replace(its, update=replace(its.update, norm=its.update.norm * (1 + by)))
+            for its in kind.sites
+        ]
+        return replace(kind, name=f"mlp.up[expert {order.index(by)}]", sites=tuple(sites))
+
+    (comparison,) = found.comparisons
+    alike = tuple(
+        replace(comparison.kinds[0], kind=f"mlp.up[expert {number}]", cosine=(by / 12,))
+        for number, by in enumerate(order)
+    )
+    kinds = (*(grown(by) for by in range(12)), *found.adapters[0].kinds)
+    experts = replace(found.adapters[0], kinds=kinds)
+    compared = replace(comparison, kinds=alike)
+    page = replace(found, adapters=(experts,), comparisons=(compared,)).to_html()
+    drawn = [3, 10, 2]  # with 0, 6 and 11
+    for chart in ("norm", "effective rank", "local", "one shared space for all layers"):
+        titles = re.findall(rf">mlp\.up\[expert (\d+)\]: {chart}<", page)
+        assert titles == [str(its) for its in sorted(drawn)]
+    assert re.findall(r">mlp\.up\[expert (\d+)\]</figcaption>", page) == ["2", "3", "10"]
+    assert ">mlp.up: norm by expert<" in page
+    assert "mlp.up (4 × 12 experts × " in page
+    assert "Of many experts three are drawn" in page
+    assert "many experts" not in found.to_html()
+    assert replace(found, adapters=(experts,)).to_json().count("[expert ") == 12
+
+
 _CHECKS = """<script>
 document.getElementById("open-all").click();
 document.body.dataset.open = [...document.querySelectorAll("details")].every((its) => its.open);

@@ -8,6 +8,7 @@ from msplora.page.environment import environment
 
 from . import sections
 from .charts import shown
+from .experts import drawn, weights
 from .results import Analysis, Number, mean
 
 
@@ -32,6 +33,8 @@ def render(analysis: Analysis) -> str:
         "shown": shown,
         "percent": percent,
         "average": mean,
+        "drawn": drawn,
+        "weights": weights,
     }
     return made.get_template("page.html.j2").render(
         analysis=analysis,

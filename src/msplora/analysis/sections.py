@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .charts import Chart, Series, line_chart
+from .experts import Weight, compared, norm
 from .results import AdapterResult, Comparison, KindResult, Number, SiteResult
 
 
@@ -35,6 +36,14 @@ def effective_ranks(kind: KindResult, levels: Sequence[str]) -> Chart:
     return line_chart(
         f"{kind.name}: effective rank", "layer", "effective rank", layers_of(kind), series
     )
+
+
+def experts(weight: Weight) -> Chart:
+    """The norm of every expert's update, over the layers."""
+    values: list[Number] = [norm(kind) for kind in weight.kinds]
+    series = [Series("root mean square over the layers", values, "c0")]
+    places = range(len(values))
+    return line_chart(f"{weight.name}: norm by expert", "expert", "‖s·BA‖", places, series)
 
 
 def spectra(kind: KindResult, levels: Sequence[str]) -> list[Chart]:
@@ -168,7 +177,7 @@ def over_training(adapter: AdapterResult) -> list[Chart]:
 def side_by_side(comparison: Comparison) -> list[Chart]:
     """How alike two adapters' updates of each weight are, one chart per kind."""
     charts = []
-    for kind in comparison.kinds:
+    for kind in compared(comparison.kinds):
         series = [
             Series("cosine", kind.cosine, "c2"),
             Series("columns", kind.columns, "c0"),

@@ -1,0 +1,74 @@
+"""Many experts of one weight on a page: a few are drawn, and all are counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
+from typing import NamedTuple, TypeVar
+
+from .results import AdapterResult, KindComparison, KindResult, mean
+
+MANY = 6
+"""Of so many experts of one weight each is drawn; of more, three."""
+_EXPERT = re.compile(r"(?P<weight>.*)\[expert (?P<number>\d+)\]")
+
+Its = TypeVar("Its", KindResult, KindComparison)
+
+
+class Weight(NamedTuple):
+    """A place inside the blocks: one kind, or one for each of its experts."""
+
+    name: str
+    kinds: tuple[KindResult, ...]
+
+    @property
+    def many(self) -> bool:
+        """Whether a few of its experts stand for all."""
+        return len(self.kinds) > MANY
+
+
+def weights(adapter: AdapterResult) -> list[Weight]:
+    """The kinds of an adapter, those of the experts of one weight together."""
+    found = _by_weight(adapter.kinds, lambda kind: kind.name)
+    return [Weight(name, tuple(kinds)) for name, kinds in found.items()]
+
+
+def drawn(adapter: AdapterResult) -> list[KindResult]:
+    """The kinds to draw: of many experts those with the smallest, median and largest update."""
+    return _few(adapter.kinds, lambda kind: kind.name, norm)
+
+
+def compared(kinds: Sequence[KindComparison]) -> list[KindComparison]:
+    """The comparisons to draw: of many experts the least alike, the median and the most alike."""
+    return _few(kinds, lambda kind: kind.kind, lambda kind: mean(kind.cosine) or 0.0)
+
+
+def norm(kind: KindResult) -> float:
+    """The root mean square of the norms of a kind's updates."""
+    return sqrt(sum(site.update.norm**2 for site in kind.sites) / len(kind.sites))
+
+
+def _few(
+    kinds: Sequence[Its], name: Callable[[Its], str], measure: Callable[[Its], float]
+) -> list[Its]:
+    found: list[Its] = []
+    for its in _by_weight(kinds, name).values():
+        if len(its) > MANY:
+            places = sorted(range(len(its)), key=lambda place, its=its: measure(its[place]))
+            its = [its[place] for place in sorted({places[0], places[len(its) // 2], places[-1]})]
+        found += its
+    return found
+
+
+def _by_weight(kinds: Iterable[Its], name: Callable[[Its], str]) -> dict[str, list[Its]]:
+    """In the order of the experts' numbers, which names in a file need not be in."""
+    found: dict[str, list[tuple[int, Its]]] = {}
+    for kind in kinds:
+        match = _EXPERT.fullmatch(name(kind))
+        weight, number = (match["weight"], int(match["number"])) if match else (name(kind), 0)
+        found.setdefault(weight, []).append((number, kind))
+    return {
+        weight: [kind for _, kind in sorted(its, key=lambda its: its[0])]
+        for weight, its in found.items()
+    }
