@@ -1,12 +1,13 @@
 """Other ways to share than the pyramid's, on a real Llama of 260K parameters, at one size.
 
     python benchmarks/attempts.py --model stories260K/hf --data instruction-data.json \
-        --output benchmarks/results/attempts.jsonl
+        --output benchmarks/results/attempts
 
 What is tried here is not part of the library: layers made for the trial, on the library's own data,
 optimiser and evaluation. Each way chooses its learning rate with the first seed, like the methods
-of a bake-off, and then runs with every seed; a row of the result is one run. Existing rows are kept
-and their runs skipped. docs/decisions.md says what came of it.
+of a bake-off, and then runs with every seed; a row of results.jsonl is one run, and report.md says
+how the ways stand. Existing rows are kept and their runs skipped. docs/decisions.md says what came
+of it.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def pyramid(*ranks: int, between: Any = "") -> tuple[Level, ...]:
     )
 
 
+BASELINE = "LoRA, r = 6"
 WAYS = {
-    "LoRA, r = 6": Way((Level(6, 0, 0),)),
+    BASELINE: Way((Level(6, 0, 0),)),
     "pyramid 8, 4, 2": Way(pyramid(8, 4, 2)),
     "pyramid, shared pairs scaled per layer": Way(pyramid(8, 4, 2, between="number")),
     "pyramid, shared pairs gated per layer": Way(pyramid(8, 4, 2, between="vector")),
@@ -84,7 +86,7 @@ WAYS = {
     "pyramid, levels held apart (0.1)": Way(pyramid(8, 4, 2), start="orthogonal", penalty=0.1),
     "A shared by all, B per layer, r = 11": Way((Level(11, 1, 0),)),
     "B shared by all, A per layer, r = 9": Way((Level(9, 0, 1),)),
-    "A shared by all and by groups, B per layer, r = 5 + 5": Way((Level(5, 1, 0), Level(5, 3, 0))),
+    "A shared by all and by groups, B per layer, r = 5 + 4": Way((Level(5, 1, 0), Level(4, 3, 0))),
     "one pair for all, r = 30": Way((Level(30, 1, 1),)),
     "one pair for all, gated per layer, r = 28": Way((Level(28, 1, 1, "vector"),)),
     "one pair for all, a core per layer, r = 17": Way((Level(17, 1, 1, "matrix"),)),
@@ -308,7 +310,9 @@ def main() -> None:
     given = parser.parse_args()
     about = provenance("cpu")  # before the results change what is tracked
     about |= {"data": given.data.name, "data_sha256": fingerprint(given.data)}
-    rows = [json.loads(line) for line in given.output.open()] if given.output.exists() else []
+    file = given.output / "results.jsonl"
+    given.output.mkdir(parents=True, exist_ok=True)
+    rows = read(file)
 
     def loss(name: str, rate: float, seed: int) -> float:
         for row in rows:
@@ -317,16 +321,54 @@ def main() -> None:
         row = {"way": name, "learning_rate": rate, "seed": seed}
         row |= one_run(given, WAYS[name], rate, seed)
         rows.append(row | about)
-        with given.output.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        with file.open("a", encoding="utf-8") as results:
+            results.write(json.dumps(rows[-1]) + "\n")
         return row["loss"]
 
     for name in given.ways:
         best = min(given.rates, key=lambda rate, name=name: loss(name, rate, given.seeds[0]))
-        found = [loss(name, best, seed) for seed in given.seeds]
-        size = next(row["trainable"] for row in rows if row["way"] == name)
-        spread = stdev(found) if len(found) > 1 else 0.0
-        print(f"{name:54} {size:6,} {best:6g} {mean(found):.4f} ± {spread:.4f}", flush=True)
+        for seed in given.seeds:
+            loss(name, best, seed)
+        print(name, flush=True)
+    # Other processes may have run other ways meanwhile.
+    report = ["# Ways to share", "", "## How they stand", "", *table(read(file))]
+    (given.output / "report.md").write_text("\n".join(report) + "\n", encoding="utf-8")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of a result file that may not be there yet."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The ways by their mean, each at its best rate, beside the baseline with the same seeds."""
+    found = {}
+    for name in dict.fromkeys(row["way"] for row in rows):
+        its = [row for row in rows if row["way"] == name]
+        first = [row for row in its if row["seed"] == its[0]["seed"]]
+        rate = min(first, key=lambda row: row["loss"])["learning_rate"]
+        found[name] = {row["seed"]: row for row in its if row["learning_rate"] == rate}
+    lines = [
+        "| way | trainable | rate | loss | above LoRA, r = 6 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    baseline = found[BASELINE]
+    for name, by_seed in sorted(found.items(), key=lambda its: mean(_losses(its[1]))):
+        losses, row = _losses(by_seed), next(iter(by_seed.values()))
+        above = [its["loss"] - baseline[seed]["loss"] for seed, its in by_seed.items()]
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        against = f"{mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})"
+        lines.append(
+            f"| {name} | {row['trainable']:,} | {row['learning_rate']:g} | "
+            f"{mean(losses):.4f}{spread} | {'–' if name == BASELINE else against} |"
+        )
+    return lines
+
+
+def _losses(by_seed: dict[int, dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in by_seed.values()]
 
 
 if __name__ == "__main__":
