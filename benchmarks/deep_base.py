@@ -1,0 +1,62 @@
+"""A Llama deeper than stories260K, trained from scratch on plain text: a base for bake-offs.
+
+    python benchmarks/deep_base.py --like stories260K/hf --layers 12 \
+        --text tinyshakespeare.txt wiki.valid.raw wiki.test.raw --output deep
+
+No pretrained model of this size is deep, and what sharing between layers is worth depends on how
+many there are. The model has the widths and the tokenizer of `--like`; OUTPUT/run/model is what
+was trained, and a run that was interrupted goes on. What is left of the text at its end says how
+far it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from msplora.train.run import train_run
+from msplora.train.settings import Settings
+
+
+def main() -> None:
+    """Make the model and the text if they are not there, and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--like", required=True)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    start, text = given.output / "start", given.output / "text.txt"
+    if not start.exists():
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(given.like, num_hidden_layers=given.layers)
+        AutoModelForCausalLM.from_config(config).save_pretrained(start)
+        AutoTokenizer.from_pretrained(given.like).save_pretrained(start)
+        text.write_text("\n".join(its.read_text(encoding="utf-8") for its in given.text))
+    train_run(
+        Settings.model_validate(
+            {
+                "method": "full",
+                "model": str(start),
+                "task": "sft",
+                "output": str(given.output / "run"),
+                "data": {"train": str(text), "validation_fraction": 0.02, "max_length": 256},
+                "training": {
+                    "epochs": given.epochs,
+                    "batch_size": 16,
+                    "learning_rate": 3e-3,
+                    "scheduler": "cosine",
+                    "weight_decay": 0.1,
+                },
+            }
+        ),
+        resume="auto",
+    )
+
+
+if __name__ == "__main__":
+    main()
