@@ -139,6 +139,8 @@ def test_frozen_levels_of_a_new_adapter_are_named(bases: Path) -> None:
     """They add nothing at all: that is worth a word, whatever was asked for."""
     said = " ".join(train(bases, training={"frozen_levels": ["mid"]}).out.split())
     assert "Look: the level mid adds nothing at 8 of the adapted layers" in said
+    assert "training.frozen_levels names it" in said
+    assert "no gradient" not in said
 
 
 def test_untrained_finds_zeros_and_nothing_else() -> None:

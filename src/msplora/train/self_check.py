@@ -23,6 +23,11 @@ from .settings import Settings
 _RELOADED = "reloaded"
 # Of the loss: the same weights give the same number, but for the order of sums on a GPU.
 _TOLERANCE = 1e-3
+_NO_GRADIENT = "They got no gradient, or too little to see."
+_FROZEN = (
+    "training.frozen_levels names it, and in a new adapter every B is zero: start from an adapter "
+    "in which it has learnt (init_from), or make a pyramid without it (adapter.ranks, groups)."
+)
 
 
 class NotWhatWasMeasured(MSPLoraError):
@@ -46,10 +51,10 @@ def check_trained(trainer: Any, job: Job, weights: Path, metrics: dict[str, Any]
             metrics["reloaded"] = found
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return []  # the pairs lie in pieces on the processes
-    meant = _meant_to_train(settings)
+    meant, frozen = _meant_to_train(settings), settings.training.frozen_levels or ()
     return [
         f"the level {level} adds nothing at {len(sites)} of the adapted layers, its B is zero "
-        f"there: {_some(sites)}. They got no gradient, or too little to see."
+        f"there: {_some(sites)}. {_FROZEN if level in frozen else _NO_GRADIENT}"
         for level, sites in untrained(trainer.model).items()
         if meant is None or level in meant
     ]
