@@ -97,7 +97,7 @@ def colours(folder: Path, count: int) -> Path:
 
 def run_on(task: str, folder: Path) -> SavedRun:
     """What is left of a run of ten rows, without its model: the rows are read before it is used."""
-    file, classes, form = folder / "rows.jsonl", None, "prompt-completion"
+    file, classes, forms = folder / "rows.jsonl", None, ("prompt-completion",)
     if task == "sft":
         settings = settings_of(task, write_jsonl(file, answered_rows(10)))
         held_out: Any = read_sft(settings.data, settings.seed).held_out
@@ -113,7 +113,7 @@ def run_on(task: str, folder: Path) -> SavedRun:
     else:
         settings = settings_of(task, colours(folder / "images", 5))
         _, held_out, classes = read_images(settings.data, settings.seed)
-    record = TaskRecord(settings, classes, form, held_out=HeldOutRows.of(held_out))  # type: ignore[arg-type]
+    record = TaskRecord(settings, classes, forms, held_out=HeldOutRows.of(held_out))  # type: ignore[arg-type]
     return SavedRun(folder / "run", None, None, record)  # type: ignore[arg-type]
 
 

@@ -52,7 +52,7 @@ def adapter(
         its = make_settings(
             {"model": "m", "task": task, "output": "o", "data": {"train": "t"}}, "a test"
         )
-        TaskRecord(its, classes, None if labels else "prompt-completion").save(folder)
+        TaskRecord(its, classes, () if labels else ("prompt-completion",)).save(folder)
     return folder
 
 
@@ -226,7 +226,7 @@ def test_a_run_is_not_resumed_from_another_adapter(tmp_path: Path) -> None:
 def test_preferences_are_not_compared_with_another_adapter(tmp_path: Path) -> None:
     folder = adapter(tmp_path)
     settings = settings_of(tmp_path, "dpo")
-    record = TaskRecord(settings, form="prompt-completion", start=start_checksums(settings))
+    record = TaskRecord(settings, forms=("prompt-completion",), start=start_checksums(settings))
     record.save(tmp_path)
     run = SavedRun(tmp_path, None, None, TaskRecord.load(tmp_path))  # type: ignore[arg-type]
     assert run.record.start == record.start
@@ -236,7 +236,7 @@ def test_preferences_are_not_compared_with_another_adapter(tmp_path: Path) -> No
     save_file({"a": zeros(3)}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors changed since"):
         pair_judge(run, [], 1)
-    old = SavedRun(tmp_path, None, None, TaskRecord(settings, form="prompt-completion"))  # type: ignore[arg-type]
+    old = SavedRun(tmp_path, None, None, TaskRecord(settings, forms=("prompt-completion",)))  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         pair_judge(old, [], 1)
     (folder / "adapter_config.json").unlink()
