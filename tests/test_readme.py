@@ -16,6 +16,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import msplora
+from runs import msplora as msplora_command
 from tiny import VOCABULARY, llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,9 +77,8 @@ def test_the_commands_run_in_order(workspace: Path) -> None:
             arguments += ["--set", f"model={HUB_ID}", "--set", "data.train=train.jsonl"]
             arguments += ["--set", "training.max_steps=2", "--output", "out/run"]
             arguments += ["--set", "training.batch_size=2"]
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "msplora", *arguments], check=True, timeout=300
-        )
+        done = msplora_command(*arguments)
+        assert done.code == 0, done.err
     assert (workspace / "out/merged/config.json").is_file()
     assert (workspace / "out/pyramid/adapter_config.json").is_file()
 
