@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from msplora.train.data_chat import read_chat
 from msplora.train.data_files import DataError, Row, read_rows
-from msplora.train.data_sft import Sample, alpaca_prompt, detect_form, samples
+from msplora.train.data_forms import detect_form
+from msplora.train.data_sft import Sample, alpaca_prompt, samples
 from msplora.train.lengths import Limit
 from msplora.train.sft_rows import masked_sample
 from msplora.train.tokenise_sft import tokenise_samples

@@ -10,12 +10,12 @@ import pytest
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from msplora.errors import ConfigError
 from msplora.train.data_files import DataError, Row
+from msplora.train.data_forms import Form, detect_form
 from msplora.train.data_sft import (
-    Form,
     Sample,
     alpaca_prompt,
-    detect_form,
     read_more_sft,
     read_sft,
     samples,
@@ -171,7 +171,7 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path)
         ),
         (
             [{"prompt": "a", "completion": 5}],
-            "'completion' holds a int, not text. Put it into quote",
+            "'completion' holds a int, not text. Write it as text",
         ),
         ([{"instruction": "a", "output": "b", "input": 3}], "'input' holds a int"),
         ([{"messages": []}], "at least one"),
@@ -381,7 +381,7 @@ def test_what_stands_between_the_marks_is_what_the_loss_counts() -> None:
 
 def test_chats_that_cannot_be_rendered() -> None:
     sample = chat(("user", "w1"), ("assistant", "w2"))
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template"):
         learnt(sample, tokenizer_of(template=None))
     with pytest.raises(DataError, match="refuses the chat"):
         learnt(sample, tokenizer_of(template="{{ raise_exception('roles must alternate') }}"))
@@ -394,7 +394,7 @@ def test_a_tokenizer_that_cannot_place_its_tokens_is_refused_for_chats(
 ) -> None:
     slow = tokenizer_of()
     monkeypatch.setattr(type(slow), "is_fast", False)
-    with pytest.raises(DataError, match="cannot say which characters"):
+    with pytest.raises(ConfigError, match="cannot say which characters"):
         learnt(chat(("user", "w1"), ("assistant", "w2")), slow)
 
 

@@ -65,6 +65,7 @@ def prepare_rows(
         counts = ", ".join(f"{name} {count:,}" for name, count in training.classes.items())
         most = max(training.classes.values()) / training.kept
         notes.append(f"training rows of each class: {counts}; the largest is {most:.0%} of all")
+    notes += data.bad.notes()
     said = [Said(its.place, "\n".join(its.texts), str(its.label)) for its in data.train]
     held_said = [Said(its.place, "\n".join(its.texts), str(its.label)) for its in data.held_out]
     check = DataCheck(
@@ -74,6 +75,7 @@ def prepare_rows(
         repeats_within(said),
         repeats_between(held_said, said),
         _empty(data),
+        data.bad.to_dict(),
     )
     check.warnings += warnings_on_lengths(training, "training", limit.length)
     check.warnings += warnings_on_lengths(judging, "held-out", limit.length)

@@ -110,6 +110,8 @@ class DataCheck:
     """Held-out rows that a training row says too."""
     empty: dict[str, int] = field(default_factory=dict)
     """Rows with nothing where a text should be, by what is missing."""
+    bad_rows: dict[str, Any] = field(default_factory=dict)
+    """Rows left out since they cannot be used: how many, and the first with its reason."""
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

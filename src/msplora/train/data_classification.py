@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from msplora.errors import nearest
 
+from .bad_rows import BadRows
 from .data_files import DataError, Row, require_columns
 from .data_glue import GLUE
 from .data_split import all_rows, read_parts
@@ -71,21 +73,32 @@ class LabelledData:
     held_out: list[Example]
     classes: Classes
     sources: list[SourceOfExamples]
+    bad: BadRows = field(default_factory=BadRows)
+    """The rows that are no example."""
 
 
 def read_classification(data: DataSettings, seed: int) -> LabelledData:
     """Return the examples of a run's data."""
     splits = read_parts(data, seed)
     train, held_out = all_rows(splits.train), all_rows(splits.held_out)
+    bad = BadRows(data.bad_rows)
     # A class whose only rows were drawn to be held out is a class of the data all the same.
-    classes = _classes(data, [*train, *held_out] if splits.drawn else train)
+    classes = _classes(data, [*train, *held_out] if splits.drawn else train, bad)
+    found = {
+        what: examples(rows, classes, bad=bad)
+        for what, rows in (("training", train), ("held-out", held_out))
+        if rows
+    }
+    for what, its in found.items():
+        bad.refuse_if_none_left(its, f"{what} row")
     sources: dict[str, SourceOfExamples] = {}
     for key, parts in (("train", splits.train), ("held_out", splits.held_out)):
         for part in parts:
             its = sources.get(part.name) or SourceOfExamples(part.name, part.source.weight, 0, 0)
-            sources[part.name] = replace(its, **{key: len(part.rows)})
+            used = sum(row.place not in bad for row in part.rows)
+            sources[part.name] = replace(its, **{key: used})
     return LabelledData(
-        examples(train, classes), examples(held_out, classes), classes, list(sources.values())
+        found["training"], found.get("held-out", []), classes, list(sources.values()), bad
     )
 
 
@@ -108,27 +121,40 @@ def fit_columns(rows: list[Row], classes: Classes) -> Classes:
     return replace(classes, text_columns=texts, label_column=label)
 
 
-def examples(rows: list[Row], classes: Classes, labelled: bool = True) -> list[Example]:
+def examples(
+    rows: list[Row], classes: Classes, labelled: bool = True, bad: BadRows | None = None
+) -> list[Example]:
     """Return the examples in `rows`; unlabelled ones carry no label even where one stands."""
     columns = (*classes.text_columns, classes.label_column) if labelled else classes.text_columns
-    require_columns(rows, columns, "data.text_columns and data.label_column")
-    return [
-        Example(
-            row.place,
-            tuple(_text(row, column) for column in classes.text_columns),
-            label_of(row, classes) if labelled else None,
-        )
-        for row in rows
-    ]
+    bad, found = bad or BadRows(), []
+    for row in rows:
+        with bad.at(row.place):
+            require_columns([row], columns, "data.text_columns and data.label_column")
+            texts = tuple(_text(row, column) for column in classes.text_columns)
+            label = label_of(row, classes) if labelled else None
+            found.append(Example(row.place, texts, label))
+    return found
 
 
-def _classes(data: DataSettings, train: list[Row]) -> Classes:
+def _having(rows: list[Row], columns: Sequence[str], key: str, bad: BadRows) -> list[Row]:
+    """The rows that have the columns; what no row has is not a matter of single rows."""
+    if not any(set(columns) <= row.values.keys() for row in rows):
+        require_columns(rows, columns, key)
+    found = []
+    for row in rows:
+        with bad.at(row.place):
+            require_columns([row], columns, key)
+            found.append(row)
+    return found
+
+
+def _classes(data: DataSettings, train: list[Row], bad: BadRows) -> Classes:
     if data.glue:
         task = GLUE[data.glue]
         return Classes(task.text_columns, task.label_column, task.labels, task.label_range)
     text_columns = tuple(data.text_columns or _usual_text_columns(train[0]))
-    require_columns(train, text_columns, "data.text_columns")
-    require_columns(train, [data.label_column], "data.label_column")
+    train = _having(train, text_columns, "data.text_columns", bad)
+    train = _having(train, [data.label_column], "data.label_column", bad)
     if data.regression:
         return Classes(text_columns, data.label_column, ())
     return with_classes(data, train, text_columns, ", or set data.regression for numbers")
@@ -190,6 +216,8 @@ def _class_order(name: str) -> tuple[int, float, str]:
 
 def _text(row: Row, column: str) -> str:
     value = row[column]
+    if value is None:
+        raise DataError(f"{row.place}: the text in the column {column!r} is null.")
     if not isinstance(value, str):
         raise DataError(
             f"{row.place}: the column {column!r} holds a {type(value).__name__}, not text."

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from msplora.errors import nearest
 
+from .bad_rows import BadRows
 from .data_chat import FLAGS, ROLES, THOUGHTS, role_of
 from .data_files import DataError, Row, read_rows
+from .data_forms import Form, named, one_form, refuse_nulls
 from .data_sft import (
-    Form,
     Sample,
     SourceOfSamples,
     columns_known,
     columns_of,
-    named,
+    refuse_if_none_left,
     samples,
     sources_of,
+    whole_sources,
 )
 from .data_split import read_parts
 from .settings_data import DataSettings
@@ -44,6 +46,7 @@ class PreferenceData:
     """Pairs to train on and to hold out, and the sources they are from.
 
     `alike` counts rows left out since both answers are the same, `empty` those without an answer.
+    `bad` are the rows that are no pair, to which those come that the chat template refuses.
     """
 
     sources: list[SourceOfSamples]
@@ -51,6 +54,7 @@ class PreferenceData:
     held_out: list[Pair]
     alike: int = 0
     empty: int = 0
+    bad: BadRows = field(default_factory=BadRows)
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -61,14 +65,17 @@ class PreferenceData:
 def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     """Return the pairs of a run's data."""
     splits = read_parts(data, seed)
-    parts = [*splits.train, *splits.held_out]
-    forms: dict[str, Form] = {}
-    for part in parts:
-        if part.name not in forms:  # rows drawn from a source have its form
-            forms[part.name] = _form(part.rows, columns_of(part.source, data))
-    found = [_pairs(part.rows, forms[part.name], columns_of(part.source, data)) for part in parts]
+    parts, bad = [*splits.train, *splits.held_out], BadRows(data.bad_rows)
+    forms: dict[str, Form] = {
+        name: _form(part.rows, columns_of(part.source, data), bad)
+        for name, part in whole_sources(parts).items()
+    }
+    found = [
+        _pairs(part.rows, forms[part.name], columns_of(part.source, data), bad) for part in parts
+    ]
     pairs = [its for its, _, _ in found]
     train, held_out = pairs[: len(splits.train)], pairs[len(splits.train) :]
+    refuse_if_none_left(bad, splits, train, held_out)
     if not any(train):
         raise DataError(
             f"{parts[0].rows[0].place} and all rows after it have an empty answer, or the same one "
@@ -80,6 +87,7 @@ def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
         [pair for its in held_out for pair in its],
         alike=sum(its for _, its, _ in found),
         empty=sum(its for _, _, its in found),
+        bad=bad,
     )
 
 
@@ -92,7 +100,7 @@ def read_more_preferences(file: str, forms: Sequence[Form], data: DataSettings) 
             f"{file}: its prompts are of the form {form!r}, and the run was trained on "
             f"{' and '.join(map(repr, forms))}."
         )
-    found, _, _ = _pairs(rows, form, columns)
+    found, _, _ = _pairs(rows, form, columns, BadRows())
     if not found:
         raise DataError(f"{file}: every row has an empty answer, or the same one twice.")
     return found
@@ -126,29 +134,23 @@ def _form_of_more(rows: list[Row], data: DataSettings) -> tuple[Form, Mapping[st
     refused = []
     for columns in columns_known(data):
         try:
-            return _form(rows, columns), columns
+            return _form(rows, columns, BadRows()), columns
         except DataError as error:
             refused.append(error)
     raise refused[0]
 
 
-def _form(rows: list[Row], columns: Mapping[str, str]) -> Form:
+def _form(rows: list[Row], columns: Mapping[str, str], bad: BadRows) -> Form:
     """The one form that all prompts have."""
-    first = _form_of(named(rows[0], columns))
-    for row in rows[1:]:
-        its = _form_of(named(row, columns))
-        if its != first:
-            raise DataError(
-                f"mixed forms: the prompt of {rows[0].place} is of the form {first!r}, but that of "
-                f"{row.place} is {its!r}. Put them in separate files, or bring them into one form."
-            )
-    return first
+    return one_form(rows, lambda row: _form_of(row, named(row, columns)), bad)
 
 
-def _form_of(row: Row) -> Form:
+def _form_of(written: Row, row: Row) -> Form:
     values = {name: value for name, value in row.values.items() if value is not None}
     missing = [name for name in ("chosen", "rejected") if name not in values]
     if missing or not _has_prompt(values):
+        prompts = ("prompt",), ("instruction",), ("messages",)
+        refuse_nulls(written, row, [("chosen", "rejected", *its) for its in prompts])
         lacks = " and ".join(map(repr, missing)) or "a prompt"
         unknown = [str(name) for name in row.values if name not in _KNOWN]
         hints = {nearest(name, _KNOWN, count=1) for name in unknown} - {""}
@@ -158,8 +160,8 @@ def _form_of(row: Row) -> Form:
             f"prompt; instruction and input; or messages (or conversations). Name yours in "
             f"data.columns, as in {{prompt: question}}." + "".join(sorted(hints)[:1])
         )
-    if "messages" in values or not (
-        isinstance(values["chosen"], str) and isinstance(values["rejected"], str)
+    if "messages" in values or any(
+        isinstance(values[name], (list, dict)) for name in ("chosen", "rejected")
     ):
         return "messages"
     if isinstance(values.get("prompt"), list):
@@ -174,25 +176,34 @@ def _has_prompt(values: Mapping[str, Any]) -> bool:
     return isinstance(values["chosen"], list) and isinstance(values["rejected"], list)
 
 
-def _pairs(rows: list[Row], form: Form, columns: Mapping[str, str]) -> tuple[list[Pair], int, int]:
+def _pairs(
+    rows: list[Row], form: Form, columns: Mapping[str, str], bad: BadRows
+) -> tuple[list[Pair], int, int]:
     """The pairs to learn from, and how many were left out as alike and as empty."""
     pairs, alike, empty = [], 0, 0
-    for row in (named(row, columns) for row in rows):
-        if form == "messages":
-            turns, answers = _chats(row)
-            chosen, rejected = (_half(row, form, "messages", [*turns, its]) for its in answers)
-        else:
-            field = "completion" if form == "prompt-completion" else "output"
-            chosen, rejected = (
-                _half(row, form, field, _text(row, its)) for its in ("chosen", "rejected")
-            )
-        if not chosen or not rejected:
-            empty += 1
-        elif _answer(chosen) == _answer(rejected):
-            alike += 1
-        else:
-            pairs.append(Pair(chosen, rejected))
+    for row in rows:
+        with bad.at(row.place):
+            chosen, rejected = _halves(named(row, columns), form)
+            if not chosen or not rejected:
+                empty += 1
+            elif _answer(chosen) == _answer(rejected):
+                alike += 1
+            else:
+                pairs.append(Pair(chosen, rejected))
     return pairs, alike, empty
+
+
+def _halves(row: Row, form: Form) -> tuple[Sample | None, Sample | None]:
+    """The samples of both answers, or None of one that is empty."""
+    if form == "messages":
+        turns, answers = _chats(row)
+        chosen, rejected = (_half(row, form, "messages", [*turns, its]) for its in answers)
+    else:
+        answer = "completion" if form == "prompt-completion" else "output"
+        chosen, rejected = (
+            _half(row, form, answer, _text(row, its)) for its in ("chosen", "rejected")
+        )
+    return chosen, rejected
 
 
 def _half(row: Row, form: Form, field: str, value: Any) -> Sample | None:
@@ -210,10 +221,12 @@ def _answer(sample: Sample) -> tuple[Any, ...]:
 
 
 def _text(row: Row, name: str) -> str:
-    value = row.values[name]
+    value = row.values.get(name)
+    if value is None:
+        raise DataError(f"{row.place}: {name!r} is null or missing.")
     if not isinstance(value, str):
         raise DataError(
-            f"{row.place}: {name!r} holds a {type(value).__name__}, not text as the rows before."
+            f"{row.place}: {name!r} must be text, as its prompt is; found a {type(value).__name__}."
         )
     return value
 

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from msplora.errors import nearest
-
-from .data_chat import FLAGS, chat_text, parsed, read_chat, template_options
+from .bad_rows import BadRows
+from .data_chat import chat_text, parsed, read_chat, template_options
 from .data_files import DataError, Row
+from .data_forms import WITHOUT_PROMPTS, Form, detect_form, fits, named
 from .data_sources import read_source
 from .data_split import Part, Splits, all_rows, read_parts
 from .settings_data import DataSettings, DataSource, Sources
-
-Form = Literal["text", "prompt-completion", "alpaca", "messages", "text-file"]
-
-_FORMS: dict[Form, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-
-WITHOUT_PROMPTS: tuple[Form, ...] = ("text", "text-file")
-
-_ANSWERS = ("completion", "output", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,8 @@ class SftData:
     """Samples to train on and to hold out, and the sources they are from.
 
     `left_out` counts rows without a completion: there is nothing to learn from them. `unprompted`
-    counts those whose form has a prompt, and theirs is empty.
+    counts those whose form has a prompt, and theirs is empty. `bad` are the rows that are no
+    samples, to which those come that the chat template refuses.
     """
 
     sources: list[SourceOfSamples]
@@ -72,6 +60,7 @@ class SftData:
     held_out: list[Sample]
     left_out: int = 0
     unprompted: int = 0
+    bad: BadRows = field(default_factory=BadRows)
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -99,13 +88,13 @@ def alpaca_prompt(
 def read_sft(data: DataSettings, seed: int) -> SftData:
     """Return the samples of a run's data."""
     splits = read_parts(data, seed, whole_texts=True)
-    parts = [*splits.train, *splits.held_out]
-    forms: dict[str, Form] = {}
-    for part in parts:
-        if part.name not in forms:  # rows drawn from a source have its form
-            forms[part.name] = _form_of_part(part, data)
-    found = [_samples_of(part, forms[part.name], data) for part in parts]
+    parts, bad = [*splits.train, *splits.held_out], BadRows(data.bad_rows)
+    forms: dict[str, Form] = {
+        name: _form_of_part(part, data, bad) for name, part in whole_sources(parts).items()
+    }
+    found = [_samples_of(part, forms[part.name], data, bad=bad) for part in parts]
     train, held_out = found[: len(splits.train)], found[len(splits.train) :]
+    refuse_if_none_left(bad, splits, train, held_out)
     if not any(train):
         place = parts[0].rows[0].place
         raise DataError(f"{place} and all rows after it have an empty completion.")
@@ -113,13 +102,38 @@ def read_sft(data: DataSettings, seed: int) -> SftData:
         sources_of(splits, forms, train, held_out),
         [sample for its in train for sample in its],
         [sample for its in held_out for sample in its],
-        left_out=len(all_rows(parts)) - sum(map(len, found)),
+        left_out=sum(row.place not in bad for row in all_rows(parts)) - sum(map(len, found)),
         unprompted=sum(
             forms[part.name] == "prompt-completion" and not sample.prompt.strip()
             for part, its in zip(parts, found, strict=True)
             for sample in its
         ),
+        bad=bad,
     )
+
+
+def whole_sources(parts: Sequence[Part]) -> dict[str, Part]:
+    """The sources by name, each with all that it gave: what is drawn from it has its form."""
+    found: dict[str, Part] = {}
+    for part in parts:
+        its = found.get(part.name)
+        found[part.name] = replace(its, rows=[*its.rows, *part.rows]) if its else part
+    return found
+
+
+def refuse_if_none_left(
+    bad: BadRows,
+    splits: Splits,
+    train: Sequence[Sequence[Any]],
+    held_out: Sequence[Sequence[Any]],
+) -> None:
+    """Raise where all that would be trained on, or judged by, is bad."""
+    for what, parts, found in (
+        ("training", splits.train, train),
+        ("held-out", splits.held_out, held_out),
+    ):
+        if parts:
+            bad.refuse_if_none_left([its for of_part in found for its in of_part], f"{what} row")
 
 
 def sources_of(
@@ -179,13 +193,15 @@ def _form_of_more(
         except DataError:
             continue
         for form in forms:
-            if all(_fits(row, form, True) for row in renamed):
+            if all(fits(row, form, True) for row in renamed):
                 return form, columns
     return forms[0] if forms else detect_form(rows, data.columns, unanswered), data.columns
 
 
-def _form_of_part(part: Part, data: DataSettings) -> Form:
-    return "text-file" if part.whole_text else detect_form(part.rows, columns_of(part.source, data))
+def _form_of_part(part: Part, data: DataSettings, bad: BadRows) -> Form:
+    if part.whole_text:
+        return "text-file"
+    return detect_form(part.rows, columns_of(part.source, data), bad=bad)
 
 
 def columns_of(source: DataSource, data: DataSettings) -> Mapping[str, str]:
@@ -204,93 +220,33 @@ def _listed(sources: Sources | None) -> list[DataSource]:
 
 
 def _samples_of(
-    part: Part, form: Form | None, data: DataSettings, unanswered: bool = False
+    part: Part,
+    form: Form | None,
+    data: DataSettings,
+    unanswered: bool = False,
+    bad: BadRows | None = None,
 ) -> list[Sample]:
     if part.whole_text:
         return [Sample(row.place, completion=row["text"], whole_text=True) for row in part.rows]
     assert form
-    return samples(part.rows, form, columns_of(part.source, data), unanswered)
-
-
-def detect_form(rows: list[Row], columns: Mapping[str, str], unanswered: bool = False) -> Form:
-    """Return the one form that all rows have."""
-    form = _form_of(rows[0], columns, unanswered)
-    for row in rows[1:]:
-        its = _form_of(row, columns, unanswered)
-        if its != form:
-            raise DataError(
-                f"mixed forms: {rows[0].place} is of the form {form!r}, but {row.place} is "
-                f"{its!r}. Put them in separate files, or bring them into one form."
-            )
-    return form
+    return samples(part.rows, form, columns_of(part.source, data), unanswered, bad)
 
 
 def samples(
-    rows: list[Row], form: Form, columns: Mapping[str, str], unanswered: bool = False
+    rows: list[Row],
+    form: Form,
+    columns: Mapping[str, str],
+    unanswered: bool = False,
+    bad: BadRows | None = None,
 ) -> list[Sample]:
     """Return the samples of `rows`, without those that have nothing to learn."""
-    found = [_sample(named(row, columns, unanswered), form, unanswered) for row in rows]
+    bad, found = bad or BadRows(), []
+    for row in rows:
+        with bad.at(row.place):
+            found.append(_sample(named(row, columns, unanswered), form, unanswered))
     return [
         sample for sample in found if unanswered or sample.messages or sample.completion.strip()
     ]
-
-
-def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row:
-    """The row with its columns renamed to the form's fields, and every chat under `messages`."""
-    values = dict(row.values)
-    # All from the row as it is, so that columns may also change places.
-    fields: dict[str, Any] = {}
-    for name, column in columns.items():
-        if column in values:
-            fields[name] = values[column]
-        elif not (unanswered and name in _ANSWERS):
-            raise DataError(
-                f"{row.place}: no column {column!r} (data.columns.{name}). It has: "
-                f"{', '.join(map(str, values)) or 'none'}.{nearest(column, map(str, values), 1)}"
-            )
-    values = {key: its for key, its in values.items() if key not in columns.values()} | fields
-    if "conversations" in values and "messages" not in values:
-        values["messages"] = values.pop("conversations")
-    if "messages" not in values and isinstance(values.get("prompt"), list):
-        answer = [] if unanswered else values.get("completion")
-        if isinstance(answer, (list, dict)):
-            values["messages"] = _joined(values["prompt"], answer)
-    return Row(row.place, values)
-
-
-def _joined(prompt: list[Any], answer: list[Any] | dict[str, Any]) -> list[Any]:
-    """TRL's chats in two parts, as one of which the turns of the prompt are not learnt."""
-    asked = [
-        {key: its for key, its in turn.items() if key not in FLAGS} | {"weight": 0}
-        if isinstance(turn, dict)
-        else turn
-        for turn in prompt
-    ]
-    return [*asked, *(answer if isinstance(answer, list) else [answer])]
-
-
-def _fits(row: Row, form: Form, unanswered: bool) -> bool:
-    return form in _FORMS and all(
-        row.values.get(field) is not None
-        for field in _FORMS[form]
-        if not (unanswered and field in _ANSWERS)
-    )
-
-
-def _form_of(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Form:
-    its = named(row, columns, unanswered)
-    for form in _FORMS:
-        if _fits(its, form, unanswered):
-            return form
-    known = [field for fields in _FORMS.values() for field in fields]
-    unknown = [str(name) for name in its.values if name not in known]
-    hints = {nearest(name, known, count=1) for name in unknown} - {""}
-    raise DataError(
-        f"{row.place}: the columns {', '.join(map(str, its.values)) or '(none)'} fit no form. "
-        f"Known: text; prompt and completion; instruction, input and output; messages (or "
-        f"conversations). Name yours in data.columns, as in {{prompt: question, completion: "
-        f"answer}}." + "".join(sorted(hints)[:1])
-    )
 
 
 def _sample(row: Row, form: Form, unanswered: bool) -> Sample:
@@ -318,6 +274,8 @@ def _optional(row: Row, field: str) -> str:
 
 def _string(row: Row, field: str) -> str:
     value = row.values.get(field)
+    if value is None and field in row.values:
+        raise DataError(f"{row.place}: {field!r} is null.")
     if value is None:
         has = [str(name) for name, its in row.values.items() if its is not None]
         raise DataError(f"{row.place}: no {field!r}. It has: {', '.join(has) or 'nothing'}.")
@@ -326,7 +284,7 @@ def _string(row: Row, field: str) -> str:
         advice = (
             "Chat turns go under 'messages', or are lists under both 'prompt' and 'completion'"
             if chat
-            else "Put it into quotes"
+            else "Write it as text (in JSON: in quotes)"
         )
         raise DataError(
             f"{row.place}: {field!r} holds a {type(value).__name__}, not text. {advice}."

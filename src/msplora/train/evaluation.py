@@ -138,12 +138,14 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
     """Rows of a language model; without `data`, those the run held out."""
     settings, forms = run.settings, run.record.forms
     held_out: list[Sample]
+    bad = None  # of a file that is given, every row counts
     if data:
         held_out = read_more_sft(data, forms, settings.data)
     elif not forms:
         raise DataError(f"{run.path} does not say what it was trained on; give a file with --data.")
     else:
-        held_out = _held_out(run, read_sft(settings.data, settings.seed).held_out)
+        found = read_sft(settings.data, settings.seed)
+        held_out, bad = _held_out(run, found.held_out), found.bad
     return tokenise_samples(
         held_out,
         run.base.tokenizer,
@@ -151,6 +153,7 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
         "held-out",
         settings.training.completion_only_loss,
         None if data else settings.data.max_rows,
+        bad,
     )
 
 
@@ -169,12 +172,14 @@ def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], Length
     """Pairs as token ids; without `data`, those the run held out."""
     settings, forms = run.settings, run.record.forms
     held_out: list[Pair]
+    bad = None
     if data:
         held_out = read_more_preferences(data, forms, settings.data)
     else:
-        held_out = _held_out(run, read_preferences(settings.data, settings.seed).held_out)
+        found = read_preferences(settings.data, settings.seed)
+        held_out, bad = _held_out(run, found.held_out), found.bad
     limit = row_limit(settings, run.base.model)
-    return tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out")
+    return tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out", bad)
 
 
 def pair_judge(run: SavedRun, rows: list[PairTokens], batch_size: int) -> HeldOutDPOTrainer:

@@ -11,7 +11,8 @@ import transformers
 from msplora.errors import ConfigError
 
 from .data_files import DataError
-from .data_sft import Form, Sample, alpaca_prompt
+from .data_forms import Form
+from .data_sft import Sample, alpaca_prompt
 from .end_tokens import end_tokens
 from .held_out_loss import autocast
 from .lengths import positions_of

@@ -15,10 +15,11 @@ from msplora.errors import ConfigError
 
 from .data_classification import Classes, examples, fit_columns
 from .data_files import TABLES, DataError, read_rows, suffix_of
+from .data_forms import WITHOUT_PROMPTS
 from .data_glue import read_glue_file
 from .data_images import labelled_images, read_more_images
 from .data_preference import read_prompts
-from .data_sft import WITHOUT_PROMPTS, read_more_sft
+from .data_sft import read_more_sft
 from .data_sources import WHOLE_TEXT
 from .generation import continue_sample
 from .held_out_loss import autocast

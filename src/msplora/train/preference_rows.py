@@ -48,7 +48,7 @@ def prepare_rows(
     checks: dict[str, SplitCheck] = {}
     for what, its in (("training", data.train), ("held-out", data.held_out)):
         if its:
-            pairs[what], report = tokenise_pairs(its, tokenizer, limit, what)
+            pairs[what], report = tokenise_pairs(its, tokenizer, limit, what, data.bad)
             checks[what] = _split(pairs[what], report, ends, tokenizer)
             notes.append(checks[what].note(what, report))
     longer = sum(len(its.chosen_ids) > len(its.rejected_ids) for its in pairs["training"])
@@ -57,7 +57,11 @@ def prepare_rows(
         notes.append(f"left out: {data.alike} rows whose two answers are the same")
     if data.empty:
         notes.append(f"left out: {data.empty} rows with an empty answer")
-    said, held_said = list(map(_said, data.train)), list(map(_said, data.held_out))
+    notes += data.bad.notes()
+    said, held_said = (
+        [_said(pair) for pair in of_split if pair.place not in data.bad]
+        for of_split in (data.train, data.held_out)
+    )
     check = DataCheck(
         [asdict(source) for source in data.sources],
         checks["training"],
@@ -65,6 +69,7 @@ def prepare_rows(
         repeats_within(said),
         repeats_between(held_said, said),
         {"an empty answer": data.empty} if data.empty else {},
+        data.bad.to_dict(),
     )
     for what, split in checks.items():
         check.warnings += warnings_on_lengths(split, what, limit.length)

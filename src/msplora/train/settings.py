@@ -227,6 +227,7 @@ TASKS_OF_KEY: dict[str, tuple[Task, ...]] = {
     "data.chat_template": ("sft", "dpo"),
     "data.max_length": ("classification", "sft", "dpo"),
     "data.too_long": ("classification", "sft", "dpo"),
+    "data.bad_rows": ("classification", "sft", "dpo"),
     "training.head_learning_rate_factor": ("classification", "image-classification"),
     "training.completion_only_loss": ("sft",),
     "training.packing": ("sft",),

@@ -19,6 +19,8 @@ from .settings_section import Section
 
 GlueTask = Literal["mrpc", "cola", "rte", "sst2", "qnli", "stsb"]
 
+BadRowsPolicy = Literal["error", "drop"]
+
 
 def _name_of_class(value: Any) -> Any:
     """YAML reads the classes 0 and 1 as numbers; they are names all the same."""
@@ -147,6 +149,12 @@ class DataSettings(Section):
         "truncate",
         description="What happens to a row beyond `max_length`; how many is reported. A row beyond "
         "the model's positions is always an error where `max_length` is unset.",
+    )
+    bad_rows: BadRowsPolicy = Field(
+        "error",
+        description="What happens to a row that cannot be used, such as one with a null for its "
+        "text or a chat that the template refuses: an error that names it, or it is counted and "
+        "left out.",
     )
     max_rows: int | None = Field(
         None, ge=1, description="Use only the first rows of each split and source, for a quick try."

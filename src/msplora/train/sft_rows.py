@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.text import Text
@@ -48,7 +48,7 @@ def prepare_rows(
     for what, samples in (("training", data.train), ("held-out", data.held_out)):
         if samples:
             rows[what], report = tokenise_samples(
-                samples, tokenizer, limit, what, completions, most
+                samples, tokenizer, limit, what, completions, most, data.bad
             )
             checks[what] = SplitCheck.of(
                 report,
@@ -57,8 +57,15 @@ def prepare_rows(
                 without_end(rows[what], ends, tokenizer),
             )
             notes.append(checks[what].note(what, report))
+    # From here on without the chats that the template refused.
+    data = replace(
+        data,
+        train=[its for its in data.train if its.place not in data.bad],
+        held_out=[its for its in data.held_out if its.place not in data.bad],
+    )
     if data.left_out:
         notes.append(f"left out: {data.left_out} rows with an empty completion")
+    notes += data.bad.notes()
     said = {
         what: [Said(its.place, its.text) for its in samples if not its.whole_text]
         for what, samples in (("training", data.train), ("held-out", data.held_out))
@@ -70,6 +77,7 @@ def prepare_rows(
         repeats_within(said["training"]),
         repeats_between(said["held-out"], said["training"]),
         _empty(data),
+        data.bad.to_dict(),
     )
     for what, split in checks.items():
         check.warnings += warnings_on_lengths(split, what, limit.length)

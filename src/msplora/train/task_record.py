@@ -10,7 +10,7 @@ from msplora.errors import MSPLoraError
 from msplora.loading import TASK_FILE
 
 from .data_classification import Classes
-from .data_sft import Form
+from .data_forms import Form
 from .held_out_rows import HeldOutRows
 from .settings import Settings
 from .settings_file import make_settings

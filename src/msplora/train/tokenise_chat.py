@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from msplora.errors import ConfigError
+
 from .data_chat import Message, calls_as_text
 from .data_files import DataError
 from .data_sft import Sample
@@ -61,7 +63,7 @@ def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
             f"is alone, so the loss mask cannot be found. Name another data.chat_template."
         )
     if not tokenizer.is_fast:
-        raise DataError(
+        raise ConfigError(
             f"{sample.place} is a chat, and the tokenizer {type(tokenizer).__name__} cannot say "
             f"which characters a token covers, so the loss mask cannot be found. Name a fast one "
             f"(with a tokenizer.json) as tokenizer."
@@ -183,7 +185,7 @@ def _render(
     sample: Sample, messages: Any, tokenizer: Any, add_generation_prompt: bool = False
 ) -> str:
     if not tokenizer.chat_template:
-        raise DataError(
+        raise ConfigError(
             f"{sample.place} is a chat, but the tokenizer has no chat template. Use a chat model, "
             f"name a Jinja file in data.chat_template, or bring the data into prompt-completion "
             f"form."

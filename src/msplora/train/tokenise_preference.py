@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .bad_rows import BadRows
 from .data_files import DataError
 from .data_preference import Pair
 from .lengths import LengthReport, Limit, keep, refuse_if_none_left
@@ -21,17 +22,22 @@ class PairTokens:
 
 
 def tokenise_pairs(
-    pairs: list[Pair], tokenizer: Any, limit: Limit, what: str
+    pairs: list[Pair], tokenizer: Any, limit: Limit, what: str, bad: BadRows | None = None
 ) -> tuple[list[PairTokens], LengthReport]:
     """Return the pairs to learn from, and what became of those that were too long.
 
     A pair is as long as its longer half. Both halves are cut at the end, so that a pair whose
-    prompt fills the length, or whose halves are alike within it, is left out.
+    prompt fills the length, or whose halves are alike within it, is left out. `bad` takes those
+    that the chat template refuses.
     """
-    report = LengthReport()
+    bad, report = bad or BadRows(), LengthReport()
     rows = []
     for pair in pairs:
-        whole = _pair(pair, tokenizer)
+        whole = None
+        with bad.at(pair.place):
+            whole = _pair(pair, tokenizer)
+        if whole is None:
+            continue
         prompt, halves = whole.prompt_ids, (whole.chosen_ids, whole.rejected_ids)
         length = len(prompt) + max(map(len, halves))
         if not keep(length, pair.place, limit, report):
@@ -43,6 +49,8 @@ def tokenise_pairs(
         else:
             report.truncated -= room is not None and max(map(len, halves)) > room
             report.unlearnt += 1
+    if not report.rows:
+        bad.refuse_if_none_left(rows, f"{what} row")
     refuse_if_none_left(rows, limit, what)
     return rows, report
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .bad_rows import BadRows
 from .data_files import DataError
 from .data_sft import Sample
 from .lengths import LengthReport, Limit, keep, refuse_if_none_left
-from .tokenise_chat import chat_spans, render_chat
+from .tokenise_chat import RenderedChat, chat_spans, render_chat
 from .waiting import progress
 
 IGNORED = -100
@@ -45,14 +46,17 @@ def tokenise_samples(
     what: str,
     completion_only: bool = True,
     max_chunks: int | None = None,
+    bad: BadRows | None = None,
 ) -> tuple[list[Tokens], LengthReport]:
     """Return the rows to learn from, and what became of those that were too long.
 
-    `max_chunks` bounds the rows that come of a text file, which only become rows here.
+    `max_chunks` bounds the rows that come of a text file, which only become rows here. `bad` takes
+    the chats that the template refuses.
     """
+    bad = bad or BadRows()
     report = LengthReport()
     rows = []
-    for row in _whole_rows(samples, tokenizer, limit, what, max_chunks):
+    for row in _whole_rows(samples, tokenizer, limit, what, max_chunks, bad):
         if row.chunk:
             report.count(len(row.input_ids))
             rows.append(row)
@@ -69,33 +73,44 @@ def tokenise_samples(
         else:
             report.truncated -= len(cut.input_ids) < len(row.input_ids)
             report.unlearnt += 1
+    if not report.rows:
+        bad.refuse_if_none_left(rows, f"{what} row")
     refuse_if_none_left(rows, limit, what)
     return rows, report
 
 
 def _whole_rows(
-    samples: list[Sample], tokenizer: Any, limit: Limit, what: str, max_chunks: int | None
+    samples: list[Sample],
+    tokenizer: Any,
+    limit: Limit,
+    what: str,
+    max_chunks: int | None,
+    bad: BadRows,
 ) -> Iterator[Tokens]:
     """Every row in its full length, in the order of the samples."""
     with progress(f"tokenising the {what} rows", len(samples)) as advance:
         for start in range(0, len(samples), _BATCH):
             batch = samples[start : start + _BATCH]
             # A chat, a text and a completion are each tokenised in their own way.
-            chats = iter(_chats([its for its in batch if its.messages], tokenizer))
+            chats = iter(_chats([its for its in batch if its.messages], tokenizer, bad))
             plain = [its for its in batch if not its.messages and not its.whole_text]
             completions = iter(_completions(plain, tokenizer))
             for sample in batch:
                 if sample.whole_text:
                     length = limit.length or min(DEFAULT_CHUNK, limit.positions or DEFAULT_CHUNK)
                     yield from _chunks(sample, tokenizer, length)[:max_chunks]
-                else:
-                    yield next(chats if sample.messages else completions)
+                elif row := next(chats if sample.messages else completions):
+                    yield row
             advance(len(batch))
 
 
 def whole_row(sample: Sample, tokenizer: Any) -> Tokens:
     """Return the tokens of one sample that is no whole text, however many they are."""
-    return (_chats if sample.messages else _completions)([sample], tokenizer)[0]
+    if not sample.messages:
+        return _completions([sample], tokenizer)[0]
+    (row,) = _chats([sample], tokenizer, BadRows())
+    assert row  # a bad one is an error here
+    return row
 
 
 def prompt_ids(sample: Sample, tokenizer: Any) -> list[int]:
@@ -136,20 +151,26 @@ def _completions(samples: list[Sample], tokenizer: Any) -> list[Tokens]:
     return rows
 
 
-def _chats(samples: list[Sample], tokenizer: Any) -> list[Tokens]:
-    """A rendered chat, of which the loss counts the assistant's turns and their end tokens."""
-    if not samples:
-        return []
-    rendered = [chat_spans(sample, tokenizer) for sample in samples]
+def _chats(samples: list[Sample], tokenizer: Any, bad: BadRows) -> list[Tokens | None]:
+    """A rendered chat, of which the loss counts the assistant's turns and their end tokens.
+
+    There is None in the place of each that is bad.
+    """
+    rendered: dict[int, RenderedChat] = {}
+    for number, sample in enumerate(samples):
+        with bad.at(sample.place):
+            rendered[number] = chat_spans(sample, tokenizer)
+    rows: list[Tokens | None] = [None] * len(samples)
+    if not rendered:
+        return rows
     encoded = tokenizer(
-        [its.text for its in rendered],
+        [its.text for its in rendered.values()],
         add_special_tokens=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    rows = []
-    for sample, chat, ids, offsets in zip(
-        samples, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    for (number, chat), ids, offsets in zip(
+        rendered.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         labels = [
             its
@@ -160,14 +181,12 @@ def _chats(samples: list[Sample], tokenizer: Any) -> list[Tokens]:
             else IGNORED
             for its, (start, end) in zip(ids, offsets, strict=True)
         ]
-        rows.append(
-            Tokens(
-                sample.place,
-                ids,
-                labels,
-                turns=chat.turns,
-                unlearnt_turns=chat.unlearnt_turns,
-            )
+        rows[number] = Tokens(
+            samples[number].place,
+            ids,
+            labels,
+            turns=chat.turns,
+            unlearnt_turns=chat.unlearnt_turns,
         )
     return rows
 
