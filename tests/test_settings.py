@@ -164,6 +164,32 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
         (f"{MINIMAL}training: {{epochs: many}}", "training.epochs = 'many'"),
         (f"{MINIMAL}training: {{epochs: 0}}", "training.epochs = 0: it should be greater than 0"),
         (f"{MINIMAL}training: {{batch_size: 1.5}}", "training.batch_size = 1.5"),
+        (
+            f"{MINIMAL}training: {{stages: [mid, {{levels: [global], share: 0}}]}}",
+            "training.stages[1].share = 0: it should be greater than 0",
+        ),
+        (
+            f"{MINIMAL}training: {{stages: [{{levels: global}}]}}",
+            "training.stages[0].levels = 'global': it should be a valid list",
+        ),
+        (
+            f"{MINIMAL}training: {{stages: [{{share: 1}}]}}",
+            "'training.stages[0].levels' is missing",
+        ),
+        (
+            f"{MINIMAL}training: {{stages: [{{levls: [mid]}}]}}",
+            "unknown key 'training.stages[0].levls'. Did you mean 'levels'?",
+        ),
+        (
+            f"{MINIMAL}training: {{stages: [{{levels: [mid], epochs: 1}}]}}",
+            "unknown key 'training.stages[0].epochs'. Known here: levels, share.",
+        ),
+        (
+            f"{MINIMAL}training: {{level_learning_rate_factors: {{local: 0}}}}",
+            "training.level_learning_rate_factors.local = 0: it should be greater than 0",
+        ),
+        (f"{MINIMAL}adapter: {{target_modules: 5}}", "adapter.target_modules = 5: it should be"),
+        (f"{MINIMAL}adapter: {{ranks: [8, a]}}", "adapter.ranks[1] = 'a': it should be"),
         (f"{MINIMAL}data: {{train: a}}", "'data' stands twice"),
         (MINIMAL.replace("{train: rows.jsonl}", "{}"), "found none of them"),
         (MINIMAL.replace("{train:", "{hub: a, train:"), "found data.train and data.hub"),
@@ -222,6 +248,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_bytes(b"model: \xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read_settings(tmp_path / "train.yaml")
+    for name in ("minilm-rte-cpu", "minilm-rte-cpu.yaml"):
+        copy = "a recipe of that name.*msplora recipes copy minilm-rte-cpu$"
+        with pytest.raises(ConfigError, match=copy):
+            read_settings(name)
     with pytest.raises(ConfigError, match=r"does not exist.*Did you mean.*train\.yaml"):
         read_settings(tmp_path / "trian.yaml")
     with pytest.raises(ConfigError, match="is a folder"):

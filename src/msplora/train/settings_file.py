@@ -12,10 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest, nearest_path
+from msplora.recipes import recipes
 
 from .other_names import OTHER_NAMES
 from .problems import described, together
-from .settings import Settings
+from .settings import Settings, StageSettings
 from .settings_checks import check_together
 from .settings_data import DataSource
 from .settings_methods import METHOD_SECTIONS
@@ -88,6 +89,12 @@ def read_content(
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give the path of the YAML file in it.")
     if not file.is_file():
+        name = str(file).removesuffix(".yaml")
+        if any(recipe.name == name for recipe in recipes()):
+            raise ConfigError(
+                f"the config file {file} does not exist, but there is a recipe of that name. Make "
+                f"it a file of your own with: msplora recipes copy {name}"
+            )
         hint = nearest_path(file, "*.y*ml") or " Give the path of a YAML file."
         raise ConfigError(f"the config file {file} does not exist.{hint}")
     try:
@@ -111,7 +118,7 @@ def make_settings(content: Mapping[str, Any], source: str) -> Settings:
     try:
         settings = Settings.model_validate(dict(content))
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(_explain(error, source, content)) from None
     check_together(settings, source)
     return settings
 
@@ -170,12 +177,11 @@ def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
     place[last] = value
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    return together((_sentence(problem) for problem in error.errors()), source)
+def _explain(error: ValidationError, source: str, content: Mapping[str, Any]) -> str:
+    return together((_sentence(problem, content) for problem in error.errors()), source)
 
 
-def _sentence(problem: Any) -> str:
-    # Members of a union and of a list are in the location too; the key is what a file shows.
+def _sentence(problem: Any, content: Mapping[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
     if path[2:3] == ["one"]:
         return (
@@ -184,13 +190,26 @@ def _sentence(problem: Any) -> str:
         )
     if path[2:3] == ["several"] and path[3:]:
         return _explain_source(".".join(path[:2]), path[3:], problem)
+    key = _key_as_written(problem["loc"], content)
+    if problem["type"] == "missing":
+        return described(problem, f"{key}.{path[-1]}".lstrip("."))
     if problem["type"] == "extra_forbidden":
-        return described(problem, ".".join(path), _nearest_key(path))
-    if problem["type"] != "missing":
-        known = known_keys()
-        while len(path) > 1 and ".".join(path) not in known:
-            path.pop()
-    return described(problem, ".".join(path), _nearest_value(problem))
+        return described(problem, key or path[-1], _nearest_key(path))
+    return described(problem, key or path[-1], _nearest_value(problem))
+
+
+def _key_as_written(location: Iterable[str | int], content: Any) -> str:
+    """The key as the file shows it, such as `training.stages[0].share`.
+
+    Members of a union are in the location, too; what is not in the content is left out.
+    """
+    key = ""
+    for part in location:
+        if isinstance(content, Mapping) and part in content:
+            key, content = f"{key}.{part}".lstrip("."), content[part]
+        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+            key, content = f"{key}[{part}]", content[part]
+    return key
 
 
 def _explain_source(key: str, entry: list[str], problem: Any) -> str:
@@ -212,6 +231,10 @@ def _explain_source(key: str, entry: list[str], problem: Any) -> str:
 def _nearest_key(path: list[str]) -> str:
     """The key that was meant: the same word in another section, or a similar one in this."""
     section, name = ".".join(path[:-1]), path[-1]
+    if section.startswith("training.stages."):
+        return nearest(name, StageSettings.model_fields, count=1) or (
+            f" Known here: {', '.join(StageSettings.model_fields)}."
+        )
     # Sections of methods have keys that look like others', and like each other's: they come last.
     known = [key for key in known_keys() if _method_of(key) in (None, section)]
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
