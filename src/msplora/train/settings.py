@@ -102,7 +102,11 @@ class TrainingSettings(Section):
     epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps instead.")
     batch_size: int = Field(16, ge=1, description="Rows per step and device.")
-    eval_batch_size: int = Field(32, ge=1, description="Rows per step when evaluating.")
+    eval_batch_size: int = Field(
+        default_factory=lambda training: training["batch_size"],
+        ge=1,
+        description="Rows per step and device when evaluating; without it, as in training.",
+    )
     gradient_accumulation: int = Field(1, ge=1, description="Batches whose gradients are added.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     head_learning_rate_factor: float = Field(
