@@ -178,7 +178,9 @@ def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _explain(error: ValidationError, source: str, content: Mapping[str, Any]) -> str:
-    return together((_sentence(problem, content) for problem in error.errors()), source)
+    # A default that follows another key is wrong only where that key is.
+    problems = (its for its in error.errors() if its["type"] != "default_factory_not_called")
+    return together((_sentence(problem, content) for problem in problems), source)
 
 
 def _sentence(problem: Any, content: Mapping[str, Any]) -> str:
