@@ -71,6 +71,8 @@ def default(field: FieldInfo) -> str:
     """A default as it would stand in the file."""
     if field.is_required():
         return "required"
+    if field.default_factory_takes_validated_data:
+        return "another key's"  # its description says which
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "unset"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def furnish(content: dict[str, Any]) -> None:
     """The config of a recipe's model and rows as long as it takes them, but no weights."""
     model, data, training = Path(content["model"]), content["data"], content["training"]
     CONFIGS[content["model"]]().save_pretrained(model)
-    count = max(training["batch_size"], training.get("eval_batch_size", 8))
+    count = max(training["batch_size"], training.get("eval_batch_size", 0))
     if content["task"] == "image-classification":
         processor(224).save_pretrained(model)
         for split in ("train", "validation"):
@@ -91,11 +92,13 @@ def furnish(content: dict[str, Any]) -> None:
     if content["task"] == "classification":
         write_glue(Path(data["path"]), data["glue"], count, LONG)
         return
+    # So many that an evaluation's batch is full.
+    whole = math.ceil(count / data.get("validation_fraction", 1))
     rows = [
         {"prompt": f"Say {place}.", "chosen": LONG, "rejected": f"No. {LONG}"}
         if content["task"] == "dpo"
         else {"instruction": f"Say {place}.", "input": "", "output": LONG}
-        for place in range(400)
+        for place in range(whole)
     ]
     Path(data["hub"]).mkdir(parents=True)
     for split in ("train", data.get("validation_split", "train")):

@@ -65,6 +65,14 @@ def test_flags_override_set_and_set_overrides_the_file(tmp_path: Path) -> None:
     assert (settings.seed, settings.method) == (3, "full")
 
 
+def test_it_evaluates_as_many_rows_as_it_trains_on_unless_told(tmp_path: Path) -> None:
+    assert read(tmp_path, MINIMAL).training.eval_batch_size == 16
+    assert read(tmp_path, MINIMAL, "training.batch_size=3").training.eval_batch_size == 3
+    told = read(tmp_path, MINIMAL, "training.batch_size=3", "training.eval_batch_size=5")
+    assert (told.training.batch_size, told.training.eval_batch_size) == (3, 5)
+    assert "eval_batch_size" not in refusal(tmp_path, f"{MINIMAL}training: {{batch_size: 0}}")
+
+
 def test_set_reaches_sections_that_the_file_lacks_or_leaves_empty(tmp_path: Path) -> None:
     assert read(tmp_path, MINIMAL, "adapter.r=16").adapter.r == 16
     assert read(tmp_path, f"{MINIMAL}adapter:\n", "adapter.r=16").adapter.r == 16

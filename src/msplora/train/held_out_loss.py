@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from .devices import process_index, sum_over_processes, world_size
 from .tokenise_sft import IGNORED, Tokens
 
+PIECE = 2**25
+"""Logits that are brought to float32 at once: 128 MiB."""
+
 
 @torch.no_grad()
 def held_out_loss(
@@ -38,13 +41,11 @@ def held_out_loss(
             ids, mask, labels = (its.to(device) for its in pad_rows(batch, pad_token_id))
             with autocast(device.type, arithmetic):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            # What does not count is left out first: with prompts and padding it is most of it.
-            counted = labels[:, 1:] != IGNORED
-            logits, labels = logits[:, :-1][counted].float(), labels[:, 1:][counted]
-            # The sum over a whole corpus would lose digits in float32.
-            loss += F.cross_entropy(logits, labels, reduction="none").double().sum().item()
-            right += int((logits.argmax(-1) == labels).sum())
-            tokens += len(labels)
+            for scores, token in _pieces(logits, labels):
+                # The sum over a whole corpus would lose digits in float32.
+                loss += F.cross_entropy(scores, token, reduction="none").double().sum().item()
+                right += int((scores.argmax(-1) == token).sum())
+                tokens += len(token)
     finally:
         model.train(was_training)
     loss, right, tokens = sum_over_processes(loss, right, tokens)
@@ -55,6 +56,21 @@ def held_out_loss(
         "token_accuracy": right / max(tokens, 1),
         "tokens": int(tokens),
     }
+
+
+def _pieces(logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The logits (tokens, vocabulary) in float32 before each token that counts, and the tokens.
+
+    In pieces: in float32, and once more in the loss, a batch's logits would be several times what
+    the model holds. What does not count is left out: with prompts and padding it is most of it.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    length = max(1, PIECE // logits.shape[-1])
+    for scores, token in zip(
+        logits.flatten(0, 1).split(length), following.split(length), strict=True
+    ):
+        counted = token != IGNORED
+        yield scores[counted].float(), token[counted]
 
 
 def _share_of_this_process(rows: list[Tokens], batch_size: int) -> Iterator[list[Tokens]]:

@@ -96,13 +96,24 @@ def _levels_alone(value: Any) -> Any:
     return {"levels": value} if isinstance(value, list) else value
 
 
+def _trackers(value: Any) -> Any:
+    """One name is a list of it, and `none` is none, as in transformers' arguments."""
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
 class TrainingSettings(Section):
     """How long, how fast, and what is kept."""
 
     epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps instead.")
     batch_size: int = Field(16, ge=1, description="Rows per step and device.")
-    eval_batch_size: int = Field(32, ge=1, description="Rows per step when evaluating.")
+    eval_batch_size: int = Field(
+        default_factory=lambda training: training["batch_size"],
+        ge=1,
+        description="Rows per step and device when evaluating; without it, as in training.",
+    )
     gradient_accumulation: int = Field(1, ge=1, description="Batches whose gradients are added.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     head_learning_rate_factor: float = Field(
@@ -161,9 +172,10 @@ class TrainingSettings(Section):
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many evaluations in a row without a better one.",
+        description="Stop after this many evaluations in a row without a better one; with "
+        "`stages`, in the last stage only.",
     )
-    report_to: list[Tracker] = Field(
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(
         default_factory=list,
         description="Trackers that follow the run, by transformers' integrations.",
     )

@@ -171,7 +171,9 @@ def put(content: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    return together((_sentence(problem) for problem in error.errors()), source)
+    # A default that follows another key is wrong only where that key is.
+    problems = (its for its in error.errors() if its["type"] != "default_factory_not_called")
+    return together(map(_sentence, problems), source)
 
 
 def _sentence(problem: Any) -> str:
