@@ -82,6 +82,22 @@ def ddp(rank: int) -> None:
     check(nn.parallel.DistributedDataParallel(model_of()), rank)
 
 
+def ddp_holds_a_copy_of_the_gradients(rank: int) -> None:
+    """What a dry run counts for DDP, beyond one process."""
+    from msplora.bench.memory import peak_live_bytes
+
+    def steps(model: nn.Module) -> None:
+        for _ in range(3):  # DDP makes its buckets anew in the second
+            loss_of(model, batch_of(rank)).backward()
+            model.zero_grad()
+
+    model = model_of()
+    size = sum(its.nbytes for its in model.parameters() if its.requires_grad)
+    alone = peak_live_bytes(lambda: steps(model))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert peak_live_bytes(lambda: steps(wrapped)) - alone == pytest.approx(size, abs=4096)
+
+
 def checkpointed(use_reentrant: bool) -> Any:
     model = model_of()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -171,6 +187,7 @@ CASES: dict[str, Callable[[int], None]] = {
     function.__name__: function
     for function in (
         ddp,
+        ddp_holds_a_copy_of_the_gradients,
         ddp_with_checkpointing,
         ddp_with_reentrant_checkpointing,
         ddp_with_reentrant_checkpointing_and_static_graph,
@@ -183,6 +200,7 @@ CASES: dict[str, Callable[[int], None]] = {
 
 
 BY_HAND = {
+    "ddp_holds_a_copy_of_the_gradients",
     "ddp_with_checkpointing",
     "ddp_with_reentrant_checkpointing",
     "ddp_with_reentrant_checkpointing_and_static_graph",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.data import BatchSampler
 
 from msplora.errors import ConfigError, MSPLoraError
 from msplora.train.base_model import base_without_weights
+from msplora.train.devices import planned
 from msplora.train.dry_run import DryRun, disk_use, dry_run
+from msplora.train.dry_run_report import verdict
 from msplora.train.estimate import estimate
 from msplora.train.job import Job
 from msplora.train.memory_trace import Held
@@ -22,6 +27,7 @@ from msplora.train.run import prepare_job
 from msplora.train.settings import Settings
 from msplora.train.settings_file import make_settings, read_settings
 from msplora.train.target import CPU_LIBRARIES, CPU_SLACK, CUDA_CONTEXT, GIB, find_target
+from msplora.train.trainer_arguments import training_steps
 from runs import (
     answered_rows,
     labelled_rows,
@@ -264,6 +270,57 @@ def test_steps_and_tokens_are_those_of_the_run(folder: Path) -> None:
     assert found.schedule.warmup_steps == trainer.args.warmup_steps
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     assert found.schedule.tokens_per_epoch == tokens
+
+
+@pytest.mark.parametrize(("rows", "size", "accumulated"), [(990, 4, 1), (65, 8, 3), (3, 4, 2)])
+def test_steps_are_those_of_all_processes(rows: int, size: int, accumulated: int) -> None:
+    training = {"batch_size": size, "gradient_accumulation": accumulated}
+    settings = make_settings({**config(Path(), SFT), "training": training}, "test")
+    batches = BatchSampler(range(rows), size, drop_last=False)
+    its = len(BatchSamplerShard(batches, num_processes=4, process_index=0))
+    with planned(4):
+        assert training_steps(settings, rows) == 3 * -(-its // accumulated)
+    assert training_steps(settings, rows) == 3 * -(-len(batches) // accumulated)
+
+
+def test_each_process_of_ddp_holds_the_gradients_of_all(folder: Path) -> None:
+    settings = make_settings(config(folder, devices__processes=4), "test")
+    found = dry_run(settings, "cpu:24GB")
+    for peak in (found.estimate.training, found.estimate.evaluation):
+        assert peak
+        assert peak.parts[Held.BUCKETS] == 4 * found.trainable.total
+        assert sum(peak.parts.values()) == peak.total
+    assert found.needed == 4 * (found.estimate.peak.total + found.beside_tensors)  # of one memory
+    assert found.schedule.rows_per_step == min(4 * settings.training.batch_size, 58)
+    assert found.schedule.steps == 3
+    assert verdict(found).endswith("(a machine with 24GB free, 4 processes)")
+    apart = replace(found, target=find_target("24GB"))
+    assert apart.needed == apart.estimate.peak.total + apart.beside_tensors
+    assert verdict(apart).endswith("(a GPU of 24GB, on each of 4)")
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        ({"processes": 4, "strategy": "fsdp2"}, "fsdp2 over 4 holds a share on each"),
+        ({"device_map": "auto"}, "device_map=auto spreads its layers"),
+    ],
+)
+def test_what_no_device_holds_whole_gets_no_verdict(
+    devices: dict[str, Any], said: str, folder: Path, tmp_path: Path
+) -> None:
+    content = {**config(folder), "devices": devices}
+    file = write_config(tmp_path / "run.yaml", content)
+    result = msplora("train", file, "--dry-run", "--device", "100MB")
+    assert result.code == 0, result.err
+    out = " ".join(result.out.split())
+    assert f"with all of it on one device: 0.532 of 0.098 GiB (a GPU of 100MB); {said}" in out
+    assert "fit" not in out.rpartition("•")[2]
+
+
+def test_several_processes_are_not_measured(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--measure takes the steps in one process"):
+        foreseen(folder, real=True, devices__processes=2)
 
 
 @pytest.mark.parametrize(

@@ -120,5 +120,5 @@ def _dry_run(settings: Settings, device: str | None, measure: bool, as_json: boo
         from rich.console import Console
 
         show_dry_run(found, Console())
-    if not found.fits:
+    if found.fits is False:
         raise typer.Exit(DOES_NOT_FIT)

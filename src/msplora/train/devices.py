@@ -6,7 +6,9 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from msplora.errors import ConfigError, MSPLoraError
@@ -39,6 +41,24 @@ class WorkerFailed(MSPLoraError):
 def world_size() -> int:
     """How many processes train together; whatever launcher started them says it this way."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_PLANNED: ContextVar[int | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planned(processes: int) -> Iterator[None]:
+    """Count steps as of so many processes, of which none has been started."""
+    token = _PLANNED.set(processes)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def counted_processes() -> int:
+    """How many processes a schedule is for: those that train together, or that are planned."""
+    return _PLANNED.get() or world_size()
 
 
 def is_worker() -> bool:

@@ -18,6 +18,8 @@ from msplora.errors import ConfigError
 
 from .absolute_paths import with_absolute_paths
 from .base_model import base_without_weights
+from .devices import planned
+from .dry_run_devices import is_sharded, not_foreseen
 from .estimate import Estimate, estimate
 from .job import Job
 from .measured import Measured, measure
@@ -27,9 +29,9 @@ from .quantisation import can_be_quantised, is_quantised
 from .quiet import quiet_libraries
 from .rehearsal import Rows
 from .run import prepare_job
-from .settings import Settings
+from .settings import DeviceSettings, Settings
 from .target import Target, find_target
-from .trainer_arguments import warmup_steps
+from .trainer_arguments import training_steps, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Schedule:
     rows: int
     longest: int
     tokens_per_epoch: int
+    rows_per_step: int
+    """Of all processes together."""
     steps: int
     warmup_steps: int
 
@@ -80,12 +84,25 @@ class DryRun:
     @property
     def needed(self) -> int:
         """Bytes of the device, with what is taken beside the tensors."""
-        return _needed(self.estimate, self.target)
+        return _needed(self.estimate, self.target, self.devices)
 
     @property
-    def fits(self) -> bool:
-        """Whether the device has that much."""
-        return self.needed <= self.target.capacity
+    def beside_tensors(self) -> int:
+        """Bytes that a process takes beside its tensors."""
+        return _beside_tensors(self.estimate, self.target)
+
+    @property
+    def devices(self) -> DeviceSettings:
+        """What the run is spread over."""
+        return self.job.record.settings.devices
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has that much; None where that does not say it."""
+        enough = self.needed <= self.target.capacity
+        if is_sharded(self.devices) or (self.devices.device_map and not enough):
+            return None
+        return enough
 
     @property
     def error(self) -> float | None:
@@ -98,11 +115,12 @@ class DryRun:
         return {
             "device": {"name": self.target.name, "capacity": self.target.capacity},
             "fits": self.fits,
+            "not_foreseen": not_foreseen(self.devices),
             "needed": self.needed,
             "trainable": {**asdict(self.trainable), "total": self.trainable.total},
             "training": _peak_record(self.estimate.training),
             "evaluation": evaluation and _peak_record(evaluation),
-            "beside_tensors": self.needed - self.estimate.peak.total,
+            "beside_tensors": self.beside_tensors,
             "schedule": asdict(self.schedule),
             "disk": asdict(self.disk),
             "remedies": [
@@ -131,17 +149,23 @@ def dry_run(settings: Settings, device: str | None = None, real: bool = False) -
             f"--measure takes the steps here, and {target.name} is not what this machine trains "
             f"on. Leave --device or --measure out."
         )
-    with quiet_libraries():
+    devices = settings.devices
+    if real and devices.processes > 1:
+        raise ConfigError(
+            f"--measure takes the steps in one process, and devices.processes is "
+            f"{devices.processes}. Leave --measure out, or set devices.processes=1."
+        )
+    with quiet_libraries(), planned(devices.processes):
         job = _without_weights(settings, target)
         found = estimate(job, target.on_gpu)
         remedies = ()
-        if _needed(found, target) > target.capacity:
+        if _needed(found, target, devices) > target.capacity and not not_foreseen(devices):
             remedies = tuple(_remedies(job, target, found))
         measured = None
         if real:
             transformers.set_seed(settings.seed)
             measured = measure(prepare_job(settings))
-    schedule = _schedule(settings, found.rows)
+        schedule = _schedule(settings, found.rows)
     return DryRun(job, target, found, schedule, disk_use(job), remedies, measured)
 
 
@@ -151,10 +175,16 @@ def _without_weights(settings: Settings, target: Target) -> Job:
         return prepare_job(settings, partial(base_without_weights, on_gpu=target.on_gpu))
 
 
-def _needed(found: Estimate, target: Target) -> int:
+def _beside_tensors(found: Estimate, target: Target) -> int:
     peak = found.peak
     weights = peak.parts.get(Held.FROZEN, 0) + peak.parts.get(Held.TRAINED, 0)
-    return peak.total + target.overhead(peak.total, weights)
+    return target.overhead(peak.total, weights)
+
+
+def _needed(found: Estimate, target: Target, devices: DeviceSettings) -> int:
+    """Bytes of a GPU, which each process has for itself, or of the memory that all share."""
+    each = found.peak.total + _beside_tensors(found, target)
+    return each if target.on_gpu or is_sharded(devices) else each * devices.processes
 
 
 def _remedies(job: Job, target: Target, found: Estimate) -> Iterator[Remedy]:
@@ -184,7 +214,9 @@ def _remedies(job: Job, target: Target, found: Estimate) -> Iterator[Remedy]:
                 its, arithmetic = _without_weights(job.record.settings, target), None
             else:
                 its, arithmetic = job, torch.bfloat16 if "dtype" in changes else None
-            needed = _needed(estimate(its, target.on_gpu, arithmetic), target)
+            needed = _needed(
+                estimate(its, target.on_gpu, arithmetic), target, job.record.settings.devices
+            )
         yield Remedy(changes, needed)
 
 
@@ -207,11 +239,14 @@ def _put(settings: Settings, values: Mapping[str, Any]) -> None:
 
 def _schedule(settings: Settings, rows: Rows) -> Schedule:
     training = settings.training
-    batches = math.ceil(rows.count / training.batch_size)
-    per_epoch = math.ceil(batches / training.gradient_accumulation)
-    steps = training.max_steps or math.ceil(per_epoch * training.epochs)
+    together = training.batch_size * training.gradient_accumulation * settings.devices.processes
     return Schedule(
-        rows.count, rows.longest, rows.tokens, steps, warmup_steps(settings, rows.count)
+        rows.count,
+        rows.longest,
+        rows.tokens,
+        min(together, rows.count),
+        training_steps(settings, rows.count),
+        warmup_steps(settings, rows.count),
     )
 
 

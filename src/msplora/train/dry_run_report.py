@@ -8,9 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .dry_run import DryRun
+from .dry_run_devices import not_foreseen, on_each
 from .memory_trace import Held, Peak
 from .preview import show_preview
 from .target import CPU_SLACK, CUDA_SLACK, GIB
+
+_COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
 def show_dry_run(found: DryRun, console: Console) -> None:
@@ -32,8 +35,13 @@ def verdict(found: DryRun) -> str:
     """One sentence: does it fit?"""
     needed, capacity = found.needed / GIB, found.target.capacity / GIB
     digits = 1 if needed >= 1 else 3
-    said = "fits" if found.fits else "does not fit"
-    return f"{said}: {needed:.{digits}f} of {capacity:.{digits}f} GiB ({found.target.name})"
+    spread = not_foreseen(found.devices)
+    said = {True: "fits", False: "does not fit", None: "with all of it on one device"}[found.fits]
+    of = found.target.name + on_each(found.devices, found.target.on_gpu) * (not spread)
+    sentence = f"{said}: {needed:.{digits}f} of {capacity:.{digits}f} GiB ({of})"
+    if found.fits is None:
+        sentence += f"; {spread}, and what each then takes is not foreseen"
+    return sentence
 
 
 def _memory_table(found: DryRun) -> Table:
@@ -70,7 +78,7 @@ def _lines(found: DryRun) -> list[Any]:
         + (f"the longest {rows} rows, the longest of {schedule.longest:,} tokens" * of_text)
         + (f"{rows} images" * (not of_text))
     ]
-    beside = size(found.needed - estimate.peak.total)
+    beside = size(found.beside_tensors)
     if found.target.on_gpu:
         lines.append(
             f"• beside the tensors {beside}: CUDA's context and cuBLAS, and {CUDA_SLACK:.0%} of "
@@ -82,13 +90,13 @@ def _lines(found: DryRun) -> list[Any]:
             f"{CPU_SLACK:.0%} of what comes and goes for the allocator"
         )
     lines += [
-        f"• {schedule.steps:,} steps, {schedule.warmup_steps:,} of them to warm up; "
-        f"{schedule.rows:,} rows"
+        f"• {schedule.steps:,} steps of {schedule.rows_per_step:,} rows, "
+        f"{schedule.warmup_steps:,} of them to warm up; {schedule.rows:,} rows"
         + f" and {schedule.tokens_per_epoch:,} tokens" * of_text
         + " per epoch",
         f"• on disk {size(disk.weights)} trained, {size(disk.checkpoint)} per checkpoint, at most "
         f"{size(disk.at_most)} while it trains",
-        f"[bold {'green' if found.fits else 'red'}]{verdict(found)}[/]",
+        f"[bold {_COLOURS[found.fits]}]{verdict(found)}[/]",
     ]
     for remedy in found.remedies:
         told = ", ".join(f"{key}={_plain(value)}" for key, value in remedy.changes.items())

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer as torch_optimizer
 
 from .as_on_cuda import as_on_cuda, steps_at_once
+from .dry_run_devices import has_buckets
 from .job import Job
 from .memory_trace import Held, MemoryTrace, Peak
 from .quantisation import is_quantised
@@ -81,6 +82,10 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
         trainer = job.make_trainer(Path(folder))
         for tensor in weights_of(trainer):
             trace.hold(tensor, Held.TRAINED if tensor.requires_grad else Held.FROZEN)
+        if has_buckets(job.record.settings.devices):
+            trained = [its for its in model.parameters() if its.requires_grad]
+            buckets = torch.empty(sum(its.nbytes for its in trained), dtype=torch.uint8)
+            trace.hold(buckets, Held.BUCKETS)
         trainer.args.dataloader_pin_memory = False
         if on_gpu:
             steps_at_once(trainer.create_optimizer())

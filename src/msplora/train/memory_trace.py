@@ -45,6 +45,7 @@ class Held(str, Enum):
     FROZEN = "frozen weights"
     TRAINED = "weights that train"
     GRADIENTS = "gradients"
+    BUCKETS = "gradients of all (DDP)"
     OPTIMISER = "optimiser"
     ACTIVATIONS = "activations"
     LOGITS = "logits and loss"

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer
 
 from .base_model import Base
 from .callbacks import TENSORBOARD
-from .devices import has_accelerator, world_size
+from .devices import counted_processes, has_accelerator
 from .metric_order import sign_of
 from .settings import Settings
 
@@ -75,7 +75,7 @@ def trainer_arguments(
 def training_steps(settings: Settings, rows: int) -> int:
     """The optimiser steps of a run over `rows` rows (packed ones, where they are packed)."""
     training = settings.training
-    batches = math.ceil(rows / (training.batch_size * world_size()))
+    batches = math.ceil(rows / (training.batch_size * counted_processes()))
     an_epoch = math.ceil(batches / training.gradient_accumulation)
     return training.max_steps or math.ceil(an_epoch * training.epochs)
 
