@@ -79,7 +79,13 @@ def send(number: int) -> Callable[[], None]:
     ],
 )
 def test_a_stop_saves_this_step_and_says_how_to_go_on(
-    bases: Path, straight: Callable[..., Any], tmp_path: Path, task: str, number: int, step: int
+    bases: Path,
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    task: str,
+    number: int,
+    step: int,
 ) -> None:
     content = config(bases, task, tmp_path / "run")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -87,6 +93,7 @@ def test_a_stop_saves_this_step_and_says_how_to_go_on(
         stopped = train(tmp_path, content)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert stopped.code == 128 + number
+    assert "stopping after this step. Ctrl-C" in capfd.readouterr().err
     checkpoint = tmp_path / f"run.unfinished/checkpoints/checkpoint-{step}"
     assert f"{checkpoint}, of step {step}" in stopped.error
     assert read(checkpoint).step == step
@@ -107,12 +114,36 @@ def test_a_second_ctrl_c_stops_at_once(bases: Path, tmp_path: Path) -> None:
     assert "of step 5" in stopped.error
 
 
+def test_a_stop_during_an_evaluation_waits_for_it(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of one before training, after which no step is made."""
+    from msplora.train.held_out_trainer import JudgesHeldOutRows
+
+    usual = JudgesHeldOutRows.evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        send(signal.SIGINT)()
+        return usual(*arguments)
+
+    monkeypatch.setattr(JudgesHeldOutRows, "evaluate", evaluate)
+    with at_step(1, pytest.fail):
+        stopped = train(tmp_path, config(bases, "sft", tmp_path / "run"))
+    assert stopped.code == 130
+    assert "No checkpoint had been saved yet" in stopped.error
+    assert "stopping after this evaluation. Ctrl-C again" in capfd.readouterr().err
+
+
 def test_a_stop_at_the_last_step_lets_the_run_finish(
-    bases: Path, straight: Callable[..., Any], tmp_path: Path
+    bases: Path,
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     content = config(bases, "sft", tmp_path / "run")
     with at_step(10, send(signal.SIGTERM)):
         assert train(tmp_path, content).code == 0
+    assert "so the run is being finished. Ctrl-C stops at once" in capfd.readouterr().err
     assert what_was_found(tmp_path / "run") == straight("sft")
 
 
