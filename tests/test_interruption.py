@@ -18,6 +18,8 @@ import pytest
 from killed_runs import config, run_to_its_end, save_bases, what_was_found
 from msplora.train.checkpoints import SEAL, read
 from msplora.train.progress import ShowProgress
+from msplora.train.run_folder import RunFolder
+from msplora.train.settings_file import make_settings
 from runs import Result, tree, write_config
 from runs import msplora as command
 
@@ -175,16 +177,28 @@ def test_resume_auto_starts_continues_and_leaves_alone(
     other = train(tmp_path, content, "--resume", "auto", "--seed", 7)
     assert other.code == 1
     assert "complete run" in other.error
-    assert "seed was 42 and is 7" in other.error
+    assert "seed was 42 and is 7. Name another output for these, with init_from: " in other.error
+    lora = train(tmp_path, content, "--resume", "auto", "--method", "lora")
+    assert "Name another output for these. --force" in lora.error  # which starts from no pyramid
     (tmp_path / "config.yaml").unlink()
     assert tree(tmp_path) == {name: its for name, its in before.items() if name != "config.yaml"}
 
 
-@pytest.mark.parametrize("words", [["--resume=always"], ["--resume=no", "--force"]])
+@pytest.mark.parametrize("words", [["--resume=runs/x"], ["--resume", "runs/x"]])
 def test_resume_takes_nothing_or_auto(bases: Path, tmp_path: Path, words: list[str]) -> None:
     refused = train(tmp_path, config(bases, "sft", tmp_path / "run"), *words)
     assert refused.code == 2
-    assert "stands alone or takes auto" in refused.error
+    assert "stands alone or takes auto, not 'runs/x'" in refused.error
+    assert "init_from" in refused.error
+
+
+def test_a_word_too_many_is_named_whether_resume_is_there_or_not() -> None:
+    for words in (["a.yaml", "b.yaml"], ["a.yaml", "--resume", "auto", "b.yaml"]):
+        refused = command("train", *words)
+        assert refused.code == 2
+        assert "unexpected extra argument(s) (b.yaml)" in refused.error
+    # Before the config it stands alone.
+    assert "the config file a.yaml does not exist" in command("train", "--resume", "a.yaml").error
 
 
 @pytest.mark.slow
@@ -269,7 +283,10 @@ def test_other_data_than_it_began_with_is_refused(bases: Path, tmp_path: Path) -
     assert train(tmp_path, content, "--resume", "auto").code == 0
 
 
-def test_another_number_of_processes_is_refused(bases: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_is_refused(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts them: the settings', or a launcher that these know nothing of."""
     content = config(bases, "sft", tmp_path / "run")
     with at_step(3, send(signal.SIGTERM)):
         train(tmp_path, content)
@@ -279,7 +296,16 @@ def test_another_number_of_processes_is_refused(bases: Path, tmp_path: Path) -> 
     refused = train(tmp_path, content, "--resume", "auto")
     assert refused.code == 1
     assert "was written by 4 processes, and this run has 1" in refused.error
+    assert "--processes 4" in refused.error
+    assert "--force" not in refused.error
     assert tree(tmp_path) == before
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    own = RunFolder(make_settings(content, "a test"), resume=True)
+    assert own.go_on.startswith("with the launcher it was started with, 4 processes: msplora train")
+    started = RunFolder(
+        make_settings(content | {"devices": {"processes": 4}}, "a test"), resume=True
+    )
+    assert started.go_on.startswith("msplora train")
 
 
 # A full disk
