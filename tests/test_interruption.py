@@ -233,7 +233,8 @@ def test_an_unfinished_run_may_be_moved_and_one_that_is_damaged_goes_further_bac
 ) -> None:
     content = config(bases, "classification", tmp_path / "run", save_steps=1)
     expected = straight("classification")
-    assert expected["metrics"]["best"]["step"] == 5  # it has to go back to one before the move
+    # It has to go back to one before the move.
+    assert json.loads(expected["metrics"])["best"]["step"] == 5
     with at_step(8, send(signal.SIGTERM)):
         train(tmp_path, content)
     moved = tmp_path / "elsewhere/run.unfinished"
