@@ -13,7 +13,7 @@ from bake_offs import SPEC, spec
 from msplora.bakeoff.sizes import Prepared, prepare
 from msplora.errors import ConfigError, MSPLoraError
 from msplora.train.run import prepare_job
-from runs import labelled_rows, write_jsonl
+from runs import answered_rows, labelled_rows, save_decoder, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,37 @@ def test_data_is_read_once_per_task_and_a_size_is_without_the_head_of_the_task(
     assert read == ["one.jsonl", "two.jsonl", "three.jsonl"]
     encoder = hf.BertModel.from_pretrained(bake_off_folder / "encoder", add_pooling_layer=False)
     assert found.sizes["full"] == encoder.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("task", "training", "error"),
+    [
+        ("sft", {"completion_only_loss": False}, r"would be scored on \d+ and \d+ tokens"),
+        ("dpo", {"dpo_beta": 0.5}, r"training.dpo_beta = 0.5 and 0.1 of a method before it"),
+    ],
+)
+def test_methods_without_a_measure_in_common_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, training: Any, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_decoder(Path("decoder"))
+    rows = answered_rows(8)
+    if task == "dpo":
+        rows = [{"chosen": its.pop("completion"), "rejected": " fox", **its} for its in rows]
+    write_jsonl(Path("rows.jsonl"), rows)
+    its: dict[str, Any] = {
+        "base": {"model": "decoder", "task": task},
+        "tasks": {"one": {"data": {"train": "rows.jsonl"}}},
+        "choose": {},
+    }
+    # What does not change the measure is no reason, though the data is then read again.
+    same = {"lora": {"method": "lora"}, "short": {"method": "lora", "training": {"epochs": 1}}}
+    prepare(spec(**its, methods=same))
+    with pytest.raises(ConfigError, match=error):
+        prepare(spec(**its, methods={**same, "other": {"method": "lora", "training": training}}))
+    if task == "dpo":
+        its["base"]["training"] = {"metric_for_best": "rewards/accuracies"}
+        prepare(spec(**its, methods={**same, "other": {"method": "lora", "training": training}}))
 
 
 @pytest.mark.parametrize(

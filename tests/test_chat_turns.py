@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 from msplora.train.data_files import DataError, Row
 from msplora.train.data_preference import Pair
 from msplora.train.data_report import data_report
-from msplora.train.data_sft import Sample, samples
+from msplora.train.data_sft import Sample, SftData, SourceOfSamples, samples
 from msplora.train.lengths import LengthReport, Limit
 from msplora.train.settings_file import make_settings
-from msplora.train.sft_rows import masked_sample
+from msplora.train.sft_rows import masked_sample, prepare_rows
 from msplora.train.tokenise_preference import tokenise_pairs
-from msplora.train.tokenise_sft import tokenise_samples
+from msplora.train.tokenise_sft import prompt_ids, tokenise_samples
 from runs import write_jsonl
 from tiny_saved import byte_tokenizer, save_language_model
 
@@ -50,6 +51,16 @@ OPENING = WITH_SYSTEM.replace("%}<assistant>", "%}<assistant><think>")
 NEEDS_USER = (
     "{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
     "{{ raise_exception('no user') }}{% endif %}" + WITH_SYSTEM
+)
+
+
+# Opens an answer with an empty thought where a row asks for none, as Qwen3's does.
+SWITCHED = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -139,6 +150,52 @@ def test_a_turn_that_loses_its_thoughts_is_not_learnt_and_counted() -> None:
 def test_the_mark_that_opens_a_turn_is_not_learnt_where_a_fresh_one_is_opened_otherwise() -> None:
     (row,), _ = counted(OPENING, chat("u: 1", "a: One", "u: 2", "a: <b>Two"))
     assert row.endswith("<user>1</s><assistant>▶One</s>◀<user>2</s><assistant>▶<b>Two</s>◀")
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (None, "▶<think></think>Two</s>◀"),
+        ({}, "▶<think></think>Two</s>◀"),
+        ({"enable_thinking": True}, "▶<think></think>Two</s>◀"),
+        ({"enable_thinking": None}, "▶<think></think>Two</s>◀"),  # a table's null
+        ({"enable_thinking": False}, "<think></think>▶Two</s>◀"),
+        ('{"enable_thinking": false}', "<think></think>▶Two</s>◀"),  # of a CSV
+    ],
+)
+def test_a_row_s_options_reach_the_template(options: Any, shown: str) -> None:
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "1"), ("assistant", "One"), ("user", "2"), ("assistant", "Two"))
+    ]
+    row = Row("row 1", {"messages": turns, "chat_template_kwargs": options})
+    (asked,) = samples([row], "messages", {})
+    (found,), _ = counted(SWITCHED, asked)
+    assert found == f"<user>1</s><assistant>▶One</s>◀<user>2</s><assistant>{shown}"
+    (asked,) = samples([row], "messages", {}, unanswered=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = SWITCHED
+    opened = tokenizer.decode(prompt_ids(asked, tokenizer))
+    assert (
+        opened.removeprefix("<user>1</s><assistant>One</s><user>2</s><assistant>")
+        == (shown.partition("▶")[0])
+    )
+
+
+def test_options_that_the_template_does_not_name_are_warned_of() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = SWITCHED
+    limit, asked = UNBOUNDED, chat("u: 1", "a: One")
+    settings = make_settings(
+        {"model": "m", "task": "sft", "output": "o", "data": {"train": "rows.jsonl"}}, "x.yaml"
+    )
+    for name, warned in (("enable_thinking", 0), ("thinking_budget", 1)):
+        source = SourceOfSamples("rows.jsonl", "messages", 1.0, 1, 0)
+        told = replace(asked, template_options={name: False})
+        found = prepare_rows(settings, SftData([source], [told], []), tokenizer, limit, [])
+        said = [its for its in found.check.warnings if "1 of 1 (100.0 %) rows set" in its]
+        assert len(said) == warned
+        assert all("set thinking_budget in chat_template_kwargs" in its for its in said)
 
 
 def test_turns_that_are_not_learnt_are_said_before_training(tmp_path: Path) -> None:

@@ -171,8 +171,23 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["train", "training"])
+def test_a_turn_that_axolotl_s_flag_takes_out_is_read_and_not_learnt(name: str) -> None:
+    answers = [
+        ANSWERED | {name: False},
+        ANSWERED | {name: True, "weight": 1},
+        ANSWERED | {name: None},
+        ANSWERED | {name: False, "weight": 0},
+    ]
+    turns = [its for answer in answers for its in (ASKED | {name: False}, answer)]
+    assert shown(chat(turns)) == (
+        "u:1 + 2?;a:It is 3.;u:1 + 2?;a:▶It is 3.;◀u:1 + 2?;a:▶It is 3.;◀u:1 + 2?;a:It is 3.;"
+    )
+
+
 def test_of_a_chat_in_two_parts_only_the_completion_is_learnt() -> None:
-    row = Row("row 1", {"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED]})
+    prompt = [ASKED, ANSWERED | {"train": True}, ASKED]
+    row = Row("row 1", {"prompt": prompt, "completion": [ANSWERED]})
     assert detect_form([row], {}) == "messages"
     (sample,) = samples([row], "messages", {})
     assert shown(sample) == "u:1 + 2?;a:It is 3.;u:1 + 2?;a:▶It is 3.;◀"
@@ -184,7 +199,29 @@ def test_of_a_chat_in_two_parts_only_the_completion_is_learnt() -> None:
 @pytest.mark.parametrize(
     ("turns", "values", "said"),
     [
-        ([ASKED, ANSWERED | {"weight": 0}], {}, "or only such of weight 0, so nothing to learn"),
+        ([ASKED, ANSWERED | {"weight": 0}], {}, "or only such of weight 0 or train false, so"),
+        ([ASKED, ANSWERED | {"train": False}], {}, "or only such of weight 0 or train false, so"),
+        ([ASKED, ANSWERED | {"train": "no"}], {}, "turn 2: 'train' of a turn is true or false"),
+        ([ASKED, ANSWERED | {"training": 0}], {}, "'training' of a turn is true or false; found 0"),
+        (
+            [ASKED, ANSWERED | {"train": False, "weight": 1}],
+            {},
+            "turn 2: train: false and weight: 1 contradict each other",
+        ),
+        ([ASKED, ANSWERED | {"train": True, "training": False}], {}, "contradict each other"),
+        ([ASKED | {"train": True}, ANSWERED], {}, "turn 1: 'train' asks for a turn of the user"),
+        ([ASKED, ANSWERED | {"train_detail": [{}]}], {}, "'train_detail' asks for parts of a turn"),
+        (
+            [{"speaker": "A", "text": "Hello"}, ANSWERED],
+            {},
+            "turn 1: a turn has role and content (or from and value); found speaker, text.",
+        ),
+        ([ASKED, {"role": "assistant", "text": "A"}], {}, "(or from and value); found role, text."),
+        ([{}, ANSWERED], {}, "(or from and value); found nothing."),
+        ([ASKED, {"role": "assistant", "content": None}], {}, "turn 2: the content is null"),
+        ([ASKED | {"role": ["user"]}, ANSWERED], {}, "role ['user'] is none of"),
+        ([], {}, "'messages' (or 'conversations') must be a list of turns"),
+        (None, {}, "'messages' (or 'conversations') must be a list of turns"),
         ([ASKED, ANSWERED | {"weight": 0.5}], {}, "turn 2: a weight of a turn is 0 or 1"),
         (
             [
@@ -219,6 +256,24 @@ def test_chats_that_cannot_be_read(turns: Any, values: dict[str, Any], said: str
     assert "a.jsonl, line 3" in str(caught.value)
 
 
+def test_nulls_that_a_table_puts_under_the_other_names_of_role_and_text() -> None:
+    turns = [{"role": None, "content": None, "from": "gpt", "value": "It is 3."}]
+    assert read_chat(Row("x", {"messages": turns}), False)[0] == (ANSWERED,)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("{", "'chat_template_kwargs' is not valid JSON"),
+        (["enable_thinking"], "'chat_template_kwargs' is a list, not an object"),
+        ({"tokenize": True, "tools": []}, "'chat_template_kwargs' sets tokenize, tools, which"),
+    ],
+)
+def test_options_of_the_template_that_cannot_be(options: Any, said: str) -> None:
+    with pytest.raises(DataError, match=f"^row 1: {said}"):
+        chat([ASKED, ANSWERED], chat_template_kwargs=options)
+
+
 # Alpaca with what came before.
 
 
@@ -235,13 +290,23 @@ def test_alpaca_s_system_and_history_come_before_the_instruction() -> None:
         "Be brief.\n\n### Instruction:\n1 + 1?\n\n### Response:\n2\n\n"
         "### Instruction:\nAnd 2?\n\n### Response:\n3\n\n" + alpaca_prompt("And 3?")
     )
-    for nothing in ({}, {"system": "", "history": []}, {"system": None, "history": None}):
+    (from_csv,) = samples(
+        [Row("x", values | {"history": json.dumps(values["history"])})], "alpaca", {}
+    )
+    assert from_csv == sample
+    for nothing in (
+        {},
+        {"system": "", "history": []},
+        {"system": None, "history": None},
+        {"system": "", "history": ""},
+        {"system": "", "history": "[]"},
+    ):
         row = Row("x", {"instruction": "i", "output": "o", **nothing})
         (sample,) = samples([row], "alpaca", {})
         assert sample.prompt == alpaca_prompt("i")
 
 
-@pytest.mark.parametrize("history", [["a"], [["a"]], [["a", 1]]])
+@pytest.mark.parametrize("history", [["a"], [["a"]], [["a", 1]], {"a": "b"}, "5", '["a"]'])
 def test_a_history_of_no_pairs_is_refused(history: Any) -> None:
     row = Row("a.json, row 2", {"instruction": "i", "output": "o", "history": history})
     with pytest.raises(DataError, match=r"a\.json, row 2: 'history' is a list of pairs"):

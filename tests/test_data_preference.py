@@ -65,6 +65,11 @@ CHATS = {
         "rejected": [ASKED, NO],
     },
     "weights": {"prompt": [ASKED], "chosen": YES | {"weight": 1}, "rejected": NO | {"weight": 0}},
+    "flags": {
+        "prompt": [ASKED],
+        "chosen": YES | {"train": True},
+        "rejected": NO | {"train": False},
+    },
     "sharegpt": {
         "conversations": [{"from": "human", "value": "Hi?"}],
         "chosen": {"from": "gpt", "value": "Yes."},

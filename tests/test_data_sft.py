@@ -177,7 +177,7 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path)
         ([{"messages": []}], "at least one"),
         ([{"messages": ["hello"]}], "turn 1: found a str"),
         ([{"messages": [{"role": "asistant", "content": "a"}]}], "Did you mean 'assistant'?"),
-        ([{"messages": [{"role": "assistant", "content": None}]}], "content is a NoneType"),
+        ([{"messages": [{"role": "assistant", "content": None}]}], "content is null, not text"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "no turn of the assistant"),
     ],
 )

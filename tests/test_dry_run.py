@@ -45,7 +45,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_decoder(folder / "decoder", layers=2, hidden_size=64, intermediate_size=128)
     write_jsonl(folder / "labelled.jsonl", labelled_rows(64))
     write_jsonl(folder / "answered.jsonl", answered_rows(64))
+    write_jsonl(
+        folder / "preferred.jsonl",
+        [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w1 w2"}
+            for row in answered_rows(64)
+        ],
+    )
     return folder
+
+
+DATA = {"classification": "labelled", "sft": "answered", "dpo": "preferred"}
 
 
 def config(folder: Path, task: str = "classification", **changes: Any) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def config(folder: Path, task: str = "classification", **changes: Any) -> dict[s
         "model": str(folder / ("encoder" if classifies else "decoder")),
         "task": task,
         "output": str(folder / "run"),
-        "data": {"train": str(folder / ("labelled.jsonl" if classifies else "answered.jsonl"))},
+        "data": {"train": str(folder / f"{DATA[task]}.jsonl")},
         "adapter": {"target_modules": ["query", "value"] if classifies else ["q_proj", "v_proj"]},
     }
     for key, value in changes.items():
@@ -75,6 +85,7 @@ def without_weights(settings: Settings, on_gpu: bool = False) -> Job:
 
 
 SFT = "sft"
+PAIRS = {"training__batch_size": 2, "training__eval_batch_size": 2}
 ALL = {"adapter__target_modules": "all-linear"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "classifier, dropout": ("classification", {**ALL, "adapter__lora_dropout": 0.1}),
@@ -95,6 +106,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "evaluation is the peak": ("classification", {"training__batch_size": 1}),
     "one short row": (SFT, {"training__batch_size": 1}),
     "nothing held out": (SFT, {"data__validation_fraction": 0}),
+    "preferences over a second model": ("dpo", {"method": "full", **PAIRS}),
 }  # fmt: skip
 
 
@@ -155,6 +167,24 @@ def test_a_run_that_starts_from_an_adapter(folder: Path, tmp_path: Path) -> None
     found = dry_run(settings, "cpu")
     assert found.trainable.adapter == first.adapted.trainable.adapter
     assert found.estimate.training.parts[Held.TRAINED] >= 4 * found.trainable.total
+
+
+@pytest.mark.slow
+def test_preferences_over_the_adapter_that_the_run_starts_from(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = prepare_job(make_settings(config(folder, SFT), "test"))
+    first.adapted.model.save_pretrained(tmp_path / "adapter")
+    start = {"init_from": str(tmp_path / "adapter"), **PAIRS}
+    found = foreseen(folder, "dpo", real=True, **start)
+    assert_close(found)
+    second = found.estimate.training.parts[Held.FROZEN] - frozen_bytes(first)
+    assert second == 4 * found.trainable.adapter
+
+
+def frozen_bytes(job: Job) -> int:
+    frozen = (*job.adapted.model.parameters(), *job.adapted.model.buffers())
+    return sum(its.nbytes for its in frozen if not its.requires_grad)
 
 
 def test_no_weight_is_needed_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loss per token of held-out rows: the same in any pieces and batches, and transformers' own."""
+"""The loss per token of held-out rows: the same in any pieces and batches."""
 
 from __future__ import annotations
 

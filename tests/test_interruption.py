@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from killed_runs import config, run_to_its_end, save_bases, what_was_found
 from msplora.train.checkpoints import SEAL, read
@@ -338,13 +340,47 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert run_to_its_end(content, _LimitFiles(8, size)) == 1
     said = (tmp_path / "run.log").read_text().splitlines()[-1]
     assert "could not be written" in said
-    assert "MB are free" in said or "GB are free" in said
-    assert "checkpoint-7, of step 7. Free some space" in said
+    assert "checkpoint-7, of step 7. Once it can be, to go on: " in said  # a limit, not a full disk
     saved = tmp_path / "run.unfinished/checkpoints"
     assert not list(saved.glob(".*"))
     assert not (saved / "checkpoint-8").exists()
     assert train(tmp_path, content, "--resume").code == 0
     assert what_was_found(tmp_path / "run") == straight("sft")
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "advice"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            "could not be written in",
+            "Free some space; then",
+        ),
+        (SafetensorError("I/O (os error 28)"), "could not be written in", "Free some space; then"),
+        (SafetensorError("I/O (os error 27)"), "could not be written in", "Once it can be, to go"),
+        # A tracker's server that is away: `requests` has such errors, without a number.
+        (
+            type("Away", (OSError,), {})("no answer"),
+            "not its own: Away: no answer. The",
+            "To go on",
+        ),
+        (FileNotFoundError(2, "No such file", "image.png"), "FileNotFoundError: [Err", "To go on"),
+    ],
+)
+def test_only_a_full_disk_is_called_one(
+    bases: Path, tmp_path: Path, error: Exception, said: str, advice: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    content = config(bases, "sft", tmp_path / "run", save_steps=1)
+    with at_step(3, fail):
+        ended = train(tmp_path, content)
+    assert ended.code == 1
+    assert said in ended.error
+    assert f"checkpoint-2, of step 2. {advice}" in ended.error
+    assert ("Free some space" in ended.error) is (advice[0] == "F")
+    assert "--resume" in ended.error
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(

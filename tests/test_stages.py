@@ -196,6 +196,8 @@ def test_stage_ends_follow_the_shares() -> None:
 def test_what_cannot_be_staged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 steps are too few for 3 stages: the stage of"):
         trainer(tmp_path, adapted(), StagedTraining(LEVELS), max_steps=2).train()
+    with pytest.raises(ConfigError, match=r"too few for 3 .* of global would have one,"):
+        trainer(tmp_path, adapted(), StagedTraining(LEVELS), max_steps=3, warmup_steps=1).train()
     with pytest.raises(ConfigError, match=r"'globl', and the pyramid has global, mid, local.*mean"):
         trainer(tmp_path, adapted(), StagedTraining(["globl"])).train()
     with pytest.raises(ConfigError, match="no stage"):

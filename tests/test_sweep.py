@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -52,6 +53,9 @@ BASE: dict[str, Any] = {
     "data": {"train": "answered.jsonl", "validation_fraction": 0.2},
     "training": {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "check_saved": False},
 }
+
+PAIRS: dict[str, Any] = {**BASE, "task": "dpo", "data": {"train": "pairs.jsonl"}}
+LABELLED: dict[str, Any] = {**BASE, "task": "classification", "data": {"train": "rows.csv"}}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,7 @@ class MadeUp:
         self.stop_at: int | None = None
         self.fails: set[float] = set()
         self.diverges_above = math.inf
+        self.scored_on: Callable[[Settings], dict[str, int | None] | None] = lambda _: None
 
     def __call__(self, settings: Settings, log: Path, *_: Any) -> Outcome:
         run = Path(settings.output)
@@ -116,7 +121,7 @@ class MadeUp:
         run.mkdir(parents=True)
         best = {"step": 3, "epoch": 1.0, "loss": loss}
         metrics = {"metric_for_best": "loss", "best": best, "before": None, "trainable": 7}
-        metrics["evaluations"] = [best]
+        metrics["evaluations"], metrics["scored_on"] = [best], self.scored_on(settings)
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "config.yaml").write_text("")
         (run / "versions.json").write_text("{}")
@@ -154,6 +159,9 @@ def test_each_run_is_the_one_that_train_makes_and_one_that_diverges_is_recorded(
     metrics = json.loads(Path("alone/metrics.json").read_text())
     assert rows[0]["value"] == metrics["best"]["loss"]
     assert rows[0]["best"] == metrics["best"]
+    assert rows[0]["scored_on"] == metrics["scored_on"]
+    assert metrics["scored_on"]["rows"] == 4
+    assert metrics["scored_on"]["tokens"] == metrics["before"]["tokens"]
     assert rows[0]["trainable"] == metrics["trainable"]
     assert "| 1e+30 | – | – | – | diverged |" in Path("out/table.md").read_text()
     assert Path("out/sweep.png").stat().st_size > 1000
@@ -228,6 +236,81 @@ def test_a_setting_that_diverged_with_one_seed_is_never_the_best(made_up: MadeUp
     Path("out/results.jsonl").write_text("\n".join([json.dumps(one), *rows[1:]]) + "\n")
     run_sweep(sweep_of(grid={RATE: [1e-3, 2e-3]}, seeds=[0, 2]))
     assert [(line[RATE], line["mark"]) for line in table_in()] == [("0.002", "best"), ("0.001", "")]
+
+
+def tokens_by_what_counts(settings: Settings) -> dict[str, int | None]:
+    tokens = 639 if settings.training.completion_only_loss else 2004
+    return {"rows": 20, "checksum": 1, "tokens": tokens + settings.seed}
+
+
+COUNTS = "training.completion_only_loss"
+
+
+def test_the_best_is_marked_among_settings_that_were_scored_on_the_same(made_up: MadeUp) -> None:
+    made_up.scored_on = tokens_by_what_counts
+    run_sweep(sweep_of(grid={COUNTS: [True, False], RATE: [1e-2, 1e-3]}, seeds=[0, 1]))
+    marks = {(line[COUNTS], line[RATE]): line["mark"] for line in table_in()}
+    assert marks == {
+        ("true", "0.001"): "best of those scored alike",
+        ("false", "0.001"): "best of those scored alike",
+        ("true", "0.01"): "",
+        ("false", "0.01"): "",
+    }
+    said = "Its settings were scored on 639 and 2,004 tokens: not comparable"
+    assert said in Path("out/table.md").read_text()
+    # Seeds hold out other rows, each setting the same ones.
+    run_sweep(sweep_of(grid={RATE: [1e-2, 1e-3]}, seeds=[0, 1], output="alike"))
+    assert [line["mark"] for line in table_in("alike")] == ["best", ""]
+    assert "comparable" not in Path("alike/table.md").read_text()
+
+
+def test_a_setting_that_is_compared_with_none_is_not_marked_and_its_run_is_kept(
+    undrawn: MadeUp,
+) -> None:
+    undrawn.scored_on = tokens_by_what_counts
+    run_sweep(sweep_of(grid={COUNTS: [True, False]}, keep="best"))
+    assert [line["mark"] for line in table_in()] == ["", ""]
+    assert len(list(Path("out/runs").iterdir())) == 2
+
+
+def test_rows_that_differ_are_told_apart_where_they_are_as_many(undrawn: MadeUp) -> None:
+    def other_rows(settings: Settings) -> dict[str, int | None]:
+        return {"rows": 20, "checksum": len(str(settings.data.train)), "tokens": None}
+
+    for name in ("answered", "others"):
+        write_jsonl(Path(f"{name}.jsonl"), answered_rows(20))
+    undrawn.scored_on = other_rows
+    grid = {"data.train": ["answered.jsonl", "others.jsonl"]}
+    run_sweep(sweep_of(grid=grid))
+    assert "scored on rows that differ: not comparable" in Path("out/table.md").read_text()
+
+
+def test_of_older_runs_the_tokens_are_compared(undrawn: MadeUp) -> None:
+    content = {"grid": {COUNTS: [True, False]}}
+    run_sweep(sweep_of(**content))
+    assert "comparable" not in Path("out/table.md").read_text()
+    rows = rows_in()
+    for row, tokens in zip(rows, (639, 2004), strict=True):
+        del row["scored_on"]
+        row["best"]["tokens"] = tokens
+    Path("out/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_sweep(sweep_of(**content))
+    assert "scored on 639 and 2,004 tokens: not comparable" in Path("out/table.md").read_text()
+
+
+def test_a_sweep_with_a_run_that_failed_or_none_complete_exits_with_1(undrawn: MadeUp) -> None:
+    undrawn.fails, undrawn.diverges_above = {1e-3}, 1e-1
+    result = sweep_command({"grid": {RATE: [1e-3, 1e-2]}})
+    assert result.code == 1
+    assert "1 of 2 failed; --retry-failed runs them again. The first for: out of memory" in (
+        result.out
+    )
+    assert sweep_command({"grid": {RATE: [1e-3]}, "output": "all"}).code == 1
+    diverged = sweep_command({"grid": {RATE: [1.0]}, "output": "diverged"})
+    assert (diverged.code, "No run is complete." in diverged.out) == (1, True)
+    assert sweep_command({"grid": {RATE: [1e-3, 1e-2]}}, "--list").code == 0
+    undrawn.fails.clear()
+    assert sweep_command({"grid": {RATE: [1e-3, 1e-2]}}, "--retry-failed").code == 0
 
 
 def test_what_failed_is_run_again_on_demand_only(made_up: MadeUp) -> None:
@@ -365,7 +448,9 @@ def test_a_search_among_files_ends(undrawn: MadeUp) -> None:
     for name in ("answered", "others"):
         write_jsonl(Path(f"{name}.jsonl"), answered_rows(20))
     choices = ["answered.jsonl", "others.jsonl"]
-    run_sweep(sweep_of(search={"data.train": {"choices": choices}}, trials=5))
+    held_out = str(write_jsonl(Path("held-out.jsonl"), answered_rows(5)))
+    config = {**BASE, "data": {"train": "answered.jsonl", "validation": held_out}}
+    run_sweep(sweep_of(config=config, search={"data.train": {"choices": choices}}, trials=5))
     assert len(undrawn.ran) == 2
 
 
@@ -502,6 +587,16 @@ def test_more_than_a_thousand_runs_are_refused(made_up: MadeUp) -> None:
         ({"seeds": [1], "base": "base.yaml"}, "found both"),
         ({"seeds": [1], "config": {**BASE, "data": {"train": "a", "validation_fraction": 0}}},
          "there are none"),
+        ({"grid": {"training.dpo_beta": [0.01, 1.0]}, "config": PAIRS},
+         "Set training.metric_for_best: rewards/accuracies"),
+        ({"search": {"training.dpo_loss": {"choices": ["ipo", "hinge"]}}, "config": PAIRS},
+         "cannot be swept where runs are compared by loss"),
+        ({"search": {"training.completion_only_loss": {"choices": [True, False]}}},
+         "changes which rows or tokens a run is scored on"),
+        ({"search": {"data.max_length": {"low": 8, "high": 64}}}, "cannot be searched"),
+        ({"search": {"data.validation_fraction": {"low": 0.1, "high": 0.2}}}, "cannot be searched"),
+        ({"search": {"data.train": {"choices": ["a.jsonl", "b.jsonl"]}}}, "cannot be searched"),
+        ({"search": {"model": {"choices": ["a", "b"]}}}, "Give its values under grid"),
         ({"seeds": [1], "config": {**BASE, "devices": {"processes": 2}}}, "Leave isolate out"),
     ],
 )  # fmt: skip
@@ -513,6 +608,20 @@ def test_what_cannot_be_swept_is_refused_before_the_first_run(
     assert message in result.error
     assert made_up.ran == []
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"grid": {"training.dpo_beta": [0.01, 1.0]}, "config": {
+            **PAIRS, "training": {"metric_for_best": "rewards/accuracies"}}},
+        {"search": {"data.max_length": {"low": 8, "high": 64}}, "config": LABELLED},
+        {"search": {"model": {"choices": ["a", "b"]}}, "config": LABELLED},
+        {"search": {RATE: {"low": 1e-4, "high": 1e-2}}, "grid": {"data.max_rows": [10, 20]}},
+    ],
+)  # fmt: skip
+def test_what_changes_no_measure_is_swept(content: dict[str, Any]) -> None:
+    assert sweep_of(**content).swept
 
 
 def stands_in_for_python(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -651,7 +760,8 @@ def test_a_run_that_fails_or_is_killed_takes_no_other_with_it(here: Path) -> Non
     ]
     os.kill(child, signal.SIGKILL)
     out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
+    assert process.returncode == 1, out
+    assert "2 of 3 failed" in out
     rows = rows_in()
     assert [row["status"] for row in rows] == ["failed", "failed", "complete"]
     assert "r must be at least 4" in rows[0]["error"]

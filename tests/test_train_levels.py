@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from runs import (
     Result,
@@ -160,6 +161,44 @@ def test_early_stopping(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_json("run/metrics.json") == read_json("straight/metrics.json")
 
 
+@pytest.mark.slow
+def test_with_stages_only_the_last_one_stops_early(bases: Path) -> None:
+    training = {
+        "learning_rate": 3.0,
+        "eval_steps": 1,
+        "early_stopping_patience": 2,
+        "max_steps": 40,
+    }
+    training |= {"stages": ["global", {"levels": ["mid", "local"], "share": 4}], "max_grad_norm": 0}
+    found = train(bases, training=training)
+    assert found.code == 0, found.err
+    metrics = read_json("run/metrics.json")
+    steps = [entry["step"] for entry in metrics["evaluations"]]
+    assert steps[-1] >= 8 + 2  # the first stage, hopeless as it is, is gone through
+    assert f"stopped early at step {steps[-1]} of 40: loss was not better in 2 evalua" in found.out
+    assert steps[-1] < 40
+    assert "stage 2 of 2" in found.out
+    if metrics["best"]["step"] <= 8:
+        said = " ".join(found.out.split())
+        assert f"What was kept is of step {metrics['best']['step']} of the {steps[-1]}" in said
+
+
+def test_trackers_are_named_as_in_transformers_arguments(bases: Path) -> None:
+    assert "pip install clearml" in train(bases, training={"report_to": "clearml"}).error
+    assert train(bases, training={"report_to": "none", "max_steps": 1}).code == 0
+
+
+def test_a_base_without_numbers_is_told_from_a_rate_too_high(bases: Path, tmp_path: Path) -> None:
+    shutil.copytree(bases / "decoder", tmp_path / "nan")
+    weights = tensors(tmp_path / "nan")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "nan/model.safetensors", {"format": "pt"})
+    found = train(bases, model=str(tmp_path / "nan"))
+    assert found.code == 1
+    assert "the held-out loss is nan before the first step: the base itself gives no" in found.error
+    assert "learning_rate" not in found.error
+
+
 def test_tensorboard_gets_the_norms_of_the_levels(bases: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -180,6 +219,10 @@ def test_tensorboard_gets_the_norms_of_the_levels(bases: Path) -> None:
         (
             {"training": {"stages": ["global", "mid", "local"], "max_steps": 2}},
             "2 steps are too few",
+        ),
+        (
+            {"training": {"stages": ["global", "mid", "local"], "max_steps": 3}},
+            "the stage of global would have one, at the warm-up's first rate, which is 0",
         ),
         ({"training": {"stages": ["glob"]}}, "training.stages names the level 'glob'"),
         ({"training": {"stages": []}}, "training.stages"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -189,11 +190,21 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors' own errors hide a full disk
-        full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
         raise OutputError(
             f"writing {str(out)!r} failed: {error}. Nothing was changed; "
-            f"{'free some space or ' if full else ''}choose another place."
+            f"{'free some space or ' if is_full(error) else ''}choose another place."
         ) from error
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full."""
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def error_number(error: Exception) -> int | None:
+    """The system's number of an error; that of safetensors' stands in its words only."""
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(hidden[1]) if hidden else None)
 
 
 def put_in_place(partial: Path, out: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
 import transformers
 
 from msplora.errors import ConfigError, MSPLoraError
+from msplora.sweep.same_measure import OF_THE_LOSS, changes_the_loss
 from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.base_model import Base, base_without_weights, load_base
 from msplora.train.job import Job
 from msplora.train.methods import Adapted, adapt
+from msplora.train.metric_order import PAIRS_IN_ORDER
 from msplora.train.quiet import quiet_libraries
 from msplora.train.run import prepare_job
+from msplora.train.scored_on import ScoredOn, difference
 from msplora.train.settings import Settings
 from msplora.train.settings_methods import METHOD_SECTIONS
 
@@ -93,6 +97,8 @@ class _Looks:
     def __init__(self) -> None:
         self.metrics: dict[str, str] = {}
         """Task -> what its runs are judged by."""
+        self._scored_on: dict[str, ScoredOn] = {}
+        self._losses: dict[str, dict[str, Any]] = {}
         self._classes: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
 
@@ -130,8 +136,29 @@ class _Looks:
                 f"it would be judged by {job.best}, and the methods before it are by {metric}. "
                 f"Methods of one bake-off have the same kind of task."
             )
+        self._check_measure(job, task)
         self._classes.setdefault(task, classes)
         return _size(job.adapted, job.base, settings)
+
+    def _check_measure(self, job: Job, task: str) -> None:
+        """Refuse a method whose metric would be of another formula, or of other rows or tokens."""
+        its = job.record.settings
+        loss = {key: attrgetter(key)(its) for key in OF_THE_LOSS if changes_the_loss(key, its)}
+        before = self._losses.setdefault(task, loss)
+        changed = next((key for key in loss if loss[key] != before[key]), None)
+        if changed:
+            raise ConfigError(
+                f"{changed} = {loss[changed]} and {before[changed]} of a method before it make two "
+                f"losses of one name. Set it in base or in the task, or set "
+                f"training.metric_for_best: {PAIRS_IN_ORDER} there."
+            )
+        scored_on = ScoredOn.of(job)
+        found = scored_on and difference([self._scored_on.setdefault(task, scored_on), scored_on])
+        if found:
+            raise ConfigError(
+                f"it and a method before it would be scored on {found}, and could not be compared. "
+                f"Set what changes that in base or in the task."
+            )
 
 
 def _settings_of(bake_off: BakeOff, name: str, task: str) -> Settings:

@@ -23,7 +23,10 @@ def sweep(
         bool, typer.Option("--allow-many", help="Run more than a thousand.")
     ] = False,
 ) -> None:
-    """Train with every combination of a grid, or search with optuna; continues what was stopped."""
+    """Train with every combination of a grid, or search with optuna; continues what was stopped.
+
+    The exit code is 1 where a run failed or none is complete, else 0.
+    """
     from msplora.extras import sweep_extra, train_extra
 
     with train_extra(), sweep_extra():
@@ -52,3 +55,13 @@ def sweep(
         return
     said = f"The table and the plot are in {folder}"
     console.print(said, markup=False, highlight=False, soft_wrap=True)
+    rows = [row for its in settings for row in its.rows.values() if row]
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        said = f"{len(failed)} of {len(rows)} failed; --retry-failed runs them again."
+        console.print(f"{said} The first for: {failed[0].error}", markup=False, soft_wrap=True)
+    is_any_complete = any(row.status == "complete" for row in rows)
+    if not failed and not is_any_complete:
+        console.print("No run is complete.")
+    if failed or not is_any_complete:
+        raise typer.Exit(1)

@@ -17,9 +17,10 @@ from matplotlib.transforms import blended_transform_factory
 
 from msplora.page.plotting import COLOURS, mark_of
 
+from .best import marked, not_comparable
 from .naming import short_keys, shown
 from .reading import Parameters, Sweep
-from .settings_tried import METHOD, Setting, best_by_method, rank
+from .settings_tried import METHOD, Setting, rank
 
 RATE = "training.learning_rate"
 _DOTS_AT_MOST = 40
@@ -64,14 +65,14 @@ def _over_the_rate(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
     figure, axes = _figure(8, 4.8)
     axes.set_xscale("log")
     series = _series(sweep, settings)
-    bests = best_by_method(list(settings))
+    bests = marked(list(settings))
     handles: list[Any] = []
     for place, (name, its) in enumerate(series.items()):
         # A little apart, so that the spreads of two series at one rate are both seen.
         shift = 1.02 ** (place - (len(series) - 1) / 2)
         style = mark_of(place)
         handles.append(_curve(axes, its, shift, name, style, RATE in sweep.settings.grid))
-        best = [one for one in its if any(one is found for found in bests)]
+        best = [one for one in its if any(one is found for found, _ in bests)]
         axes.plot(
             [one.parameters[RATE] * shift for one in best], [_mean(one) for one in best], **_RING
         )
@@ -84,6 +85,8 @@ def _over_the_rate(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
         )
     if bests:
         label = "best of its method" if len(bests) > 1 else "best"
+        if not_comparable(list(settings)):
+            label = "best of those scored alike"
         handles += axes.plot([], [], label=label, **_RING)
     if any(setting.having("diverged") for setting in settings):
         handles += axes.plot([], [], label="diverged", **_CROSS)
@@ -193,7 +196,8 @@ def _metric(sweep: Sweep, settings: Sequence[Setting]) -> str:
     metric = next((row.metric for its in settings for row in its.complete), None) or "metric"
     seeds = sweep.settings.seeds or []
     spread = f"\nmean of {len(seeds)} seeds, lowest to highest" if len(seeds) > 1 else ""
-    return f"held-out {metric}{spread}"
+    why_not = not_comparable(list(settings))
+    return f"held-out {metric}{spread}" + (f"\n{why_not}" if why_not else "")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

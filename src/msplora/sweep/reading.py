@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from msplora.errors import ConfigError, nearest
 from msplora.train.absolute_paths import PATHS, absolute_value, with_absolute_paths
+from msplora.train.metric_order import PAIRS_IN_ORDER
 from msplora.train.problems import described, together
 from msplora.train.same_settings import flat
 from msplora.train.settings import Settings
@@ -22,6 +23,7 @@ from msplora.train.settings_checks import has_validation
 from msplora.train.settings_file import make_settings, put, read_content
 
 from .naming import shown
+from .same_measure import changes_the_loss, changes_what_is_scored
 from .settings import SearchSettings, SweepSettings
 
 SEED = "seed"
@@ -253,10 +255,31 @@ def _check_runs(sweep: Sweep) -> None:
                 f"in {sweep.source}: the runs are compared on held-out rows, and there are none: "
                 f"set data.validation, data.validation_split or data.validation_fraction above 0."
             )
+        _check_measure(sweep, found)
         if found.devices.processes > 1 and not sweep.settings.isolate:
             raise ConfigError(
                 f"in {sweep.source}: devices.processes = {found.devices.processes} needs processes "
                 f"of their own. Leave isolate out."
+            )
+
+
+def _check_measure(sweep: Sweep, found: Settings) -> None:
+    """Refuse to compare losses of different formulas, and to have a search follow such differences.
+
+    What a grid's runs were scored on is seen in their results.
+    """
+    for key in sweep.swept:
+        if changes_the_loss(key, found):
+            raise ConfigError(
+                f"in {sweep.source}: {key} cannot be swept where runs are compared by "
+                f"{found.training.metric_for_best or 'loss'}: it changes how that is computed. Set "
+                f"training.metric_for_best: {PAIRS_IN_ORDER} in the base config."
+            )
+        if key in sweep.settings.search and changes_what_is_scored(key, found):
+            raise ConfigError(
+                f"in {sweep.source}: {key} cannot be searched: it changes which rows or tokens a "
+                f"run is scored on, and the search would follow that. Give its values under grid: "
+                f"each is searched for itself."
             )
 
 

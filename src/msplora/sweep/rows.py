@@ -41,6 +41,8 @@ class Row:
     """All metrics of that checkpoint, with its step and epoch."""
     before: dict[str, Any] | None = None
     """The metrics before the first step."""
+    scored_on: dict[str, int | None] | None = None
+    """What all metrics are of, as `ScoredOn` has it; None where an older msplora made the run."""
     trainable: int | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """The metrics at each evaluation, in order."""
@@ -79,6 +81,7 @@ class Row:
         self.metric, self.best = metrics["metric_for_best"], metrics["best"]
         self.value = self.best[metrics["metric_for_best"]]
         self.before, self.trainable = metrics["before"], metrics["trainable"]
+        self.scored_on = metrics.get("scored_on")
         self.evaluations, self.gpu_bytes = metrics["evaluations"], metrics.get("gpu_bytes")
         self.steps = metrics.get("max_steps")
         times = [its.get("train_runtime") for its in _read_json(folder / HISTORY)]

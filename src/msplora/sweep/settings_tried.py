@@ -84,22 +84,10 @@ def settings_to_run(sweep: Sweep, rows: Rows) -> Iterator[Setting]:
             yield setting_of(sweep, rows, {**combination, **chosen})
 
 
-def best_of(settings: list[Setting]) -> Setting | None:
-    """The setting with the best mean, of those with every seed complete."""
-    return min((its for its in settings if its.is_whole), key=rank, default=None)
-
-
 def rank(setting: Setting) -> tuple[bool, float]:
     """Sorts the best first; a setting without all of its seeds comes after those with them."""
     score = setting.score
     return (not setting.is_whole, math.inf if score is None else -score)
-
-
-def best_by_method(settings: list[Setting]) -> list[Setting]:
-    """The best setting of each method, or of all where the method is not swept."""
-    methods = dict.fromkeys(its.method for its in settings)
-    bests = [best_of([its for its in settings if its.method == method]) for method in methods]
-    return [its for its in bests if its is not None]
 
 
 def _tried(sweep: Sweep, rows: Rows, combination: Parameters) -> list[Parameters]:

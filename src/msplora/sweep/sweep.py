@@ -13,12 +13,13 @@ from msplora.train.inputs import data_paths, fingerprint
 from msplora.train.settings import Settings
 from msplora.train.stopping import Interrupted
 
+from .best import best_by_method
 from .folder import SWEEP, SweepFolder, SweepFolderError
 from .naming import run_name
 from .reading import Sweep
 from .rows import Row, Rows
 from .running import Outcome, SweepSignals, run_apart, run_here
-from .settings_tried import Setting, best_by_method, settings_so_far, settings_to_run
+from .settings_tried import Setting, settings_so_far, settings_to_run
 from .table import write_tables
 
 MANY = 1000

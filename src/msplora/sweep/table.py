@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from msplora.train.checkpoints import write_whole
 
+from .best import marked, not_comparable
 from .naming import short_keys, shown
 from .reading import Sweep
-from .settings_tried import Setting, best_by_method, best_of, rank
+from .settings_tried import Setting, rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,14 +73,13 @@ def _cells(sweep: Sweep, settings: Sequence[Setting]) -> tuple[list[str], list[l
 
 def _marks(settings: Sequence[Setting]) -> dict[int, str]:
     """Place of a setting -> what it is best of."""
-    best, bests = best_of(list(settings)), best_by_method(list(settings))
-    marks = {}
-    for place, setting in enumerate(settings):
-        if setting is best:
-            marks[place] = "best"
-        elif any(setting is its for its in bests):
-            marks[place] = f"best {setting.method}"
-    return marks
+    bests = marked(list(settings))
+    return {
+        place: what
+        for place, setting in enumerate(settings)
+        for its, what in bests
+        if setting is its
+    }
 
 
 def _what_is_missing(setting: Setting) -> str:
@@ -113,6 +113,9 @@ def _caption(sweep: Sweep, settings: Sequence[Setting]) -> str:
         said += f"; mean of {len(seeds)} seeds (lowest to highest)"
     if any(setting.having("diverged") for setting in settings):
         said += ". A setting that diverged with a seed is not among the best"
+    why_not = not_comparable(list(settings))
+    if why_not:
+        said += f". Its settings were {why_not}; best is marked among those scored alike"
     return f"{said}. Seconds are those of one run, loading included."
 
 

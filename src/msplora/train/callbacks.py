@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback
 from transformers.integrations import (
     TensorBoardCallback,
     get_available_reporting_integrations,
@@ -25,6 +24,7 @@ from .level_norms import LevelNorms
 from .methods import Adapted
 from .settings import Settings
 from .stages import Stage, StagedTraining, stage_ends
+from .stopping_early import stop_early
 
 TENSORBOARD = "tensorboard"
 """The tracker whose files belong to the run folder, and the folder in it that holds them."""
@@ -52,7 +52,9 @@ def check_steps(settings: Settings, steps: int) -> None:
         ConfigError: there is one.
     """
     if settings.method == "msplora" and settings.training.stages:
-        stage_ends(stages_of(settings), steps)
+        stages, training = stages_of(settings), settings.training
+        warms_up = len(stages) > 1 and training.restart_schedule and training.warmup_ratio > 0
+        stage_ends(stages, steps, warms_up and training.scheduler != "constant")
     if settings.method == "elalora":
         Phases.of(ElaLoraConfig(**settings.elalora.model_dump()), steps)
     if settings.method == "adalora":
@@ -78,7 +80,8 @@ def add_callbacks(
     """
     training = settings.training
     if training.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+        stages = stages_of(settings) if adapted.plan else []
+        stop_early(trainer, training.early_stopping_patience, stages, tell)
     if settings.method == "elalora":
         trainer.add_callback(MoveRanks(tell=tell))
     if settings.method == "adalora":

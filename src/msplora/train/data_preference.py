@@ -8,7 +8,7 @@ from typing import Any
 
 from msplora.errors import nearest
 
-from .data_chat import ROLES, THOUGHTS
+from .data_chat import FLAGS, ROLES, THOUGHTS, role_of
 from .data_files import DataError, Row, read_rows
 from .data_sft import (
     Form,
@@ -279,15 +279,15 @@ def _one_turn(row: Row, name: str, side: list[Any]) -> dict[str, Any]:
             f"{len(side)} turn(s) of {', '.join(str(_role(turn)) for turn in side[:4])}."
         )
     # Of a pair, both answers are learnt from.
-    return {key: its for key, its in side[0].items() if key != "weight"}
+    return {key: its for key, its in side[0].items() if key not in ("weight", *FLAGS)}
 
 
 def _role(turn: Any) -> Any:
-    return turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return role_of(turn) if isinstance(turn, dict) else None
 
 
 def _of_assistant(turn: Any) -> bool:
-    return ROLES.get(_role(turn)) == "assistant"
+    return ROLES.get(str(_role(turn))) == "assistant"
 
 
 def _chat_prompt(row: Row) -> Row:

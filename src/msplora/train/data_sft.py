@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from msplora.errors import nearest
 
-from .data_chat import chat_text, read_chat
+from .data_chat import FLAGS, chat_text, parsed, read_chat, template_options
 from .data_files import DataError, Row
 from .data_sources import read_source
 from .data_split import Part, Splits, all_rows, read_parts
@@ -37,6 +37,8 @@ class Sample:
     completion: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
+    template_options: dict[str, Any] | None = None
+    """What the row tells the chat template, besides turns and tools."""
     whole_text: bool = False
     """The completion is a text to be cut into chunks, and ends nowhere in particular."""
 
@@ -258,7 +260,12 @@ def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row
 
 def _joined(prompt: list[Any], answer: list[Any] | dict[str, Any]) -> list[Any]:
     """TRL's chats in two parts, as one of which the turns of the prompt are not learnt."""
-    asked = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+    asked = [
+        {key: its for key, its in turn.items() if key not in FLAGS} | {"weight": 0}
+        if isinstance(turn, dict)
+        else turn
+        for turn in prompt
+    ]
     return [*asked, *(answer if isinstance(answer, list) else [answer])]
 
 
@@ -289,7 +296,7 @@ def _form_of(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> 
 def _sample(row: Row, form: Form, unanswered: bool) -> Sample:
     if form == "messages":
         messages, tools = read_chat(row, unanswered)
-        return Sample(row.place, messages=messages, tools=tools)
+        return Sample(row.place, "", "", messages, tools, template_options(row))
     if form == "text":
         return Sample(row.place, completion=_string(row, "text"))
     completion = "completion" if form == "prompt-completion" else "output"
@@ -329,7 +336,9 @@ def _string(row: Row, field: str) -> str:
 
 def _history(row: Row) -> list[tuple[str, str]]:
     """The rounds before an alpaca row's instruction: pairs of an instruction and its answer."""
-    history = row.values.get("history") or []
+    history = parsed(row.values.get("history") or [], row.place, "'history'")
+    if not isinstance(history, list):
+        history = [history]  # which is no pair
     pairs = [pair for pair in history if isinstance(pair, (list, tuple)) and len(pair) == 2]
     if len(pairs) < len(history) or not all(isinstance(its, str) for pair in pairs for its in pair):
         raise DataError(

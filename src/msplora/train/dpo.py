@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from msplora.errors import ConfigError
+from msplora.loading import read_config
 
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_steps
@@ -36,6 +37,7 @@ from .sft import padding_id
 from .task_record import TaskRecord
 from .tokenise_preference import PairTokens
 from .trainer_arguments import quieten, trainer_arguments, training_steps
+from .weightless import is_weightless
 
 _REFERENCE = "ref"
 """TRL's name for the adapter that it compares with; without one it turns the adapters off."""
@@ -115,14 +117,11 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
 
     def make_trainer(checkpoints: Path) -> DPOTrainer:
         arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
+        reference = None
+        if settings.method == "full":
+            reference = copy.deepcopy(adapted.model).requires_grad_(False)
         return preference_trainer(
-            settings,
-            base,
-            adapted.model,
-            arguments,
-            train,
-            held_out,
-            reference=copy.deepcopy(adapted.model) if settings.method == "full" else None,
+            settings, base, adapted.model, arguments, train, held_out, reference
         )
 
     return Job(
@@ -188,7 +187,11 @@ def _set_reference(model: peft.PeftModel, settings: Settings) -> None:
     if _REFERENCE in model.peft_config:
         model.delete_adapter(_REFERENCE)
     start = start_folder(settings)
-    if start:
+    if start and is_weightless(model):  # a rehearsal: shaped by its config, and no file is read
+        config = read_config(start)
+        config.inference_mode = True
+        model.add_adapter(_REFERENCE, config)
+    elif start:
         model.load_adapter(str(start), _REFERENCE)
 
 

@@ -22,9 +22,8 @@ from .as_on_cuda import as_on_cuda, steps_at_once
 from .job import Job
 from .memory_trace import Held, MemoryTrace, Peak
 from .quantisation import is_quantised
-from .rehearsal import Rehearsal, Rows, rehearsed
+from .rehearsal import Rehearsal, Rows, rehearsed, weights_of
 from .weightless import taken_for_real, weightless_copy
-from .weightless_quantised import scales
 
 CUDA_ROUNDING = 512
 """Bytes: the unit of PyTorch's allocator for CUDA."""
@@ -68,8 +67,6 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
         rounding=CUDA_ROUNDING if on_gpu else 1,
         workspace=gpu_workspace if on_gpu else cpu_workspace,
     )
-    for tensor in (*model.parameters(), *model.buffers(), *scales(model)):
-        trace.hold(tensor, Held.TRAINED if tensor.requires_grad else Held.FROZEN)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -82,6 +79,8 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
         if on_gpu:
             stack.enter_context(as_on_cuda())
         trainer = job.make_trainer(Path(folder))
+        for tensor in weights_of(trainer):
+            trace.hold(tensor, Held.TRAINED if tensor.requires_grad else Held.FROZEN)
         trainer.args.dataloader_pin_memory = False
         if on_gpu:
             steps_at_once(trainer.create_optimizer())

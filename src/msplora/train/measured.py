@@ -13,8 +13,7 @@ from torch import Tensor
 from msplora.bench.memory import peak_live_bytes
 
 from .job import Job
-from .rehearsal import Rehearsal, rehearsed
-from .weightless_quantised import scales
+from .rehearsal import Rehearsal, rehearsed, weights_of
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ def measure(job: Job) -> Measured:
     with tempfile.TemporaryDirectory() as folder, rehearsed(job.record.settings):
         trainer = job.make_trainer(Path(folder))
         rehearsal = Rehearsal(trainer)
-        model = trainer.model
-        weights = _bytes_of([*model.parameters(), *model.buffers(), *scales(model)])
+        weights = _bytes_of(weights_of(trainer))
         training = weights + peak_live_bytes(rehearsal.train, device)
         if not rehearsal.evaluates:
             return Measured(training, None)

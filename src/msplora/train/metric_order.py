@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 LOW_IS_BEST = ("loss", "perplexity")
+PAIRS_IN_ORDER = "rewards/accuracies"
+"""Of preferences: the share of pairs in the right order, whatever the loss and its beta."""
 
 
 def sign_of(metric: str | None) -> int:

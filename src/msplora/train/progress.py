@@ -19,6 +19,10 @@ class TrainingDiverged(MSPLoraError):
     """A rate too high is no mistake in the config: what runs many has to tell the two apart."""
 
 
+class NoNumber(MSPLoraError):
+    """The loss is no number before anything was trained."""
+
+
 class ShowProgress(TrainerCallback):
     """Replaces the Trainer's own bar and its printed dictionaries."""
 
@@ -62,7 +66,15 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         """Print what the evaluation found, and stop where it is no number."""
         loss = (metrics or {}).get("eval_loss", 0.0)
-        if self.bar and not math.isfinite(loss):
+        if not math.isfinite(loss) and state.global_step == 0:
+            self.stop()
+            raise NoNumber(
+                f"the held-out loss is {loss} before the first step: the base itself gives no "
+                f"number on these rows, and no learning rate would help. Is the base whole? And is "
+                f"dtype what it was made for? In float16 many models overflow; bfloat16 and "
+                f"float32 do not."
+            )
+        if not math.isfinite(loss) and self.bar:
             raise self._diverged(f"the held-out loss is {loss}", args, state)
         if self.bar:
             self.console.print(f"epoch {state.epoch or 0:.2f}  {show_metrics(metrics or {})}")

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from torch import Tensor
 from torch.utils.data import ConcatDataset, SequentialSampler, Subset
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .settings import Settings
+from .weightless_quantised import scales
 
 STEPS = 2
 """The optimiser makes its state in the first; the second is like all that follow."""
@@ -82,6 +84,17 @@ class Rehearsal:
     def evaluate(self) -> None:
         """Evaluate one batch."""
         self.trainer.evaluate()
+
+
+def weights_of(trainer: Any) -> list[Tensor]:
+    """What a trainer holds before its first step: its model, and a second one to compare with."""
+    second = getattr(trainer, "ref_model", None)
+    return [
+        tensor
+        for model in (trainer.model, second)
+        if model is not None
+        for tensor in (*model.parameters(), *model.buffers(), *scales(model))
+    ]
 
 
 def lengths(rows: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .peft_methods import has_adapter
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
 from .run_folder import BEFORE, HISTORY, METRICS, RunFolder
+from .scored_on import ScoredOn
 from .settings import Settings
 
 
@@ -35,6 +37,7 @@ def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
     before = next((entry for entry in judged if entry["step"] == 0), None)
     if before is None and (folder.working / BEFORE).is_file():
         before = json.loads((folder.working / BEFORE).read_text(encoding="utf-8"))
+    scored_on = ScoredOn.of(job)
     best: dict[str, Any] = {"epoch": state.epoch, "step": state.global_step}
     if job.held_out:
         # Not `best_global_step`, which older versions of transformers lack.
@@ -42,6 +45,7 @@ def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
         best = next(entry for entry in evaluations if entry["step"] == step)
     return {
         "metric_for_best": job.best if job.held_out else None,
+        "scored_on": asdict(scored_on) if scored_on else None,
         "before": before,
         "best": best,
         "evaluations": evaluations,

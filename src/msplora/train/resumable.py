@@ -7,6 +7,7 @@ trainers and of TRL's.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import traceback
@@ -26,6 +27,9 @@ from .stopping import (
     Stopped,
     StopSignals,
 )
+
+ALMOST_NOTHING = 2**26
+"""Bytes: a disk with fewer free ones, where writing just failed, is full."""
 
 
 def make_resumable(trainer: Trainer, stop: StopSignals, save_steps: int | None) -> None:
@@ -201,7 +205,9 @@ class Resumable(Trainer):
                 put(here, checkpoints)
         except RuntimeError as error:
             if _failed_to_write(error):
-                raise OSError(f"torch could not write {here.name} to its end") from error
+                full = shutil.disk_usage(checkpoints).free < ALMOST_NOTHING
+                number = errno.ENOSPC if full else errno.EIO  # torch does not pass it on
+                raise OSError(number, f"torch could not write {here.name} to its end") from error
             raise
         finally:
             self._writes = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from rich.markup import escape
 from safetensors import SafetensorError
 
 from msplora.errors import MSPLoraError
+from msplora.folders import error_number, is_full
 
 from .absolute_paths import with_absolute_paths
 from .base_model import LoadBase, load_base
@@ -35,9 +37,15 @@ from .self_check import check_trained
 from .settings import Settings
 from .stopping import Interrupted, Stopped, StopSignals
 
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
 
 class NotWritten(MSPLoraError):
     """The disk is full, or the run folder cannot be written to."""
+
+
+class EndedFromOutside(MSPLoraError):
+    """The system refused something else than writing the run, such as a tracker's connection."""
 
 
 def train_run(
@@ -59,6 +67,8 @@ def train_run(
     Raises:
         Interrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to go on.
         NotWritten: the disk is full. The checkpoints before are whole.
+        EndedFromOutside: another error of the system, such as a connection's.
+        NoNumber: the loss is none before the first step.
     """
     join()
     console = console or Console()
@@ -121,13 +131,25 @@ def _run(
             f"Stopped at once by Ctrl-C. {_saved(folder)} To go on: {folder.go_on}", signal.SIGINT
         ) from None
     except (OSError, SafetensorError) as error:  # safetensors' own errors hide a full disk
-        raise NotWritten(
-            f"the run could not be written in {folder.working}: {error}; "
-            f"{free_space(folder.path)} {_saved(folder)} Free some space; then to go on: "
-            f"{folder.go_on}"
-        ) from error
+        raise _ended(error, folder) from error
     finally:
         folder.release()
+
+
+def _ended(error: OSError | SafetensorError, folder: RunFolder) -> MSPLoraError:
+    """What is to be said of an error of the system: of the disk, or of something else."""
+    file = getattr(error, "filename", None)
+    inside = isinstance(file, str) and Path(file).is_relative_to(folder.working)
+    if not inside and error_number(error) not in _OF_A_DISK:
+        what = f"the run was ended by an error that is not its own: {type(error).__name__}: {error}"
+        return EndedFromOutside(f"{what}. {_saved(folder)} To go on: {folder.go_on}")
+    what = f"the run could not be written in {folder.working}: {error}"
+    if is_full(error):
+        return NotWritten(
+            f"{what}; {free_space(folder.path)} {_saved(folder)} Free some space; then to go on: "
+            f"{folder.go_on}"
+        )
+    return NotWritten(f"{what}. {_saved(folder)} Once it can be, to go on: {folder.go_on}")
 
 
 def _saved(folder: RunFolder) -> str:

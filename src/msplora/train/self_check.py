@@ -23,7 +23,12 @@ from .settings import Settings
 _RELOADED = "reloaded"
 # Of the loss: the same weights give the same number, but for the order of sums on a GPU.
 _TOLERANCE = 1e-3
-_NO_GRADIENT = "They got no gradient, or too little to see."
+_NO_GRADIENT = "They got no gradient, or too little to see, or only steps at a learning rate of 0."
+_KEPT = (
+    "What was kept is of step {kept} of the {done} that were trained, the best evaluation, and its "
+    "B was zero there still: its stage was to come, the learning rate was warming up from 0, or "
+    "they got no gradient."
+)
 _FROZEN = (
     "training.frozen_levels names it, and in a new adapter every B is zero: start from an adapter "
     "in which it has learnt (init_from), or make a pyramid without it (adapter.ranks, groups)."
@@ -51,10 +56,12 @@ def check_trained(trainer: Any, job: Job, weights: Path, metrics: dict[str, Any]
             metrics["reloaded"] = found
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return []  # the pairs lie in pieces on the processes
+    kept, done = metrics["best"]["step"], trainer.state.global_step
+    why = _NO_GRADIENT if kept == done else _KEPT.format(kept=kept, done=done)
     meant, frozen = _meant_to_train(settings), settings.training.frozen_levels or ()
     return [
         f"the level {level} adds nothing at {len(sites)} of the adapted layers, its B is zero "
-        f"there: {_some(sites)}. {_FROZEN if level in frozen else _NO_GRADIENT}"
+        f"there: {_some(sites)}. {_FROZEN if level in frozen else why}"
         for level, sites in untrained(trainer.model).items()
         if meant is None or level in meant
     ]

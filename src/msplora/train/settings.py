@@ -96,6 +96,13 @@ def _levels_alone(value: Any) -> Any:
     return {"levels": value} if isinstance(value, list) else value
 
 
+def _trackers(value: Any) -> Any:
+    """One name is a list of it, and `none` is none, as in transformers' arguments."""
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
 class TrainingSettings(Section):
     """How long, how fast, and what is kept."""
 
@@ -165,9 +172,10 @@ class TrainingSettings(Section):
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many evaluations in a row without a better one.",
+        description="Stop after this many evaluations in a row without a better one; with "
+        "`stages`, in the last stage only.",
     )
-    report_to: list[Tracker] = Field(
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(
         default_factory=list,
         description="Trackers that follow the run, by transformers' integrations.",
     )

@@ -140,6 +140,14 @@ def _warnings_on_samples(samples: list[Sample], tokenizer: Any) -> list[str]:
             f"none, so they are learnt as text of JSON. Name another in data.chat_template for a "
             f"form of its own."
         )
+    told = [its.template_options for its in samples if its.template_options]
+    unread = {name: None for its in told for name in its if not template_names(tokenizer, name)}
+    if unread:
+        found.append(
+            f"{share(sum(not unread.keys().isdisjoint(its) for its in told), len(samples))} rows "
+            f"set {', '.join(unread)} in chat_template_kwargs, which the chat template does not "
+            f"name, so it changes nothing. Name another in data.chat_template."
+        )
     return found
 
 

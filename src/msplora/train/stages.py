@@ -42,21 +42,27 @@ class Stage:
         return " and ".join(self.levels)
 
 
-def stage_ends(stages: Sequence[Stage], steps: int) -> list[int]:
+def stage_ends(stages: Sequence[Stage], steps: int, warms_up: bool = False) -> list[int]:
     """The step at which each stage ends, the last of them at `steps`.
 
+    Args:
+        stages: in order.
+        steps: of the whole run.
+        warms_up: each stage begins at a learning rate of 0, so that one step would train nothing.
+
     Raises:
-        ConfigError: there are so few steps that a stage would have none.
+        ConfigError: there are so few steps that a stage would train nothing.
     """
     total = sum(stage.share for stage in stages)
     shares = [sum(its.share for its in stages[: place + 1]) for place in range(len(stages))]
     ends = [round(steps * share / total) for share in shares]
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    if min(lengths) < 1:
+    if min(lengths) < 1 + warms_up:
         short = stages[lengths.index(min(lengths))]
+        has = "one, at the warm-up's first rate, which is 0" if min(lengths) else "none"
         raise ConfigError(
             f"{steps} steps are too few for {len(stages)} stages: the stage of {short} would have "
-            f"none. Train for more epochs, in smaller batches, or in fewer stages."
+            f"{has}. Train for more epochs, in smaller batches, or in fewer stages."
         )
     return ends
 
@@ -107,11 +113,13 @@ class StagedTraining(TrainerCallback):
         by_level = level_parameters(model, self.adapter_name)
         for stage in self.stages:
             check_level_names(stage.levels, by_level, "a stage")
-        self._ends = stage_ends(self.stages, state.max_steps)
+        restarts = self.restart_schedule and len(self.stages) > 1
+        warms_up = restarts and args.get_warmup_steps(state.max_steps) > 0
+        self._ends = stage_ends(self.stages, state.max_steps, warms_up)
         self._stage = None
         named = {level for stage in self.stages for level in stage.levels}
         self._trained = [parameter for level in named for parameter in by_level[level]]
-        if self.restart_schedule and len(self.stages) > 1:
+        if restarts:
             _restart_at([0, *self._ends], others["lr_scheduler"])
 
     def on_step_begin(

@@ -199,6 +199,7 @@ def _render(
             tools=list(sample.tools) if sample.tools else None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **(sample.template_options or {}),
         )
     except Exception as error:  # a template raises whatever its author wrote
         raise DataError(f"{sample.place}: the chat template refuses the chat: {error}") from error

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from transformers.utils import import_utils
@@ -63,6 +63,11 @@ def weightless_copy(
     # It is where it should be, and torch refuses to swap such tensors for others.
     copied.__dict__["to"] = lambda *_, **__: copied
     return copied
+
+
+def is_weightless(model: nn.Module) -> bool:
+    """Whether a model is such a copy."""
+    return isinstance(next(model.parameters()), FakeTensor)
 
 
 class Instead(TorchFunctionMode, ABC):
