@@ -78,7 +78,7 @@ def what_was_found(run: Path) -> dict[str, Any]:
     weights = next(iter(sorted(run.glob("*/*.safetensors"))))
     return {
         "weights": weights.read_bytes(),
-        "metrics": json.loads((run / "metrics.json").read_text()),
+        "metrics": (run / "metrics.json").read_text(),
         "log": [
             {key: value for key, value in entry.items() if not _is_a_time(key)}
             for entry in json.loads((run / "log_history.json").read_text())

@@ -260,6 +260,7 @@ ERRORS: dict[str, list[str]] = {
     "is not empty": ["sft.yaml", "output=taken"],
     "an unfinished run is in": ["sft.yaml", "output=stopped"],
     "there is nothing to resume": ["sft.yaml", "output=complete"],
+    "has other settings": ["sft.yaml", "output=other", "seed=7"],
 }
 
 
@@ -282,8 +283,10 @@ def test_an_error_of_the_table(message: str, workspace: Path) -> None:
     shutil.copytree(workspace / "taken", workspace / "stopped.unfinished")
     (workspace / "complete").mkdir()
     (workspace / "complete/run.json").write_text("{}")
+    (workspace / "other.unfinished").mkdir()
+    shutil.copy(workspace / "sft.yaml", workspace / "other.unfinished/config.yaml")
     flags = [word for change in changes for word in ("--set", change)]
-    resume = ["--resume"] if "output=complete" in changes else []
+    resume = ["--resume"] if {"output=complete", "output=other"} & {*changes} else []
     with pytest.raises(MSPLoraError, match=re.escape(message)):
         run("train", config, *flags, *SHORT, *resume)
     assert (workspace / "taken/notes.txt").read_text() == "mine"

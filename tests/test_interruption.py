@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from killed_runs import config, run_to_its_end, save_bases, what_was_found
 from msplora.train.checkpoints import SEAL, read
 from msplora.train.progress import ShowProgress
+from msplora.train.run_folder import RunFolder
+from msplora.train.settings_file import make_settings
 from runs import Result, tree, write_config
 from runs import msplora as command
 
@@ -81,7 +83,13 @@ def send(number: int) -> Callable[[], None]:
     ],
 )
 def test_a_stop_saves_this_step_and_says_how_to_go_on(
-    bases: Path, straight: Callable[..., Any], tmp_path: Path, task: str, number: int, step: int
+    bases: Path,
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    task: str,
+    number: int,
+    step: int,
 ) -> None:
     content = config(bases, task, tmp_path / "run")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -89,6 +97,7 @@ def test_a_stop_saves_this_step_and_says_how_to_go_on(
         stopped = train(tmp_path, content)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert stopped.code == 128 + number
+    assert "stopping after this step. Ctrl-C" in capfd.readouterr().err
     checkpoint = tmp_path / f"run.unfinished/checkpoints/checkpoint-{step}"
     assert f"{checkpoint}, of step {step}" in stopped.error
     assert read(checkpoint).step == step
@@ -109,12 +118,36 @@ def test_a_second_ctrl_c_stops_at_once(bases: Path, tmp_path: Path) -> None:
     assert "of step 5" in stopped.error
 
 
+def test_a_stop_during_an_evaluation_waits_for_it(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of one before training, after which no step is made."""
+    from msplora.train.held_out_trainer import JudgesHeldOutRows
+
+    usual = JudgesHeldOutRows.evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        send(signal.SIGINT)()
+        return usual(*arguments)
+
+    monkeypatch.setattr(JudgesHeldOutRows, "evaluate", evaluate)
+    with at_step(1, pytest.fail):
+        stopped = train(tmp_path, config(bases, "sft", tmp_path / "run"))
+    assert stopped.code == 130
+    assert "No checkpoint had been saved yet" in stopped.error
+    assert "stopping after this evaluation. Ctrl-C again" in capfd.readouterr().err
+
+
 def test_a_stop_at_the_last_step_lets_the_run_finish(
-    bases: Path, straight: Callable[..., Any], tmp_path: Path
+    bases: Path,
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     content = config(bases, "sft", tmp_path / "run")
     with at_step(10, send(signal.SIGTERM)):
         assert train(tmp_path, content).code == 0
+    assert "so the run is being finished. Ctrl-C stops at once" in capfd.readouterr().err
     assert what_was_found(tmp_path / "run") == straight("sft")
 
 
@@ -146,16 +179,28 @@ def test_resume_auto_starts_continues_and_leaves_alone(
     other = train(tmp_path, content, "--resume", "auto", "--seed", 7)
     assert other.code == 1
     assert "complete run" in other.error
-    assert "seed was 42 and is 7" in other.error
+    assert "seed was 42 and is 7. Name another output for these, with init_from: " in other.error
+    lora = train(tmp_path, content, "--resume", "auto", "--method", "lora")
+    assert "Name another output for these. --force" in lora.error  # which starts from no pyramid
     (tmp_path / "config.yaml").unlink()
     assert tree(tmp_path) == {name: its for name, its in before.items() if name != "config.yaml"}
 
 
-@pytest.mark.parametrize("words", [["--resume=always"], ["--resume=no", "--force"]])
+@pytest.mark.parametrize("words", [["--resume=runs/x"], ["--resume", "runs/x"]])
 def test_resume_takes_nothing_or_auto(bases: Path, tmp_path: Path, words: list[str]) -> None:
     refused = train(tmp_path, config(bases, "sft", tmp_path / "run"), *words)
     assert refused.code == 2
-    assert "stands alone or takes auto" in refused.error
+    assert "stands alone or takes auto, not 'runs/x'" in refused.error
+    assert "init_from" in refused.error
+
+
+def test_a_word_too_many_is_named_whether_resume_is_there_or_not() -> None:
+    for words in (["a.yaml", "b.yaml"], ["a.yaml", "--resume", "auto", "b.yaml"]):
+        refused = command("train", *words)
+        assert refused.code == 2
+        assert "unexpected extra argument(s) (b.yaml)" in refused.error
+    # Before the config it stands alone.
+    assert "the config file a.yaml does not exist" in command("train", "--resume", "a.yaml").error
 
 
 @pytest.mark.slow
@@ -190,7 +235,8 @@ def test_an_unfinished_run_may_be_moved_and_one_that_is_damaged_goes_further_bac
 ) -> None:
     content = config(bases, "classification", tmp_path / "run", save_steps=1)
     expected = straight("classification")
-    assert expected["metrics"]["best"]["step"] == 5  # it has to go back to one before the move
+    # It has to go back to one before the move.
+    assert json.loads(expected["metrics"])["best"]["step"] == 5
     with at_step(8, send(signal.SIGTERM)):
         train(tmp_path, content)
     moved = tmp_path / "elsewhere/run.unfinished"
@@ -240,7 +286,10 @@ def test_other_data_than_it_began_with_is_refused(bases: Path, tmp_path: Path) -
     assert train(tmp_path, content, "--resume", "auto").code == 0
 
 
-def test_another_number_of_processes_is_refused(bases: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_is_refused(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts them: the settings', or a launcher that these know nothing of."""
     content = config(bases, "sft", tmp_path / "run")
     with at_step(3, send(signal.SIGTERM)):
         train(tmp_path, content)
@@ -250,7 +299,16 @@ def test_another_number_of_processes_is_refused(bases: Path, tmp_path: Path) -> 
     refused = train(tmp_path, content, "--resume", "auto")
     assert refused.code == 1
     assert "was written by 4 processes, and this run has 1" in refused.error
+    assert "--processes 4" in refused.error
+    assert "--force" not in refused.error
     assert tree(tmp_path) == before
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    own = RunFolder(make_settings(content, "a test"), resume=True)
+    assert own.go_on.startswith("with the launcher it was started with, 4 processes: msplora train")
+    started = RunFolder(
+        make_settings(content | {"devices": {"processes": 4}}, "a test"), resume=True
+    )
+    assert started.go_on.startswith("msplora train")
 
 
 # A full disk

@@ -220,6 +220,8 @@ def test_a_run_that_started_from_an_adapter_resumes(
     assert result.code == 0, result.err
     first, second = (tensors(folder / name / "adapter") for name in ("straight", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+    first, second = (folder / name / "metrics.json" for name in ("straight", "again"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_run_serves_the_other_verbs(folder: Path, printed: str) -> None:

@@ -116,7 +116,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     weights = "model" if method == "full" else "adapter"
     assert same(tensors(Path("straight") / weights), tensors(Path("run") / weights))
     for name in ("metrics.json", "plan.json"):
-        assert read_json(Path("straight") / name) == read_json(Path("run") / name)
+        assert Path("straight", name).read_bytes() == Path("run", name).read_bytes()
     histories = [
         [
             (list(entry), entry["step"], entry["loss"], entry["learning_rate"])

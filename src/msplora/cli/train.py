@@ -24,18 +24,34 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give the option the value that it has when it stands alone: an empty one."""
-        spelt = []
+        spelt, follows = [], None
         for word in args:
-            if spelt[-1:] == ["--resume="] and word == "auto":
-                spelt[-1] += word
-            else:
-                spelt.append("--resume=" if word == "--resume" else word)
-        return super().parse_args(ctx, spelt)
+            if spelt[-1:] == ["--resume="]:
+                if word == "auto":
+                    spelt[-1] += word
+                    continue
+                follows = word
+            spelt.append("--resume=" if word == "--resume" else word)
+        # `--resume` may stand before the config; only a word too many shows that it was its value.
+        ctx.allow_extra_args = follows is not None
+        left = super().parse_args(ctx, spelt)
+        if left:
+            raise _not_a_resume(follows, ctx)
+        return left
+
+
+def _not_a_resume(value: str | None, ctx: Any = None) -> typer.BadParameter:
+    return typer.BadParameter(
+        f"it stands alone or takes auto, not {value!r}. The run is the one of the config's output, "
+        f"or of --output; init_from starts from the adapter of another.",
+        ctx,
+        param_hint="'--resume'",
+    )
 
 
 def _known_resume(value: str | None) -> str | None:
     if value not in (None, "", "auto"):
-        raise typer.BadParameter(f"it stands alone or takes auto, not {value!r}.")
+        raise _not_a_resume(value)
     return value
 
 

@@ -17,7 +17,7 @@ from msplora.errors import ConfigError, nearest
 from msplora.train.absolute_paths import PATHS, absolute_value, with_absolute_paths
 from msplora.train.metric_order import PAIRS_IN_ORDER
 from msplora.train.problems import described, together
-from msplora.train.run_folder import flat
+from msplora.train.same_settings import flat
 from msplora.train.settings import Settings
 from msplora.train.settings_checks import has_validation
 from msplora.train.settings_file import make_settings, put, read_content

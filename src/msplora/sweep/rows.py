@@ -15,7 +15,8 @@ from typing import Any, Literal
 from msplora.errors import MSPLoraError
 from msplora.train.absolute_paths import PATHS, absolute_value
 from msplora.train.checkpoints import write_whole
-from msplora.train.run_folder import FREE_TO_CHANGE, HISTORY, METRICS, flat
+from msplora.train.run_folder import HISTORY, METRICS
+from msplora.train.same_settings import FREE_TO_CHANGE, flat
 from msplora.train.settings import Settings
 
 RESULTS = "results.jsonl"

@@ -20,7 +20,7 @@ from msplora.errors import MSPLoraError
 from msplora.train.run_folder import has_to_start_anew
 from msplora.train.settings import Settings
 from msplora.train.settings_file import write_settings
-from msplora.train.stopping import Interrupted, StopSignals
+from msplora.train.stopping import AFTER_THIS_STEP, Interrupted, StopSignals
 
 _DIVERGED = 3
 """The exit code of `TrainingDiverged`, whose module takes seconds to import."""
@@ -44,6 +44,10 @@ class SweepSignals(StopSignals):
     apart = False
     """Whether there is such a process, or is about to be."""
     _process: subprocess.Popen[bytes] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.what_follows = lambda: AFTER_THIS_STEP
 
     def follow(self, process: subprocess.Popen[bytes]) -> None:
         """Hand signals on to this process, one that came while it was started too."""

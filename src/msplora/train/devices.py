@@ -14,6 +14,7 @@ from typing import Any
 from msplora.errors import ConfigError, MSPLoraError
 
 from .settings import DeviceSettings
+from .stopping import Interrupted, name_of
 
 _FSDP2 = (
     "--use_fsdp",
@@ -152,30 +153,50 @@ def check_devices(devices: DeviceSettings) -> None:
 def launch(devices: DeviceSettings, arguments: Sequence[str]) -> int:
     """Run `msplora ARGUMENTS` in several processes; return the exit code.
 
+    A signal to stop is theirs: they save, say how to go on, and their exit code is returned.
+
     Raises:
         ConfigError: as `check_devices`.
+        Interrupted: a signal ended them before they could say so.
         WorkerFailed: a process other than the first, which prints its own errors, failed first.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from .stopping_workers import PassesOn
 
     check_devices(devices)
     command = launch_command_parser().parse_args(launch_arguments(devices, arguments))
     if logging.getLogger("msplora").getEffectiveLevel() > logging.DEBUG:
         # What it has to say of a process that failed, that process has said better.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    stop = PassesOn()
     try:
-        launch_command(command)
+        with stop:
+            launch_command(command)
+    except SignalException as error:  # one that is not passed on, or that came as they started
+        raise _stopped(error.sigval) from None
     except ChildFailedError as error:
         first = error.failures.get(0)
         if first and first.exitcode > 0:
             return first.exitcode  # it has said why
         rank, failure = error.get_first_failure()
+        if stop.number and not 0 < failure.exitcode < 128:
+            raise _stopped(stop.number) from None
         raise WorkerFailed(
             f"process {rank} of {devices.processes} failed (exit code {failure.exitcode}): "
             f"{failure.message}"
         ) from None
     return 0
+
+
+def _stopped(number: int) -> Interrupted:
+    return Interrupted(
+        f"Stopped by {name_of(number)}, before the run could say what it has saved. Give the same "
+        f"command with --resume auto: it goes on from the last checkpoint, if there is one.",
+        number,
+    )
 
 
 def launch_arguments(devices: DeviceSettings, arguments: Sequence[str]) -> list[str]:

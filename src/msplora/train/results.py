@@ -29,7 +29,7 @@ from .settings import Settings
 def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
     """The content of metrics.json: before, each evaluation, and the one that was kept."""
     judged = [
-        {"epoch": entry.get("epoch", 0.0), "step": entry["step"], **plain_metrics(entry)}
+        {"epoch": entry.get("epoch", 0.0), "step": entry["step"], **_in_order(plain_metrics(entry))}
         for entry in state.log_history
         if "eval_loss" in entry
     ]
@@ -100,13 +100,18 @@ def write_records(
     (weights / "README.md").write_text(card, encoding="utf-8")
 
 
+def _in_order(entry: dict[str, Any]) -> dict[str, Any]:
+    """By keys in order: those of an entry that comes from a checkpoint are."""
+    return dict(sorted(entry.items()))
+
+
 def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of the loss curve, by keys in order, as in one that a checkpoint had; a norm that is
-    no number, as in float16 where a step was skipped, is null.
+    """An entry of the loss curve; a norm that is no number, as in float16 where a step was skipped,
+    is null.
     """
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in sorted(entry.items())
+        for key, value in _in_order(entry).items()
     }
 
 

@@ -19,7 +19,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import WRITING, checkpoint_folder, prune, put, seal
-from .stopping import Stopped, StopSignals
+from .stopping import (
+    AFTER_THIS_EVALUATION,
+    AFTER_THIS_STEP,
+    BEFORE_THE_FIRST_STEP,
+    IS_BEING_FINISHED,
+    Stopped,
+    StopSignals,
+)
 
 ALMOST_NOTHING = 2**26
 """Bytes: a disk with fewer free ones, where writing just failed, is full."""
@@ -34,6 +41,7 @@ def make_resumable(trainer: Trainer, stop: StopSignals, save_steps: int | None) 
     trainer.__class__ = type(kind.__name__, (Resumable, kind), {"__module__": kind.__module__})
     assert isinstance(trainer, Resumable)
     trainer.stop, trainer.extra_save_steps = stop, save_steps
+    stop.what_follows = trainer.what_a_stop_waits_for
     # Its own way of deleting would take checkpoints that a damaged one has to be replaced by.
     trainer.keep, trainer.args.save_total_limit = trainer.args.save_total_limit or 1, None
     trainer.args.restore_callback_states_from_checkpoint = True
@@ -52,6 +60,8 @@ class Resumable(Trainer):
     keep: int
     resumed_from: Path | None = None
     _writes = False
+    _trains = False
+    _evaluates = False
     _saved_at: int | None = None
     _resumed_at: int | None = None
     _complete = False
@@ -62,7 +72,24 @@ class Resumable(Trainer):
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **more: Any) -> Any:
         """Train, from the beginning or from a checkpoint's folder."""
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._trains = True
         return super().train(resume_from_checkpoint, *rest, **more)
+
+    def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
+        """Evaluate, and know of it meanwhile: a stop waits for it."""
+        self._evaluates = True
+        try:
+            return super().evaluate(*arguments, **more)
+        finally:
+            self._evaluates = False
+
+    def what_a_stop_waits_for(self) -> str:
+        """What is said to a signal that comes now."""
+        if self._trains and self.state.max_steps and self._trained_to_the_end():
+            return IS_BEING_FINISHED
+        if self._evaluates:
+            return AFTER_THIS_EVALUATION
+        return AFTER_THIS_STEP if self._trains else BEFORE_THE_FIRST_STEP
 
     def go_on(self) -> None:
         """Take up what the checkpoint says beyond transformers' part, once that is loaded."""
@@ -118,7 +145,7 @@ class Resumable(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
         if self._end_of_epoch_follows():
             return
-        stops = self._stop_is_asked() and not self._trained_to_the_end()
+        stops = self.stop_is_asked() and not self._trained_to_the_end()
         due = self.extra_save_steps and step % self.extra_save_steps == 0
         if (stops or due) and self._saved_at != step:
             self._save_checkpoint(model, trial)
@@ -136,7 +163,8 @@ class Resumable(Trainer):
     def _trained_to_the_end(self) -> bool:
         return self.state.global_step >= self.state.max_steps or self.control.should_training_stop
 
-    def _stop_is_asked(self) -> bool:
+    def stop_is_asked(self) -> bool:
+        """Whether any of the processes, which have to ask together, got a signal."""
         if self.args.world_size == 1:
             return self.stop.asked
         # A signal reaches the processes at different steps; they have to stop at the same one.

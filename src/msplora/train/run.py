@@ -87,7 +87,7 @@ def train_run(
         if job.check:
             show_warnings(job.check, results)
         show_sample(job, console)
-        with StopSignals() as stop:
+        with StopSignals(tells=is_main_process()) as stop:
             metrics, warnings = _run(job, folder, notes, stop, console)
     _report(results, folder.path, job, metrics)
     for what, command in next_steps(settings, folder.path, job.adapted.rank):
@@ -112,7 +112,7 @@ def _run(
             console.print(f"• {note}", highlight=False, markup=False, soft_wrap=True)
         trainer = job.make_trainer(folder.checkpoints)
         make_resumable(trainer, stop, job.record.settings.training.save_steps)
-        _train(trainer, job, folder, stop, console)
+        _train(trainer, job, folder, console)
         metrics = measured(trainer.state, job, folder)
         weights = write_weights(folder, job, trainer)
         warnings = check_trained(trainer, job, weights, metrics)
@@ -186,7 +186,7 @@ def prepare_job(settings: Settings, load: LoadBase = load_base) -> Job:
     return prepare(settings, load)
 
 
-def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console: Console) -> None:
+def _train(trainer: Any, job: Job, folder: RunFolder, console: Console) -> None:
     progress = ShowProgress(console)
     trainer.add_callback(progress)
     settings, tell = job.record.settings, partial(console.print, highlight=False, markup=False)
@@ -200,7 +200,7 @@ def _train(trainer: Any, job: Job, folder: RunFolder, stop: StopSignals, console
             # accelerate takes a model that was evaluated for one that is ready for training too,
             # and each process would train for itself.
             trainer.args.eval_on_start = True
-    if stop.asked:
+    if trainer.stop_is_asked():
         raise Stopped
     # Again, so that what was measured before leaves no trace in the random numbers.
     transformers.set_seed(settings.seed)

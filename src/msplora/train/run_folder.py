@@ -28,6 +28,8 @@ from msplora.folders import (
 
 from . import inputs
 from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
+from .devices import world_size
+from .same_settings import FREE_TO_CHANGE, can_start_from, differences
 from .settings import Settings
 from .settings_file import read_settings, write_settings
 
@@ -55,17 +57,6 @@ NOT_RESUMED = ("adalora",)
 
 Resume = bool | Literal["auto"]
 """Whether to resume: False starts, True needs an unfinished run, "auto" does what is left to do."""
-
-# Settings that change no number of the result, so a run may be resumed under others.
-FREE_TO_CHANGE = frozenset(
-    {
-        "output",
-        "training.eval_batch_size",
-        "training.report_to",
-        "training.save_limit",
-        "training.save_steps",
-    }
-)
 
 
 class RunFolderError(MSPLoraError):
@@ -123,8 +114,11 @@ class RunFolder:
 
     @property
     def go_on(self) -> str:
-        """The command that continues the run."""
-        return f"msplora train {shlex.quote(str(self.working / CONFIG))} --resume"
+        """The command that continues the run, and by what launcher where the settings have none."""
+        command = f"msplora train {shlex.quote(str(self.working / CONFIG))} --resume"
+        if world_size() > 1 and self.settings.devices.processes == 1:
+            return f"with the launcher it was started with, {world_size()} processes: {command}"
+        return command
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -303,7 +297,7 @@ class RunFolder:
         if (self.working / INPUTS).is_file():  # else only the name is lacking
             self._check_same_data(self.working, self._inputs())
         self.found = find_newest(self.checkpoints)
-        newest, now = self.found.newest, int(os.environ.get("WORLD_SIZE", "1"))
+        newest, now = self.found.newest, world_size()
         if newest and self.settings.method in NOT_RESUMED:
             raise RunFolderError(
                 f"the run in {self.working} cannot be resumed: PEFT's AdaLoRA keeps the averages "
@@ -313,7 +307,8 @@ class RunFolder:
         if newest and newest.processes != now:
             raise RunFolderError(
                 f"{newest.path} was written by {newest.processes} processes, and this run has "
-                f"{now}. Resume with {newest.processes}, or pass --force instead to start anew."
+                f"{now}. Resume with as many: by --processes {newest.processes}, or by the "
+                f"launcher it was started with."
             )
 
     def _check_same_data(self, folder: Path, before: dict[str, int] | None) -> None:
@@ -334,18 +329,23 @@ class RunFolder:
         return json.loads((self.working / INPUTS).read_text(encoding="utf-8"))
 
     def _check_same_settings(self, folder: Path) -> None:
-        before = flat(read_settings(folder / CONFIG).to_dict())
-        now = flat(self.settings.to_dict())
-        changed = [
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
-        ]
-        if changed:
+        before, free = read_settings(folder / CONFIG), FREE_TO_CHANGE
+        if self.checkpoints.exists():
+            free |= {"devices.processes"}  # where there is a checkpoint, it knows how many it needs
+        changed = differences(before, self.settings, free)
+        if changed and folder == self.working:
             raise RunFolderError(
-                f"the {self._state(folder)} run in {folder} has other settings: "
-                f"{'; '.join(changed)}. Resume with the same ones, or pass --force "
-                f"instead to start anew."
+                f"the unfinished run in {folder} has other settings: {changed}. Resume with the "
+                f"same ones, or name another output for these, without --resume. --force would "
+                f"discard the run."
+            )
+        if changed:
+            start = can_start_from(before, self.settings)
+            raise RunFolderError(
+                f"the complete run in {folder} has other settings: {changed}. Name another output "
+                f"for these"
+                + (f", with init_from: {folder} to start from its adapter" if start else "")
+                + ". --force would replace the run."
             )
 
 
@@ -362,14 +362,3 @@ def _holds_something(folder: Path) -> bool:
 
 def _is_of_a_run(name: str) -> bool:
     return name in _WRITTEN or (name.startswith(".") and name.endswith(".partial"))
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict) and key != "columns":
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

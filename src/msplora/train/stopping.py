@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from msplora.errors import MSPLoraError
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+BEFORE_THE_FIRST_STEP = "stopping before the first step"
+AFTER_THIS_EVALUATION = "stopping after this evaluation"
+AFTER_THIS_STEP = "stopping after this step"
+IS_BEING_FINISHED = "the last step is made, so the run is being finished"
+
+
+def name_of(number: int) -> str:
+    """A signal as its sender knows it."""
+    number = signal.Signals(number)
+    return _NAMES.get(number, number.name)
 
 
 class Interrupted(MSPLoraError):
@@ -27,12 +39,16 @@ class Stopped(Exception):
 class StopSignals:
     """Within the block, a signal asks for a stop (`asked`) instead of making one.
 
-    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread, and for a signal that the
-    process ignores (as under nohup), nothing is changed.
+    What that leads to is said to the terminal, where it `tells`. A second Ctrl-C raises
+    KeyboardInterrupt. Outside the main thread, and for a signal that the process ignores (as under
+    nohup), nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tells: bool = True) -> None:
         self.number: int | None = None
+        self._tells = tells
+        self.what_follows: Callable[[], str] = lambda: BEFORE_THE_FIRST_STEP
+        """Asked when the signal comes, for what is said then: one of the sentences above."""
         self._before: dict[int, Any] = {}
 
     @property
@@ -43,7 +59,7 @@ class StopSignals:
     @property
     def name(self) -> str:
         """What stopped the run, in words; another process's signal may have."""
-        return _NAMES[signal.Signals(self.number or signal.SIGTERM)]
+        return name_of(self.number or signal.SIGTERM)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -67,8 +83,9 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def _tell(self, number: int) -> None:
+        if not self._tells:
+            return  # of several processes one does
+        said = f"{name_of(number)}: {self.what_follows()}."
+        again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{_NAMES[signal.Signals(number)]}: {_STOPPING}\n".encode())
-
-
-_STOPPING = "stopping after this step. Ctrl-C stops at once, and loses what is not saved yet."
+        os.write(2, f"\n{said} {again} stops at once, and loses what is not saved yet.\n".encode())
