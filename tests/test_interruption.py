@@ -348,30 +348,30 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert what_was_found(tmp_path / "run") == straight("sft")
 
 
+class _Away(OSError):
+    """As `requests` has it where a tracker's server is away: an OSError without a number."""
+
+
 @pytest.mark.parametrize(
-    ("error", "said", "advice"),
+    ("kind", "arguments", "said", "advice"),
     [
-        (
-            OSError(errno.ENOSPC, "No space left"),
-            "could not be written in",
-            "Free some space; then",
-        ),
-        (SafetensorError("I/O (os error 28)"), "could not be written in", "Free some space; then"),
-        (SafetensorError("I/O (os error 27)"), "could not be written in", "Once it can be, to go"),
-        # A tracker's server that is away: `requests` has such errors, without a number.
-        (
-            type("Away", (OSError,), {})("no answer"),
-            "not its own: Away: no answer. The",
-            "To go on",
-        ),
-        (FileNotFoundError(2, "No such file", "image.png"), "FileNotFoundError: [Err", "To go on"),
+        (OSError, (errno.ENOSPC, "No space left"), "could not be written", "Free some space; then"),
+        (SafetensorError, ("(os error 28)",), "could not be written", "Free some space; then"),
+        (SafetensorError, ("(os error 27)",), "could not be written", "Once it can be, to go"),
+        (_Away, ("no answer",), "not its own: _Away: no answer. The", "To go on"),
+        (FileNotFoundError, (2, "No such file", "image.png"), "FileNotFoundError: [Err", "To go"),
     ],
 )
 def test_only_a_full_disk_is_called_one(
-    bases: Path, tmp_path: Path, error: Exception, said: str, advice: str
+    bases: Path,
+    tmp_path: Path,
+    kind: type[Exception],
+    arguments: tuple[Any, ...],
+    said: str,
+    advice: str,
 ) -> None:
     def fail() -> None:
-        raise error
+        raise kind(*arguments)  # made here: one that outlives the test would keep its model
 
     content = config(bases, "sft", tmp_path / "run", save_steps=1)
     with at_step(3, fail):
