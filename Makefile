@@ -23,12 +23,13 @@ help:
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove the environment and the caches"
 
-# The stamp makes the environment once, and again when what it is made from changes. Of a hundred
-# packages few modules are ever imported: Python compiles those, instead of pip all of them.
+# The stamp makes the environment once, and again when what it is made from changes. pip would compile
+# a hundred packages on one core. Files meant for another Python (templates) do not compile: never mind.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -q -j $(WORKERS) $(VENV)/lib > /dev/null 2>&1 || true
 	touch $@
 
 demo: $(VENV)/.installed

@@ -58,7 +58,7 @@ def test_an_adapter_loads_in_a_process_that_never_imported_msplora(
     assert "[8, 4, 2]" in environment.run("-W", "ignore", "-c", load)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_without_msplora_peft_is_imported_as_ever(environment: Environment) -> None:
     environment.autoload("enable")
     environment.package.unlink()  # as if it were uninstalled

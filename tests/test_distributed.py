@@ -200,6 +200,7 @@ CASES: dict[str, Callable[[int], None]] = {
 
 
 BY_HAND = {
+    "fsdp2",
     "ddp_holds_a_copy_of_the_gradients",
     "ddp_with_checkpointing",
     "ddp_with_reentrant_checkpointing",

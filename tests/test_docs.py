@@ -33,7 +33,7 @@ PAGES = {
     )
 }
 TEXT = "\n".join(PAGES.values())
-SHORT = ["--set", "training.max_steps=3", "--set", "training.batch_size=2"]
+SHORT = ["--set", "training.max_steps=6", "--set", "training.batch_size=2"]
 LANGUAGE_MODEL, CLASSIFIER = "Qwen/Qwen3-0.6B", "FacebookAI/roberta-base"
 VISION_MODEL = "google/vit-base-patch16-224"
 MODELS = {
