@@ -70,6 +70,9 @@ def labelled(number: int) -> dict[str, Any]:
     return {"text": f"w{number} w2", "label": ("bad", "good")[number % 2]}
 
 
+HALF = "It is \ud83d."
+"""With half of an emoji, as JSON may have it."""
+
 GOOD = {"sft": chat, "alpaca": alpaca, "dpo": pair, "classification": labelled}
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -85,6 +88,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("alpaca", {"instruction": None, "output": None}, "'instruction' and 'output' are null."),
     ("alpaca", {**alpaca(0), "output": 5}, "'output' holds a int, not text"),
     ("alpaca", {"something": "else"}, "the columns something fit no form"),
+    ("alpaca", {**alpaca(0), "output": HALF}, "half a character, '\\ud83d', is no text"),
+    ("alpaca", {**alpaca(0), "history": [[HALF, "x"]]}, "half a character"),
+    ("sft", {"messages": turns("user", "assistant", content=HALF)}, "half a character"),
+    ("dpo", {**pair(0), "rejected": HALF}, "half a character"),
+    ("classification", {"text": HALF, "label": "good"}, "half a character"),
     ("dpo", {**pair(0), "chosen": None}, "'chosen' is null."),
     ("dpo", {**pair(0), "prompt": None}, "'prompt' is null."),
     ("dpo", {**pair(0), "rejected": 5}, "'rejected' must be text"),

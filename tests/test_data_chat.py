@@ -312,3 +312,21 @@ def test_a_history_of_no_pairs_is_refused(history: Any) -> None:
     row = Row("a.json, row 2", {"instruction": "i", "output": "o", "history": history})
     with pytest.raises(DataError, match=r"a\.json, row 2: 'history' is a list of pairs"):
         samples([row], "alpaca", {})
+
+
+def test_a_null_in_a_text_of_json_was_meant() -> None:
+    """Tables put nulls into objects alone."""
+    arguments = {"city": "Paris", "unit": None}
+
+    def called(arguments: Any) -> Any:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        turns = [ASKED, {"role": "assistant", "content": None, "tool_calls": calls}]
+        (_, turn), _ = read_chat(Row("x", {"messages": turns}), False)
+        return turn["tool_calls"][0]["function"]["arguments"]
+
+    assert called(json.dumps(arguments)) == arguments
+    assert called(arguments) == {"city": "Paris"}
+    text = json.dumps({"name": "f", "arguments": arguments})
+    turns = [ASKED, {"from": "function_call", "value": text}]
+    (_, turn), _ = read_chat(Row("x", {"messages": turns}), False)
+    assert turn["tool_calls"][0]["function"]["arguments"] == arguments

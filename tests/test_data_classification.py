@@ -114,6 +114,11 @@ def test_a_number_is_one_class_however_it_is_written(
     assert [example.label for example in data.held_out] == found
 
 
+def test_the_word_nan_stands_behind_the_numbers(tmp_path: Path) -> None:
+    labels = ["10", "nan", "9", "inf", "1"]
+    assert read(tmp_path, rows_of(labels * 2)).classes.labels == ("1", "9", "10", "inf", "nan")
+
+
 def test_labels_that_are_no_number_are_missing() -> None:
     classes = Classes(("text",), "label", ("0", "1"))
     with pytest.raises(DataError, match="no label"):
@@ -133,6 +138,7 @@ def test_labels_that_are_no_number_are_missing() -> None:
         (rows_of(["good", "bad", "goood", "bad"]), {"labels": ["bad", "good"]}, "mean 'good'?"),
         (rows_of([0, 1, 2, 1]), {"labels": ["0", "1"]}, "line 3: label '2' is none of the classes"),
         ([{"text": 3, "label": 0}, *rows_of([0, 1])], {}, "line 1: the column 'text' holds a int"),
+        (rows_of([["a"], ["b"]] * 2), {}, "line 1: the column 'label' holds a list; a row has one"),
         (rows_of([0.5, "high", 1.5]), {"regression": True}, "line 2: label 'high' is not a number"),
         (rows_of([0.5, "nan", 1.5]), {"regression": True}, "line 2: label 'nan' is not a number"),
     ],

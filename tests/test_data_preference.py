@@ -56,6 +56,7 @@ CHATS = {
     "one turn each": {"messages": [ASKED], "chosen": YES, "rejected": NO},
     "whole chats": {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
     "whole chats with a prompt": {"prompt": "Hi?", "chosen": [ASKED, YES], "rejected": [ASKED, NO]},
+    "turns as JSON": {"messages": json.dumps([ASKED]), "chosen": "Yes.", "rejected": "No."},
     "text prompt": {"prompt": "Hi?", "chosen": [YES], "rejected": [NO]},
     "text answers": {"prompt": [ASKED], "chosen": "Yes.", "rejected": "No."},
     "whole chats beside the chosen one": {
@@ -160,7 +161,7 @@ def test_another_file_may_be_like_any_of_the_sources(tmp_path: Path, of_its_own:
             with pytest.raises(DataError, match=r"given\.jsonl, line 1"):
                 attempt()
         return
-    (pair,) = read_more_preferences(given, forms, data)
+    (pair,), _ = read_more_preferences(given, forms, data)
     assert (pair.chosen.prompt, pair.chosen.completion) == ("1?", "Yes.")
     (asked,) = read_prompts(read_rows(given), forms, data)
     assert (asked.prompt, asked.messages) == ("1?", ())
@@ -245,7 +246,10 @@ REFUSED = {
     "two turns": ({"prompt": [ASKED], "chosen": [YES, ASKED], "rejected": [NO]}, "2 turn(s)"),
     "of the user": ({"prompt": [ASKED], "chosen": ASKED, "rejected": NO}, "1 turn(s) of user"),
     "a number": ({"prompt": "Hi?", "chosen": 3, "rejected": "No."}, "'chosen' must be text"),
-    "only alike": ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes."}, "nothing to prefer"),
+    "only alike": (
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes."},
+        "twice, so nothing to prefer",
+    ),
 }
 
 

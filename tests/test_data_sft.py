@@ -160,6 +160,18 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(tmp_path: Path)
         read_sft(DataSettings(train=str(file)), 0)
 
 
+def test_held_out_rows_of_which_none_judges_are_refused(tmp_path: Path) -> None:
+    train = str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}] * 4))
+    asked = str(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "p", "completion": " "}] * 4))
+    with pytest.raises(DataError) as caught:
+        read_sft(DataSettings(train=train, validation=asked), 0)
+    assert str(caught.value) == (
+        f"{asked}, line 1 and all other held-out rows have an empty completion. To judge the run, "
+        f"name other rows in data.validation; to do without, leave that out and set "
+        f"data.validation_fraction: 0."
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -201,6 +213,19 @@ def test_a_text_file_holds_out_its_end(tmp_path: Path) -> None:
     assert (whole.train[0].completion, whole.held_out) == (file.read_text(), [])
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["Title\n" + "words " * 500, "Title\n" + "x" * 500, "a line of words\n" * 2, "\n" + "x" * 99],
+)
+def test_a_text_of_long_lines_is_trained_on_none_the_less(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    data = DataSettings(train=str(tmp_path / "a.txt"), validation_fraction=0.2)
+    found = read_sft(data, 0)
+    first, last = found.train[0].completion, found.held_out[0].completion
+    assert first + last == text
+    assert 0.2 <= len(last) / len(text) <= 0.3 + 1 / len(text)
+
+
 def test_another_file_is_of_one_of_the_run_s_forms(tmp_path: Path) -> None:
     asked = str(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "p"}]))
     both = str(write_jsonl(tmp_path / "both.jsonl", [{"text": "t", "prompt": "p"}]))
@@ -209,12 +234,14 @@ def test_another_file_is_of_one_of_the_run_s_forms(tmp_path: Path) -> None:
 
     def read(file: str, *forms: Any, unanswered: bool = True) -> list[str]:
         return [
-            its.prompt or its.completion for its in read_more_sft(file, forms, data, unanswered)
+            its.prompt or its.completion for its in read_more_sft(file, forms, data, unanswered)[0]
         ]
 
     assert read(asked) == read(asked, "text", "prompt-completion") == ["p"]
     assert read(both, "prompt-completion", "text") == ["p"]
-    assert read(both, "text") == ["t"]
+    assert read(both, "text", unanswered=False) == ["t"]
+    with pytest.raises(DataError, match="plain text, which has no prompts to answer"):
+        read(both, "text")
     assert read(whole) == read(whole, "text-file") == read(whole, "text", "text-file") == ["words"]
     for file, form, said in (
         (asked, "text", "no 'text'"),
@@ -235,7 +262,7 @@ def test_another_file_may_be_called_like_any_source_of_the_run(tmp_path: Path) -
     known: tuple[tuple[Form, ...], ...] = ((), ("text", "prompt-completion"))
     for forms in known:
         for unanswered, answer in ((False, "a"), (True, "")):
-            (sample,) = read_more_sft(given, forms, data, unanswered)
+            (sample,), _ = read_more_sft(given, forms, data, unanswered)
             assert (sample.prompt, sample.completion) == ("q", answer)
     with pytest.raises(DataError, match="fit no form"):
         read_more_sft(given, (), DataSettings(train="x.jsonl"))

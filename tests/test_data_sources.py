@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -32,6 +33,17 @@ def texts(rows: list[Row]) -> list[str]:
 
 
 # Weights.
+
+
+def test_two_configs_of_a_hub_dataset_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    sources = [DataSource(hub="x", config=its) for its in ("one", "two")]
+    found = read_parts(DataSettings(train=sources, validation_fraction=0), 0)
+    assert [row.place for part in found.train for row in part.rows] == [
+        f"x, {config}, train, row {row}" for config in ("one", "two") for row in (1, 2)
+    ]
+    assert [part.name for part in found.train] == ["x, one, train", "x, two, train"]
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.5, 1, 1.5, 3])

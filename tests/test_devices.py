@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from fsdp_on_cpu import STOP_AT
 from msplora.errors import ConfigError
 from msplora.train import devices
 from msplora.train.devices import PRESETS, launch_arguments
+from msplora.train.run import train_run
 from msplora.train.settings import DeviceSettings
+from msplora.train.settings_file import make_settings
 from runs import config_on, save_bases, write_config
 from runs import msplora as command
 
@@ -202,6 +206,42 @@ def test_a_base_placed_by_a_device_map_trains_alike(bases: Path) -> None:
     assert_alike("one", "map")
 
 
+def test_a_base_placed_by_a_device_map_stays_where_it_is(
+    bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config(bases, "sft", "map", 1)
+    assert command("train", file, "--set=devices.device_map=auto").code == 0
+    moved: list[Any] = []
+    monkeypatch.setattr(peft.PeftModel, "to", lambda *its: moved.append(its), raising=False)
+    assert command("eval", "map").code == 0
+    assert not moved
+
+
+@pytest.mark.thorough
+def test_a_run_that_lacks_only_its_name_gets_it_from_one_process(bases: Path) -> None:
+    arguments = [config(bases, "sft", "two", 2), "--processes=2"]
+    for flags in ([], ["--resume"], ["--resume=auto"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "msplora", "train", *arguments, *flags],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if not flags:
+            Path("two").rename("two.unfinished")
+    assert Path("two/run.json").is_file()
+    assert not Path("two.unfinished").exists()
+
+
+def test_other_than_the_processes_that_are_asked_for_are_refused(bases: Path, here: Path) -> None:
+    settings = make_settings(config_on(bases, devices={"processes": 2}), "a test")
+    with pytest.raises(ConfigError, match=r"devices\.processes = 2, and 1 train here"):
+        train_run(settings)
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_accelerate_knows_every_preset(strategy: str) -> None:
     from accelerate.commands.launch import launch_command_parser
@@ -248,3 +288,21 @@ def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install deepspeed"):
         devices.check_devices(DeviceSettings(processes=2, strategy="zero3"))
+
+
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_of_several_gpus_a_process_takes_one(
+    bases: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers finds them where nothing says which: it would train on all by itself."""
+    made = transformers.TrainingArguments.__post_init__
+
+    def on_four(self: Any) -> None:
+        made(self)
+        self._n_gpu = 4
+
+    assert command("train", config(bases, task, "one", 1)).code == 0
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", on_four)
+    found = command("train", config(bases, task, "of_four", 1))
+    assert found.code == 0, found.err
+    assert_alike("one", "of_four")

@@ -11,7 +11,7 @@ import transformers as hf
 
 from msplora.train.base_model import Base
 from msplora.train.data_sft import Sample
-from msplora.train.generation import continue_sample
+from msplora.train.generation import continue_prompt, prompt_to_continue
 from runs import save_decoder
 
 
@@ -23,9 +23,10 @@ def test_the_end_token_of_the_tokenizer_ends_what_is_generated(tmp_path: Path) -
     base.generation_config.eos_token_id = base.config.eos_token_id = None
     run: Any = SimpleNamespace(base=Base(base, words, torch.float32), model=base)
     sample = Sample("here", "w1 w2 w3")
-    said = continue_sample(run, sample, 12).split()
+    ids = prompt_to_continue(run, sample)
+    said = continue_prompt(run, ids, 12).split()
     word = next(its for its in said if its != said[0] and its not in sample.prompt.split())
-    ids = words.convert_tokens_to_ids([word, words.eos_token])
+    pair = words.convert_tokens_to_ids([word, words.eos_token])
     weight = base.get_output_embeddings().weight.data
-    weight[ids] = weight[ids[::-1]]  # where it said the word, it now says the end token
-    assert continue_sample(run, sample, 12).split() == said[: said.index(word)]
+    weight[pair] = weight[pair[::-1]]  # where it said the word, it now says the end token
+    assert continue_prompt(run, ids, 12).split() == said[: said.index(word)]

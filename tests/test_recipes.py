@@ -82,6 +82,7 @@ def test_the_list_shows_all_and_copy_gives_one(
     name = "minilm-mrpc-cpu"
     assert command("recipes", "copy", name).code == 0
     assert Path(f"{name}.yaml").read_text() == RECIPES[name].text
+    assert "could not be written" in command("recipes", "copy", name, "/proc/mine.yaml").error
     assert command("recipes", "show", name).out == RECIPES[name].text
     again = command("recipes", "copy", name)
     assert again.code == 1

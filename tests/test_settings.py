@@ -106,6 +106,15 @@ def test_what_is_written_reads_as_the_same(tmp_path: Path) -> None:
     assert read_settings(tmp_path / "again.yaml") == settings
 
 
+def test_words_that_look_like_numbers_are_written_as_words(tmp_path: Path) -> None:
+    words = ["1e3", "12E4", "1_0e-2", ".5e1", "1e-4", "0x10", "1:30", "yes", "007", "1.5"]
+    settings = read(tmp_path, MINIMAL)
+    settings.task, settings.data.labels, settings.revision = "classification", words, "1234e56"
+    write_settings(settings, tmp_path / "again.yaml")
+    again = read_settings(tmp_path / "again.yaml")
+    assert (again.data.labels, again.revision) == (words, "1234e56")
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [

@@ -27,12 +27,14 @@ import yaml
 from msplora.sweep import running
 from msplora.sweep import sweep as sweep_module
 from msplora.sweep.folder import SweepFolderError
+from msplora.sweep.plot import draw_sweep
 from msplora.sweep.reading import Sweep, make_sweep
+from msplora.sweep.rows import Row
 from msplora.sweep.running import Outcome, SweepSignals, run_apart
 from msplora.sweep.sweep import TooMany, run_sweep
 from msplora.train.progress import ShowProgress
 from msplora.train.settings import Settings
-from msplora.train.settings_file import make_settings
+from msplora.train.settings_file import make_settings, read_content
 from msplora.train.stopping import Interrupted
 from runs import (
     Result,
@@ -342,6 +344,29 @@ def test_a_changed_file_takes_over_the_runs_that_still_belong(made_up: MadeUp) -
     made_up.ran.clear()
     run_sweep(sweep_of(grid={RATE: [1e-3]}, seeds=[42, 43]))  # 42 is the default
     assert made_up.ran == ["learning_rate=0.001,seed=43"]
+
+
+def test_rates_in_quotes_are_drawn(made_up: MadeUp) -> None:
+    run_sweep(sweep_of(grid={RATE: ["1e-3", "1e-2"]}))
+    assert Path("out/sweep.png").is_file()
+    assert read_content("out/sweep.yaml")["grid"][RATE] == ["1e-3", "1e-2"]
+
+
+def test_a_search_without_a_row_is_drawn(made_up: MadeUp) -> None:
+    search = {RATE: {"low": 1e-4, "high": 1e-2, "log": True}}
+    draw_sweep(sweep_of(search=search, trials=3), [], Path("empty.png"))
+    assert Path("empty.png").is_file()
+
+
+def test_a_run_that_judged_nothing_has_failed(tmp_path: Path) -> None:
+    metrics = {"metric_for_best": None, "best": {"step": 3}, "before": None, "trainable": 7}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"evaluations": []}))
+    for name, content in (("versions", "{}"), ("log_history", "[]")):
+        (tmp_path / f"{name}.json").write_text(content)
+    row = Row("a", {}, None, "unfinished", {})
+    row.read_run(tmp_path)
+    assert (row.status, row.value) == ("failed", None)
+    assert "held out no rows" in str(row.error)
 
 
 def test_another_base_config_is_refused_with_what_differs(made_up: MadeUp) -> None:

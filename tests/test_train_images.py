@@ -397,3 +397,38 @@ def test_a_dry_run_foresees_what_is_measured(folder: Path) -> None:
     shown = command("train", file, "--dry-run").out
     assert "it is of 8 images" in shown
     assert "tokens" not in shown
+
+
+def test_predict_sees_images_wherever_they_stand(
+    folder: Path, printed: str, tmp_path: Path
+) -> None:
+    for place in ("a.png", "more/b.png", "_old/c.png"):
+        paint(tmp_path / "photos" / place, "red", 3)
+    (tmp_path / "photos/notes").mkdir()
+    result = command("predict", folder / "run", tmp_path / "photos", "--json")
+    assert result.code == 0, result.err
+    assert [Path(json.loads(line)["image"]).name for line in result.out.splitlines()] == [
+        "c.png",
+        "a.png",
+        "b.png",
+    ]
+    (tmp_path / "photos/z.png").write_text("no image")
+    assert "z.png" in command("predict", folder / "run", tmp_path / "photos", "--json").error
+
+
+def test_a_name_that_is_not_utf_8_is_written(folder: Path, printed: str, tmp_path: Path) -> None:
+    for suffix in ("jsonl", "tsv"):
+        paint(tmp_path / "photos/a.png", "red", 3).rename(tmp_path / "photos/\udce9.png")
+        out = tmp_path / f"out.{suffix}"
+        result = command("predict", folder / "run", tmp_path / "photos", "--output", out)
+        assert result.code == 0, result.err
+        assert "udce9.png" in out.read_text(encoding="utf-8")
+
+
+def test_the_only_image_of_a_class_may_be_held_out(tmp_path: Path) -> None:
+    for colour in COLOURS:
+        paint(tmp_path / f"all/{colour}/1.png", colour, 0)
+    for seed in range(6):
+        train, held_out, classes = read_images(DataSettings(train=str(tmp_path / "all")), seed)
+        assert classes.labels == tuple(sorted(COLOURS))
+        assert (len(train), len(held_out)) == (2, 1)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from msplora.train.rehearsal import rehearsed
+from msplora.train.settings_file import make_settings
 from runs import (
     Result,
     answered_rows,
@@ -162,10 +164,11 @@ def test_early_stopping(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_with_stages_only_the_last_one_stops_early(bases: Path) -> None:
+@pytest.mark.parametrize("every", [1, 3])  # 3: not at the end of the first stage
+def test_with_stages_only_the_last_one_stops_early(bases: Path, every: int) -> None:
     training = {
         "learning_rate": 3.0,
-        "eval_steps": 1,
+        "eval_steps": every,
         "early_stopping_patience": 2,
         "max_steps": 40,
     }
@@ -174,13 +177,37 @@ def test_with_stages_only_the_last_one_stops_early(bases: Path) -> None:
     assert found.code == 0, found.err
     metrics = read_json("run/metrics.json")
     steps = [entry["step"] for entry in metrics["evaluations"]]
-    assert steps[-1] >= 8 + 2  # the first stage, hopeless as it is, is gone through
+    assert steps[-1] > 8  # the first stage, hopeless as it is, is gone through
+    assert sum(step > max(8, metrics["best"]["step"]) for step in steps) == 2
     assert f"stopped early at step {steps[-1]} of 40: loss was not better in 2 evalua" in found.out
     assert steps[-1] < 40
     assert "stage 2 of 2" in found.out
     if metrics["best"]["step"] <= 8:
         said = " ".join(found.out.split())
         assert f"What was kept is of step {metrics['best']['step']} of the {steps[-1]}" in said
+
+
+@pytest.mark.parametrize("task", ["classification", "dpo"])
+def test_a_run_is_measured_again_without_its_trackers(bases: Path, task: str) -> None:
+    content = config_on(bases, task, training={"max_steps": 1})
+    if task == "dpo":
+        pairs = [{"prompt": f"w{n}", "chosen": " w1", "rejected": " w2"} for n in range(10)]
+        content["data"] = {"train": str(write_jsonl(Path("pairs.jsonl"), pairs))}
+    assert command("train", write_config(Path("config.yaml"), content)).code == 0
+    before = command("eval", "run", "--json").json()
+    record = read_json("run/adapter/task.json")
+    record["settings"]["training"]["report_to"] = ["clearml"]  # which is not installed
+    Path("run/adapter/task.json").write_text(json.dumps(record))
+    again = command("eval", "run", "--json")
+    assert again.code == 0, again.err
+    assert again.json() == before
+
+
+def test_a_rehearsal_is_told_to_no_tracker(bases: Path) -> None:
+    settings = make_settings(config_on(bases, training={"report_to": ["clearml"]}), "a test")
+    with rehearsed(settings):
+        assert settings.training.report_to == []
+    assert settings.training.report_to == ["clearml"]
 
 
 def test_trackers_are_named_as_in_transformers_arguments(bases: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ import peft
 import pytest
 import torch
 
+from msplora.train.base_model import load_base
+from msplora.train.data_classification import Classes
+from msplora.train.methods import adapt
 from msplora.train.peft_methods import METHODS
+from msplora.train.run_trainer import settings_groups
+from msplora.train.settings_file import make_settings
 from runs import Result, config_on, msplora, same, save_bases, tensors, write_config
 from test_interruption import at_step, send
 
@@ -210,20 +216,64 @@ def test_what_a_method_cannot_do_is_refused(
     assert "is PEFT's from version 0.19 on" in error
 
 
-def test_adaloras_penalty_is_no_part_of_an_evaluation() -> None:
+def test_adaloras_penalty_is_in_no_loss_and_its_gradient_in_every_step() -> None:
+    """Against PEFT, which adds it to the loss that the model returns."""
     from peft import AdaLoraConfig, get_peft_model
 
-    from msplora.train.adalora import penalise_training_only
+    from msplora.train.adalora import AllocateRanks, leave_penalty_out
+    from msplora.train.settings_methods import AdaLoraSettings
     from tiny import MODELS
+
+    def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {
+            name: its.grad.clone() for name, its in model.named_parameters() if its.grad is not None
+        }
 
     def loss(model: Any) -> torch.Tensor:
         return model(**batch, labels=batch["input_ids"]).loss
 
     batch = MODELS["llama"].batch()
-    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
+    config = AdaLoraConfig(
+        target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM", orth_reg_weight=0.7
+    )
     plain = loss(MODELS["llama"].model())
-    model = get_peft_model(MODELS["llama"].model(), config).eval()
-    assert loss(model) > plain + 0.1
-    penalise_training_only(model)
-    assert torch.isclose(loss(model), plain)
-    assert loss(model.train()) > plain + 0.1
+    model = get_peft_model(MODELS["llama"].model(), config)
+    penalised = loss(model)
+    assert penalised > plain + 0.1
+    expected = gradients(model, penalised)
+    leave_penalty_out(model)
+    for its in (model.train(), model.eval()):
+        assert torch.isclose(loss(its), plain)
+    assert model.peft_config["default"].orth_reg_weight == 0.7
+    gradients(model.train(), loss(model))
+    callback: Any = AllocateRanks(AdaLoraSettings())
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    for name, its in model.named_parameters():
+        if its.grad is not None:
+            torch.testing.assert_close(its.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.thorough
+def test_adaloras_penalty_reaches_a_run(bases: Path, tmp_path: Path) -> None:
+    found = []
+    for weight in (0.0, 100.0):
+        changes = {"init_r": 6, "tinit": 1, "tfinal": 4, "orth_reg_weight": weight}
+        assert train(tmp_path, content(bases, "adalora", "sft", adalora=changes)).code == 0
+        found.append(tensors(tmp_path / "run/adapter"))
+        assert adapter_config(tmp_path)["orth_reg_weight"] == weight
+        shutil.rmtree(tmp_path / "run")
+    assert not same(*found)
+
+
+def test_b_has_the_rate_of_a_where_the_factor_is_not_read(bases: Path) -> None:
+    rates = {}
+    for method in ("adalora", "lora"):
+        settings = make_settings(content(bases, method), "a test")
+        settings.training.b_learning_rate_factor = 16.0
+        base = load_base(settings, Classes(("text",), "label", ("bad", "good")))
+        adapted = adapt(base, settings)
+        groups = settings_groups(adapted.model, settings, base.head)
+        rates[method] = {group["lr"] / settings.training.learning_rate for group in groups}
+    assert rates == {"adalora": {1.0}, "lora": {1.0, 16.0}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch
 import transformers as hf
 import yaml
 
-from msplora.train.settings_file import read_settings
+from msplora.errors import ConfigError
+from msplora.train import prediction, saved_run
+from msplora.train.base_model import load_tokenizer
+from msplora.train.settings_file import make_settings, read_settings
+from msplora.train.task_record import TaskRecord
 from runs import (
     WORDS,
     Result,
@@ -420,3 +425,80 @@ def test_an_adapter_that_is_not_there_or_not_whole_is_not_started_from(
     assert "does not fit" in result.error
     assert next(iter(held)).partition(".lora_")[0] in result.error.replace(" ", "")
     assert command("eval", folder / "whole-lora").code == 1
+
+
+@pytest.fixture(scope="module")
+def half(folder: Path) -> Path:
+    """The base in bfloat16, as most are published."""
+    model = hf.AutoModelForCausalLM.from_pretrained(folder / "base").to(torch.bfloat16)
+    model.save_pretrained(folder / "half")
+    hf.AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "half")
+    return folder / "half"
+
+
+@pytest.mark.parametrize("method", ["full", "msplora"])
+def test_a_base_in_half_precision_is_measured_again_as_it_was(
+    folder: Path, half: Path, method: str
+) -> None:
+    """What trains is in float32, in which a model that trains whole is saved."""
+    whole = {"modules_to_save": ["lm_head", "norm"]} if method == "msplora" else {}
+    name = f"half-{method}"
+    train(folder, name, model=str(half), method=method, adapter=whole)
+    best = read_json(folder / name / "metrics.json")["best"]
+    measured = command("eval", folder / name, "--json").json()
+    assert measured["loss"] == pytest.approx(best["loss"], rel=1e-9)
+    saved = tensors(folder / name / ("model" if method == "full" else "adapter"))
+    assert {its.dtype for its in saved.values()} == {torch.float32}
+    if whole:
+        before = tensors(half)["lm_head.weight"]
+        (head,) = (its for key, its in saved.items() if "lm_head" in key)
+        assert not torch.equal(head.bfloat16().float(), head)  # steps below bfloat16's
+        assert not torch.equal(head, before.float())
+
+
+def test_float16_of_a_gpu_becomes_float32_without_one(folder: Path) -> None:
+    settings = make_settings(config(folder, "x"), "a test")
+    for dtype, record in (("float16", None), ("auto", "float16")):
+        settings.dtype = dtype
+        assert saved_run._dtype(TaskRecord(settings, dtype=record)) == "float32"
+    assert saved_run._dtype(TaskRecord(settings, dtype="bfloat16")) == "bfloat16"
+
+
+def test_an_adapter_of_the_output_layer_is_refused(folder: Path) -> None:
+    content = config(folder, "head", adapter={"target_modules": ["q_proj", "lm_head"]})
+    result = command("train", write_config(folder / "head.yaml", content))
+    assert result.code == 1
+    assert "names the output layer, which task sft reads past its adapter" in result.error
+    assert not list(folder.glob("head*/"))
+
+
+def test_prompts_are_all_looked_at_before_the_first_is_answered(
+    folder: Path, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[Any] = []
+    monkeypatch.setattr(prediction, "continue_prompt", lambda *its: answered.append(its))
+    rows = [{"prompt": "w1"}, {"prompt": "w1 " * 500}]
+    result = command("predict", folder / "run", write_jsonl(tmp_path / "asked.jsonl", rows))
+    assert result.code == 1
+    assert "line 2: 501 tokens, and the model has" in result.error
+    assert not answered
+
+
+def test_rows_of_text_have_no_prompts_to_answer(folder: Path, printed: str, tmp_path: Path) -> None:
+    """Of an adapter of which nothing is known but its base."""
+    foreign = shutil.copytree(folder / "run/adapter", tmp_path / "foreign")
+    (foreign / "task.json").unlink()
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "w1 w2"}])
+    result = command("predict", foreign, rows)
+    assert result.code == 1
+    assert "holds plain text, which has no prompts to answer" in result.error
+
+
+def test_a_template_with_a_byte_order_mark(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ messages }}", encoding="utf-8-sig")
+    data = {"train": "x", "chat_template": str(tmp_path / "t.jinja")}
+    settings = make_settings(config(folder, "x", data=data), "a test")
+    assert load_tokenizer(settings).chat_template == "{{ messages }}"
+    (tmp_path / "t.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_tokenizer(settings)

@@ -61,7 +61,7 @@ def copy(name: str, to: Path | str | None = None) -> Path:
     """Write a recipe to `to`, a file or a folder (here, if left out); return the file.
 
     Raises:
-        ConfigError: there is no such recipe, or a file is there already.
+        ConfigError: there is no such recipe, a file is there already, or it cannot be written.
     """
     recipe = find(name)
     file = Path(to or ".")
@@ -71,7 +71,10 @@ def copy(name: str, to: Path | str | None = None) -> Path:
         raise ConfigError(f"{file} exists, and is not overwritten. Name another file.")
     if not file.parent.is_dir():
         raise ConfigError(f"{file.parent} is no folder, so {file} cannot be written in it.")
-    file.write_text(recipe.text, encoding="utf-8")
+    try:
+        file.write_text(recipe.text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} could not be written: {error}. Name another file.") from None
     return file
 
 

@@ -7,11 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-import yaml
-
 from msplora.errors import MSPLoraError
 from msplora.train.checkpoints import write_whole
 from msplora.train.run_folder import CONFIG, METRICS
+from msplora.train.settings_file import as_yaml, read_content
 
 from .naming import shown
 from .reading import SEED, Sweep, make_sweep
@@ -79,8 +78,7 @@ class SweepFolder:
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the sweep in {self.path}")
-        content = self.sweep.as_file()
-        write_whole(self.path / SWEEP, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        write_whole(self.path / SWEEP, as_yaml(self.sweep.as_file()))
 
     def release(self) -> None:
         """Let others at it."""
@@ -102,8 +100,7 @@ class SweepFolder:
 
     def _check_same_base(self) -> None:
         """What is swept may change: the same runs are found again. What all runs share may not."""
-        content = yaml.safe_load((self.path / SWEEP).read_text(encoding="utf-8"))
-        there = make_sweep(content, str(self.path / SWEEP))
+        there = make_sweep(read_content(self.path / SWEEP), str(self.path / SWEEP))
         before, now = essence(there.settings_of({})), essence(self.sweep.settings_of({}))
         free = {*there.swept, *self.sweep.swept}
         if there.settings.seeds or self.sweep.settings.seeds:

@@ -73,10 +73,8 @@ def _over_the_rate(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
         style = mark_of(place)
         handles.append(_curve(axes, its, shift, name, style, RATE in sweep.settings.grid))
         best = [one for one in its if any(one is found for found, _ in bests)]
-        axes.plot(
-            [one.parameters[RATE] * shift for one in best], [_mean(one) for one in best], **_RING
-        )
-        bad = [one.parameters[RATE] * shift for one in its if one.having("diverged")]
+        axes.plot([_rate(one) * shift for one in best], [_mean(one) for one in best], **_RING)
+        bad = [_rate(one) * shift for one in its if one.having("diverged")]
         axes.plot(
             bad,
             [0.02 + 0.03 * (place % 3)] * len(bad),
@@ -93,8 +91,9 @@ def _over_the_rate(sweep: Sweep, settings: Sequence[Setting]) -> Figure:
         low, high = axes.get_ylim()
         axes.set_ylim(low - 0.1 * (high - low), high)  # room for the crosses
     axes.set(xlabel="learning rate", ylabel=_metric(sweep, settings))
-    _label_rates(axes, sorted({setting.parameters[RATE] for setting in settings}))
-    figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=9)
+    if settings:  # none yet of a search that was stopped at once
+        _label_rates(axes, sorted({_rate(setting) for setting in settings}))
+        figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=9)
     return figure
 
 
@@ -108,7 +107,7 @@ def _curve(
 ) -> Any:
     """A series: its means and spreads, and a line through the best at each rate."""
     done = sorted((its for its in settings if its.values), key=rank)
-    rates = [its.parameters[RATE] * shift for its in done]
+    rates = [_rate(its) * shift for its in done]
     means = [_mean(its) for its in done]
     below = [mean - min(its.values) for mean, its in zip(means, done, strict=True)]
     above = [max(its.values) - mean for mean, its in zip(means, done, strict=True)]
@@ -186,6 +185,10 @@ def _name(parameters: Parameters, keys: Sequence[str]) -> str:
         for key in keys
     ]
     return ", ".join(parts) or "all runs"
+
+
+def _rate(setting: Setting) -> float:
+    return float(setting.parameters[RATE])  # which may stand in quotes in the file
 
 
 def _mean(setting: Setting) -> float:

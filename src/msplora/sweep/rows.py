@@ -79,7 +79,13 @@ class Row:
         metrics = _read_json(folder / METRICS)
         self.status, self.error, self.kept = "complete", None, True
         self.metric, self.best = metrics["metric_for_best"], metrics["best"]
-        self.value = self.best[metrics["metric_for_best"]]
+        if self.metric is None:
+            self.status, self.error = (
+                "failed",
+                "it held out no rows, so there is nothing to compare",
+            )
+        else:
+            self.value = self.best[self.metric]
         self.before, self.trainable = metrics["before"], metrics["trainable"]
         self.scored_on = metrics.get("scored_on")
         self.evaluations, self.gpu_bytes = metrics["evaluations"], metrics.get("gpu_bytes")

@@ -1,23 +1,24 @@
-"""What PEFT's AdaLoRA asks of whoever trains it: steps, pruning, and a penalty in training only.
+"""What PEFT's AdaLoRA asks of whoever trains it: steps, pruning, and a penalty once per step.
 
 Its config wants the number of steps before there is a trainer, `update_and_allocate` has to be
-called in every step, its penalty stands in every loss (an evaluation's too), and a checkpoint is
-loaded by the ranks that the model's config says. Each is made good here.
+called in every step, its penalty stands in every loss that the model returns (an evaluation's too,
+and in none where a trainer reads another output), and a checkpoint is loaded by the ranks that the
+model's config says. Each is made good here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
-from torch import nn
+import torch
 from transformers import TrainerCallback
 
 from msplora.errors import ConfigError
+from msplora.sisters.elalora.ranks import orthogonality
 
 from .settings_methods import AdaLoraSettings
 
@@ -52,7 +53,7 @@ def pruning(own: AdaLoraSettings, steps: int) -> dict[str, int]:
 
 
 class AllocateRanks(TrainerCallback):
-    """Prunes the ranks of an AdaLoRA adapter in a Trainer."""
+    """Prunes the ranks of an AdaLoRA adapter in a Trainer, and keeps its factors orthogonal."""
 
     def __init__(self, settings: AdaLoraSettings) -> None:
         self.settings = settings
@@ -65,6 +66,20 @@ class AllocateRanks(TrainerCallback):
         for name, value in pruning(self.settings, state.max_steps).items():
             setattr(config, name, value)
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Add the penalty's gradient."""
+        weight = model.peft_config["default"].orth_reg_weight
+        if weight:
+            found = [
+                factor if ".lora_A." in name else factor.T
+                for name, factor in model.named_parameters()
+                if name.endswith((".lora_A.default", ".lora_B.default"))
+            ]
+            with torch.enable_grad():
+                (weight * orthogonality(found)).backward()
+
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
@@ -72,13 +87,18 @@ class AllocateRanks(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def penalise_training_only(model: Any) -> None:
-    """Leave the penalty out of the loss of a model that is evaluated, or was loaded for it."""
+def leave_penalty_out(model: Any) -> None:
+    """Leave the penalty out of the losses of a model; `AllocateRanks` adds its gradient."""
     tuner = model.base_model
     if "trainable_adapter_name" not in tuner.__dict__:  # PEFT looks for it in every loss
         tuner.trainable_adapter_name = next(iter(model.peft_config))
     config = model.peft_config[tuner.trainable_adapter_name]
-    tuner.register_forward_pre_hook(partial(_weigh, config, config.orth_reg_weight))
+    weight = config.orth_reg_weight
+    tuner.register_forward_pre_hook(lambda *_: setattr(config, "orth_reg_weight", 0.0))
+    # Whatever comes of it: the config is saved with the adapter.
+    tuner.register_forward_hook(
+        lambda *_: setattr(config, "orth_reg_weight", weight), always_call=True
+    )
 
 
 def take_ranks_of(model: Any, checkpoint: Path) -> None:
@@ -90,7 +110,3 @@ def take_ranks_of(model: Any, checkpoint: Path) -> None:
 def is_adalora(model: Any) -> bool:
     """Whether a model's adapter is PEFT's AdaLoRA."""
     return str(getattr(model, "peft_type", "")).rpartition(".")[2] == "ADALORA"
-
-
-def _weigh(config: Any, weight: float, tuner: nn.Module, args: Any) -> None:
-    config.orth_reg_weight = weight if tuner.training else 0.0

@@ -41,6 +41,11 @@ class Base:
     head: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def dtype(self) -> str:
+        """The name of the arithmetic, as the settings have it."""
+        return str(self.arithmetic).removeprefix("torch.")
+
 
 def load_tokenizer(settings: Settings) -> Any:
     """Load the tokenizer of the run, with a token to pad with.
@@ -57,7 +62,13 @@ def load_tokenizer(settings: Settings) -> Any:
         file = Path(settings.data.chat_template)
         if not file.is_file():
             raise ConfigError(f"data.chat_template: the file {file} does not exist.")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data.chat_template: {file} is not UTF-8 text ({error.reason} at byte "
+                f"{error.start}). Convert it first."
+            ) from None
     if tokenizer.pad_token is None:
         # Padding is masked in attention and in the loss, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

@@ -67,6 +67,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
             classes=classes,
             held_out=HeldOutRows.of(data.held_out),
             start=start_checksums(settings),
+            dtype=base.dtype,
         ),
         best,
         held_out=True,

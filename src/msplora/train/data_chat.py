@@ -239,13 +239,16 @@ def _calls_in_text(content: str, place: str) -> tuple[list[Message], str]:
         isinstance(its, dict) and isinstance(its.get("name"), str) for its in calls
     ):
         return [], content
-    return [_call(its, place) for its in calls], ""
+    return [_call(its, place, padded=False) for its in calls], ""
 
 
-def _call(function: Message, place: str) -> Message:
+def _call(function: Message, place: str, padded: bool = True) -> Message:
+    given = function.get("arguments") or {}
     # An object, not its text: templates write it as JSON themselves.
-    arguments = parsed(function.get("arguments") or {}, place, "the arguments of a call")
-    its = {"name": function["name"], "arguments": _without_nulls(arguments)}
+    arguments = parsed(given, place, "the arguments of a call")
+    if padded and arguments is given:  # in a text of JSON a null was meant
+        arguments = _without_nulls(arguments)
+    its = {"name": function["name"], "arguments": arguments}
     return {"type": "function", "function": its}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from msplora.errors import nearest
 
 from .bad_rows import BadRows
-from .data_files import DataError, Row, require_columns
+from .data_files import DataError, Row, refuse_half_characters, require_columns
 from .data_glue import GLUE
 from .data_split import all_rows, read_parts
 from .settings_data import DataSettings
@@ -169,6 +169,13 @@ def with_classes(
     """
     if data.labels:
         return Classes(columns, data.label_column, tuple(data.labels))
+    for row in train:
+        if isinstance(row[data.label_column], (list, dict)):
+            raise DataError(
+                f"{row.place}: the column {data.label_column!r} holds a "
+                f"{type(row[data.label_column]).__name__}; a row has one class, or one number with "
+                f"data.regression."
+            )
     found = {_class_name(row[data.label_column]) for row in train}
     found.discard("")  # reported with its place, where labels are read
     if len(found) < 2:
@@ -209,9 +216,11 @@ def _class_name(value: Any) -> str:
 def _class_order(name: str) -> tuple[int, float, str]:
     """Numbers by value before words by alphabet, so that class 10 comes after class 9."""
     try:
-        return (0, float(name), name)
+        number = float(name)
     except ValueError:
-        return (1, 0.0, name)
+        number = math.nan
+    # The word nan would stand anywhere among numbers.
+    return (0, number, name) if math.isfinite(number) else (1, 0.0, name)
 
 
 def _text(row: Row, column: str) -> str:
@@ -222,6 +231,7 @@ def _text(row: Row, column: str) -> str:
         raise DataError(
             f"{row.place}: the column {column!r} holds a {type(value).__name__}, not text."
         )
+    refuse_half_characters(value, row.place)
     return value
 
 

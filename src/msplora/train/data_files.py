@@ -264,10 +264,27 @@ def read_hub(
     for column, feature in data.features.items():
         if isinstance(feature, datasets.Image):  # all of them decoded would fill the memory
             data = data.cast_column(column, datasets.Image(decode=False))
-    rows = _records(data, data.features, f"{name}, {split}")  # pyright: ignore[reportArgumentType]
+    place = hub_name(name, split, config)
+    rows = _records(data, data.features, place)  # pyright: ignore[reportArgumentType]
     if not rows:
         raise DataError(f"the split {split!r} of {name!r} is empty.")
     return rows
+
+
+def refuse_half_characters(text: str, place: str) -> None:
+    """Raise where a text holds half of a character, as JSON may and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: half a character, {text[error.start]!r}, is no text (a surrogate without "
+            f"its other half, as of an emoji that was cut in two)."
+        ) from None
+
+
+def hub_name(name: str, split: str, config: str | None) -> str:
+    """What a split of a hub dataset is called in notes and errors."""
+    return ", ".join(filter(None, (name, config, split)))
 
 
 def require_columns(rows: list[Row], wanted: Iterable[str], key: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .data_classification import Classes, label_of, with_classes
 from .data_files import DataError, Row, read_rows, require_columns
-from .data_split import hold_out, read_splits
+from .data_split import all_rows, hold_out, read_parts
 from .settings_data import DataSettings
 
 # The folders of a data set that comes divided, by what they are for.
@@ -39,37 +39,45 @@ def read_images(
     Raises:
         DataError: an image or a label is missing, or a file is no image.
     """
-    train, held_out = _splits(data, seed)
+    train, held_out, drawn = _splits(data, seed)
     require_columns(train, [data.image_column, data.label_column], "data.image_column")
-    classes = with_classes(data, train, (data.image_column,))
-    images = labelled_images(train, classes), labelled_images(held_out, classes)
-    for image in (*images[0], *images[1]):
-        _look_at(image)
-    return *images, classes
+    # The only image of a class may have been drawn to be held out.
+    classes = with_classes(data, [*train, *held_out] if drawn else train, (data.image_column,))
+    return labelled_images(train, classes), labelled_images(held_out, classes), classes
 
 
 def labelled_images(
     rows: list[Row], classes: Classes, labelled: bool = True
 ) -> list[LabelledImage]:
-    """Return the images of rows; without `labelled`, a label that stands there is not read."""
+    """Return the images of rows; without `labelled`, a label that stands there is not read.
+
+    Raises:
+        DataError: an image or a label is missing, or a file is no image: all are looked at.
+    """
     (column,) = classes.text_columns
     wanted = [column, classes.label_column] if labelled else [column]
     require_columns(rows, wanted, "data.image_column and data.label_column")
-    return [
+    images = [
         LabelledImage(
             row.place, _source(row, column), int(label_of(row, classes)) if labelled else None
         )
         for row in rows
     ]
+    for image in images:
+        _look_at(image)
+    return images
 
 
-def read_more_images(path: Path | str, classes: Classes) -> list[Row]:
-    """Return the rows of another folder or table; a folder's images need no folders of classes."""
+def read_more_images(path: Path | str, classes: Classes, labelled: bool = True) -> list[Row]:
+    """Return the rows of another folder or table.
+
+    Where no label is asked for, a folder's images may stand anywhere in it.
+    """
     (column,) = classes.text_columns
     path = Path(path)
     if not path.is_dir():
         return _beside(read_rows(path), path, column)
-    if any(_class_folders(path)):
+    if labelled and any(_class_folders(path)):
         return _folder_rows(path, column, classes.label_column)
     files = _images_in(path)
     if not files:
@@ -114,8 +122,14 @@ def open_image(image: LabelledImage) -> Image.Image:
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on and to hold out."""
+def comes_divided(data: DataSettings) -> bool:
+    """Whether the folder to train on holds a part to be held out."""
+    root = Path(data.train) if isinstance(data.train, str) else None
+    return bool(root and _part(root, _TRAINING) and _part(root, _HELD_OUT))
+
+
+def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row], bool]:
+    """The rows to train on and to hold out, and whether these were drawn from the same."""
     columns = data.image_column, data.label_column
     for key, value in (("data.train", data.train), ("data.validation", data.validation)):
         if isinstance(value, list):
@@ -129,14 +143,15 @@ def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
         tables = data
         if data.validation and Path(data.validation).is_dir():
             tables = data.model_copy(update={"validation": None, "validation_fraction": 0})
-        train, held_out = read_splits(tables, seed)
+        splits = read_parts(tables, seed)
+        train, held_out = all_rows(splits.train), all_rows(splits.held_out)
         if data.train:
             train = _beside(train, Path(data.train), data.image_column)
             held_out = _beside(held_out, Path(data.validation or data.train), data.image_column)
         if tables is not data:
             held_out = _folder_rows(Path(data.validation or ""), *columns)
-        return train, held_out[: data.max_rows]
-    root = Path(data.train)
+        return train, held_out[: data.max_rows], splits.drawn
+    root, drawn = Path(data.train), False
     training, apart = _part(root, _TRAINING), _part(root, _HELD_OUT)
     train = _folder_rows(training or root, *columns)
     if data.validation:
@@ -150,7 +165,8 @@ def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row]]:
         held_out = _folder_rows(apart, *columns)
     else:
         train, held_out = hold_out(train, data.validation_fraction, seed)
-    return train[: data.max_rows], held_out[: data.max_rows]
+        drawn = True
+    return train[: data.max_rows], held_out[: data.max_rows], drawn
 
 
 def _part(root: Path, names: tuple[str, ...]) -> Path | None:

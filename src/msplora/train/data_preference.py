@@ -9,7 +9,7 @@ from typing import Any
 from msplora.errors import nearest
 
 from .bad_rows import BadRows
-from .data_chat import FLAGS, ROLES, THOUGHTS, role_of
+from .data_chat import FLAGS, ROLES, THOUGHTS, parsed, role_of
 from .data_files import DataError, Row, read_rows
 from .data_forms import Form, named, one_form, refuse_nulls
 from .data_sft import (
@@ -75,12 +75,9 @@ def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     ]
     pairs = [its for its, _, _ in found]
     train, held_out = pairs[: len(splits.train)], pairs[len(splits.train) :]
-    refuse_if_none_left(bad, splits, train, held_out)
-    if not any(train):
-        raise DataError(
-            f"{parts[0].rows[0].place} and all rows after it have an empty answer, or the same one "
-            f"twice; there is nothing to prefer."
-        )
+    refuse_if_none_left(
+        bad, splits, train, held_out, "an empty answer, or the same one twice, so nothing to prefer"
+    )
     return PreferenceData(
         sources_of(splits, forms, train, held_out),
         [pair for its in train for pair in its],
@@ -91,8 +88,12 @@ def read_preferences(data: DataSettings, seed: int) -> PreferenceData:
     )
 
 
-def read_more_preferences(file: str, forms: Sequence[Form], data: DataSettings) -> list[Pair]:
-    """Return the pairs of another file, whose prompts have one of the forms."""
+def read_more_preferences(
+    file: str, forms: Sequence[Form], data: DataSettings
+) -> tuple[list[Pair], int]:
+    """Return the pairs of another file, whose prompts have one of the forms; and how many rows were
+    left out, whose answers are alike or of which one is empty.
+    """
     rows = read_rows(file)
     form, columns = _form_of_more(rows, data)
     if form not in forms:
@@ -103,7 +104,7 @@ def read_more_preferences(file: str, forms: Sequence[Form], data: DataSettings) 
     found, _, _ = _pairs(rows, form, columns, BadRows())
     if not found:
         raise DataError(f"{file}: every row has an empty answer, or the same one twice.")
-    return found
+    return found, len(rows) - len(found)
 
 
 def read_prompts(rows: list[Row], forms: Sequence[Form], data: DataSettings) -> list[Sample]:
@@ -257,7 +258,7 @@ def _chats(row: Row) -> tuple[list[Any], list[Any]]:
 
 def _turns(row: Row) -> list[Any]:
     """The prompt's turns, where the answers are no more than answers."""
-    prompt = _first_there(row, "messages", "prompt")
+    prompt = _asked(row)
     if isinstance(prompt, list):
         return prompt
     if isinstance(prompt, str):
@@ -266,9 +267,10 @@ def _turns(row: Row) -> list[Any]:
     raise DataError(f"{row.place}: the prompt must be text or a list of turns; found {found}.")
 
 
-def _first_there(row: Row, *names: str) -> Any:
-    """What the row has under the first of the names under which it has something."""
-    return next((row.values[name] for name in names if row.values.get(name) is not None), None)
+def _asked(row: Row) -> Any:
+    """The prompt, as turns or as text; of turns that a table has as JSON, what they say."""
+    turns = row.values.get("messages")
+    return row.values.get("prompt") if turns is None else parsed(turns, row.place, "'messages'")
 
 
 def _as_turns(row: Row, name: str) -> list[Any]:
@@ -305,7 +307,7 @@ def _of_assistant(turn: Any) -> bool:
 
 def _chat_prompt(row: Row) -> Row:
     """The row with its prompt as a chat under `messages`, wherever it stands."""
-    prompt = _first_there(row, "messages", "prompt")
+    prompt = _asked(row)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     elif prompt is None and isinstance(row.values.get("chosen"), list):

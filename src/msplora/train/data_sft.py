@@ -8,7 +8,7 @@ from typing import Any
 
 from .bad_rows import BadRows
 from .data_chat import chat_text, parsed, read_chat, template_options
-from .data_files import DataError, Row
+from .data_files import DataError, Row, refuse_half_characters
 from .data_forms import WITHOUT_PROMPTS, Form, detect_form, fits, named
 from .data_sources import read_source
 from .data_split import Part, Splits, all_rows, read_parts
@@ -94,10 +94,7 @@ def read_sft(data: DataSettings, seed: int) -> SftData:
     }
     found = [_samples_of(part, forms[part.name], data, bad=bad) for part in parts]
     train, held_out = found[: len(splits.train)], found[len(splits.train) :]
-    refuse_if_none_left(bad, splits, train, held_out)
-    if not any(train):
-        place = parts[0].rows[0].place
-        raise DataError(f"{place} and all rows after it have an empty completion.")
+    refuse_if_none_left(bad, splits, train, held_out, "an empty completion")
     return SftData(
         sources_of(splits, forms, train, held_out),
         [sample for its in train for sample in its],
@@ -126,14 +123,24 @@ def refuse_if_none_left(
     splits: Splits,
     train: Sequence[Sequence[Any]],
     held_out: Sequence[Sequence[Any]],
+    empty: str,
 ) -> None:
-    """Raise where all that would be trained on, or judged by, is bad."""
+    """Raise where all that would be trained on, or judged by, is bad, or has what `empty` says."""
     for what, parts, found in (
         ("training", splits.train, train),
         ("held-out", splits.held_out, held_out),
     ):
-        if parts:
-            bad.refuse_if_none_left([its for of_part in found for its in of_part], f"{what} row")
+        if parts and not any(found):
+            if any(row.place in bad for row in all_rows(list(parts))):
+                bad.refuse_if_none_left([], f"{what} row")
+            advice = ""
+            if what == "held-out":
+                advice = (
+                    " To judge the run, name other rows in data.validation; to do without, leave "
+                    "that out and set data.validation_fraction: 0."
+                )
+            place = parts[0].rows[0].place
+            raise DataError(f"{place} and all other {what} rows have {empty}.{advice}")
 
 
 def sources_of(
@@ -156,10 +163,11 @@ def sources_of(
 
 def read_more_sft(
     file: str, forms: Sequence[Form], data: DataSettings, unanswered: bool = False
-) -> list[Sample]:
+) -> tuple[list[Sample], int]:
     """Return the samples of another file of one of `forms`; `unanswered` ones need no completion.
 
-    Where no forms are known, it is of the one that its fields say.
+    Where no forms are known, it is of the one that its fields say. Also returns how many rows were
+    left out for want of a completion.
     """
     source = DataSource(path=file)
     part = Part(source, read_source(source, not forms or "text-file" in forms))
@@ -172,10 +180,15 @@ def read_more_sft(
             )
         form, columns = _form_of_more(part.rows, of_rows, data, unanswered)
         part = Part(source.model_copy(update={"columns": columns}), part.rows)
+        if unanswered and form in WITHOUT_PROMPTS:
+            raise DataError(
+                f"{file} holds plain text, which has no prompts to answer; use msplora generate "
+                f"--prompt."
+            )
     found = _samples_of(part, form, data, unanswered)
     if not found:
         raise DataError(f"{file}: every row has an empty completion.")
-    return found
+    return found, len(part.rows) - len(found)
 
 
 def _form_of_more(
@@ -265,6 +278,7 @@ def _sample(row: Row, form: Form, unanswered: bool) -> Sample:
         _optional(row, "system"),
         _history(row),
     )
+    refuse_half_characters(prompt, row.place)
     return Sample(row.place, prompt, answer)
 
 
@@ -289,6 +303,7 @@ def _string(row: Row, field: str) -> str:
         raise DataError(
             f"{row.place}: {field!r} holds a {type(value).__name__}, not text. {advice}."
         )
+    refuse_half_characters(value, row.place)
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .data_files import DataError, Row, read_hub, read_rows, read_text, suffix_of
+from .data_files import DataError, Row, hub_name, read_hub, read_rows, read_text, suffix_of
 from .settings_data import DataSource, Sources
 
 Item = TypeVar("Item")
@@ -50,8 +50,8 @@ def source_name(source: DataSource) -> str:
     """What a source is called in notes and errors."""
     if source.path is not None:
         return source.path
-    config = f", {source.config}" if source.config else ""
-    return f"{source.hub}{config}, {source.split}"
+    assert source.hub is not None  # a source has one of the two
+    return hub_name(source.hub, source.split, source.config)
 
 
 def is_whole_text(source: DataSource) -> bool:

@@ -142,7 +142,9 @@ def _hold_out_end(row: Row, fraction: float) -> tuple[list[Row], list[Row]]:
     """The end of a text, not chunks from all over it: neighbours of a held-out one give it away."""
     text = row["text"]
     cut = int(len(text) * (1 - fraction))
-    cut = text.rfind("\n", 0, cut) + 1 or cut  # at a line's end where there is one
+    near = max(0, cut - (len(text) - cut) // 2)  # at most half as much again is held out
+    # At a line's end or between words, where there is one.
+    cut = text.rfind("\n", near, cut) + 1 or text.rfind(" ", near, cut) + 1 or cut
     begin, end = (
         replace(row, values={"text": text[:cut]}),
         replace(row, values={"text": text[cut:]}),

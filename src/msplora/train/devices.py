@@ -150,6 +150,22 @@ def check_devices(devices: DeviceSettings) -> None:
         )
 
 
+def check_started(devices: DeviceSettings) -> None:
+    """Refuse to train in other than the processes that the settings ask for.
+
+    One process is what they say where nothing is asked: then any launcher's number is right.
+
+    Raises:
+        ConfigError: there are more, or fewer.
+    """
+    if devices.processes not in (1, world_size()):
+        raise ConfigError(
+            f"devices.processes = {devices.processes}, and {world_size()} train here. Start the "
+            f"run by `msplora train`, which starts as many; or leave devices.processes out, and "
+            f"start it by a launcher of your own."
+        )
+
+
 def launch(devices: DeviceSettings, arguments: Sequence[str]) -> int:
     """Run `msplora ARGUMENTS` in several processes; return the exit code.
 

@@ -35,8 +35,8 @@ def check_space(job: Job, output: Path) -> list[str]:
             f"a checkpoint takes about {_size(checkpoint)} and the result {_size(result)}, and "
             f"{free_space(output)} Name an output on another disk."
         )
-    # The newest ones, as many best ones, and the one that is being written.
-    kept = 2 * settings.training.save_limit + 1
+    # The newest ones, the best one, and the one that is being written.
+    kept = settings.training.save_limit + 2
     if free < kept * checkpoint + result:
         return [
             f"up to {kept} checkpoints of about {_size(checkpoint)} are there at once, and "

@@ -11,11 +11,9 @@ from typing import Any
 import datasets
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from msplora.errors import ConfigError
 from msplora.loading import read_config
 
 from .base_model import Base, LoadBase, load_base
@@ -26,7 +24,7 @@ from .held_out_trainer import JudgesHeldOutRows
 from .init_from import start_checksums, start_folder
 from .job import Job
 from .length_groups import GroupsByLength
-from .methods import adapt
+from .methods import adapt, refuse_adapted_output
 from .outline import outline
 from .preference_rows import pair_sample, prepare_rows
 from .quantisation import trained_in_float32
@@ -109,11 +107,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     base = load(settings, None)
     adapted = adapt(base, settings)
     notes.append(f"reference: {_reference_in_words(settings)}")
-    if isinstance(adapted.model.get_output_embeddings(), BaseTunerLayer):
-        raise ConfigError(
-            "adapter.target_modules names the output layer, which task dpo reads past its adapter. "
-            "Leave it out."
-        )
+    refuse_adapted_output(adapted.model, settings.task)
 
     def make_trainer(checkpoints: Path) -> DPOTrainer:
         arguments = trainer_arguments(settings, base, checkpoints, len(train), bool(held_out), best)
@@ -132,6 +126,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
             forms=data.forms,
             held_out=HeldOutRows.of(data.held_out),
             start=start_checksums(settings),
+            dtype=base.dtype,
         ),
         best,
         held_out=bool(held_out),

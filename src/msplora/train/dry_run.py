@@ -265,9 +265,11 @@ def disk_use(job: Job) -> Disk:
     trained = (its for its in model.parameters() if its.requires_grad)
     states = sum(2 * its.numel() * its.element_size() for its in trained)
     checkpoint = weights + states
-    # A new one is whole before an old one goes, and the best is never the one that goes.
+    # A new one is whole before an old one goes, the best stays beside those that the limit names,
+    # and the weights are written when the last is.
     limit = job.record.settings.training.save_limit
-    return Disk(weights, checkpoint, (limit + 1) * checkpoint + weights)
+    at_most = max((limit + 2) * checkpoint, (limit + 1) * checkpoint + weights)
+    return Disk(weights, checkpoint, at_most)
 
 
 def _peak_record(peak: Peak) -> dict[str, Any]:

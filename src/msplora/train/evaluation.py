@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,9 +119,7 @@ def _judge(run: SavedRun, inputs: Any, batch_size: int) -> dict[str, float]:
     """The metrics of a classifier."""
     classes, settings = run.record.classes, run.settings
     assert classes
-    with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
-        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(inputs), False, "loss")
-        arguments["per_device_eval_batch_size"] = batch_size
+    with _judging(run, len(inputs), batch_size) as arguments:
         trainer = classification_trainer(
             settings, run.base, classes, run.model, arguments, held_rows=inputs
         )
@@ -138,15 +138,15 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
     """Rows of a language model; without `data`, those the run held out."""
     settings, forms = run.settings, run.record.forms
     held_out: list[Sample]
-    bad = None  # of a file that is given, every row counts
+    bad, empty = None, 0  # of a file that is given, every row counts
     if data:
-        held_out = read_more_sft(data, forms, settings.data)
+        held_out, empty = read_more_sft(data, forms, settings.data)
     elif not forms:
         raise DataError(f"{run.path} does not say what it was trained on; give a file with --data.")
     else:
         found = read_sft(settings.data, settings.seed)
         held_out, bad = _held_out(run, found.held_out), found.bad
-    return tokenise_samples(
+    rows, report = tokenise_samples(
         held_out,
         run.base.tokenizer,
         row_limit(settings, run.base.model),
@@ -155,6 +155,7 @@ def token_rows(run: SavedRun, data: str | None) -> tuple[list[Tokens], LengthRep
         None if data else settings.data.max_rows,
         bad,
     )
+    return rows, replace(report, empty=empty)
 
 
 def _preferences(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
@@ -172,14 +173,15 @@ def pair_rows(run: SavedRun, data: str | None) -> tuple[list[PairTokens], Length
     """Pairs as token ids; without `data`, those the run held out."""
     settings, forms = run.settings, run.record.forms
     held_out: list[Pair]
-    bad = None
+    bad, empty = None, 0
     if data:
-        held_out = read_more_preferences(data, forms, settings.data)
+        held_out, empty = read_more_preferences(data, forms, settings.data)
     else:
         found = read_preferences(settings.data, settings.seed)
         held_out, bad = _held_out(run, found.held_out), found.bad
     limit = row_limit(settings, run.base.model)
-    return tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out", bad)
+    rows, report = tokenise_pairs(held_out, run.base.tokenizer, limit, "held-out", bad)
+    return rows, replace(report, empty=empty)
 
 
 def pair_judge(run: SavedRun, rows: list[PairTokens], batch_size: int) -> HeldOutDPOTrainer:
@@ -187,12 +189,18 @@ def pair_judge(run: SavedRun, rows: list[PairTokens], batch_size: int) -> HeldOu
     settings = run.settings
     check_start(settings, run.record.start or {})
     reference = load_base(settings, None).model if settings.method == "full" else None
-    with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
-        arguments = trainer_arguments(settings, run.base, Path(nowhere), len(rows), False, "loss")
-        arguments["per_device_eval_batch_size"] = batch_size
+    with _judging(run, len(rows), batch_size) as arguments:
         return preference_trainer(
             settings, run.base, run.model, arguments, rows, rows, reference=reference
         )
+
+
+@contextmanager
+def _judging(run: SavedRun, rows: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The arguments of a trainer that only measures, and tells no tracker of it."""
+    with tempfile.TemporaryDirectory() as nowhere:  # the trainer insists on a folder
+        arguments = trainer_arguments(run.settings, run.base, Path(nowhere), rows, False, "loss")
+        yield arguments | {"per_device_eval_batch_size": batch_size, "report_to": "none"}
 
 
 _BY_TASK: dict[Task, Callable[[SavedRun, str | None, int], dict[str, Any]]] = {

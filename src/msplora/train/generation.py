@@ -48,7 +48,8 @@ def generate_text(
             )
         transformers.set_seed(seed)
         sample = as_sample(prompt, None if raw else run.record.form)
-        return continue_sample(run, sample, max_new_tokens, temperature, top_p)
+        asked = prompt_to_continue(run, sample)
+        return continue_prompt(run, asked, max_new_tokens, temperature, top_p)
 
 
 def as_sample(prompt: str, form: Form | None) -> Sample:
@@ -58,12 +59,13 @@ def as_sample(prompt: str, form: Form | None) -> Sample:
     return Sample("the prompt", alpaca_prompt(prompt) if form == "alpaca" else prompt)
 
 
-def continue_sample(
-    run: SavedRun, sample: Sample, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
-) -> str:
-    """Return the continuation of one sample's prompt."""
-    tokenizer = run.base.tokenizer
-    ids = prompt_ids(sample, tokenizer)
+def prompt_to_continue(run: SavedRun, sample: Sample) -> list[int]:
+    """Return the ids of a sample's prompt.
+
+    Raises:
+        DataError: nothing can follow it.
+    """
+    ids = prompt_ids(sample, run.base.tokenizer)
     if not ids:
         raise DataError(f"{sample.place} is empty; give at least one token to continue from.")
     positions = positions_of(run.base.model)
@@ -72,6 +74,18 @@ def continue_sample(
             f"{sample.place}: {len(ids)} tokens, and the model has {positions} positions; nothing "
             f"can follow. Shorten it."
         )
+    return ids
+
+
+def continue_prompt(
+    run: SavedRun,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> str:
+    """Return the continuation of a prompt of `prompt_to_continue`."""
+    tokenizer, positions = run.base.tokenizer, positions_of(run.base.model)
     if positions:
         max_new_tokens = min(max_new_tokens, positions - len(ids))
     inputs = torch.tensor([ids], device=run.model.device)

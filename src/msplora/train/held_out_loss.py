@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from .devices import process_index, sum_over_processes, world_size
 from .tokenise_sft import IGNORED, Tokens
 
-PIECE = 2**25
-"""Logits that are brought to float32 at once: 128 MiB."""
+PIECE = 2**23
+"""Logits that are brought to float32 at once: 32 MiB."""
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from .data_files import DataError
 from .settings import Settings
 
 LEFT_OUT = {
+    "empty": "left out without an answer, or with the same one twice",
     "truncated": "truncated",
     "dropped": "dropped as too long",
     "unlearnt": "left out without a token to learn",
@@ -46,6 +47,8 @@ class LengthReport:
     """How many rows were cut or left out, out of how many."""
 
     rows: int = 0
+    empty: int = 0
+    """Of a file that is measured on: rows without an answer, or with the same one twice."""
     truncated: int = 0
     dropped: int = 0
     unlearnt: int = 0

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +19,7 @@ from msplora import sisters
 from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetError, nearest
 from msplora.loading import read_config
 
-from .adalora import is_adalora, penalise_training_only
+from .adalora import is_adalora, leave_penalty_out
 from .base_model import Base
 from .init_from import notes_on_start, start_folder
 from .levels import check_level_names, check_some_train, freeze_levels
@@ -30,7 +32,7 @@ Config = TypeVar("Config")
 _TASK_TYPES = {True: peft.TaskType.SEQ_CLS, False: peft.TaskType.CAUSAL_LM}
 """By whether the model classifies."""
 
-_WITHOUT_B = ("full", "frozen", "adalora", "vera", "randlora", "lily")
+WITHOUT_B = ("full", "frozen", "adalora", "vera", "randlora", "lily")
 """The methods without factors that `training.b_learning_rate_factor` could tell apart."""
 
 
@@ -86,7 +88,8 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         except ValueError as error:
             raise _explain(error, base.model, config, settings.method) from error
     if is_adalora(model):
-        penalise_training_only(model)
+        leave_penalty_out(model)
+    _in_float32(model)
     if plan:
         freeze_levels(model, settings.training.frozen_levels or ())
     head = _count(model, modules_to_save=True)
@@ -218,7 +221,7 @@ def _inapplicable(settings: Settings) -> list[str]:
         # The rank and alpha of LoRA, which they are compared with, may be those of the pyramid.
         reads |= {"ranks", "alphas", "split_alpha"} if "r" in reads else set()
         unread["adapter"] = tuple(its for its in AdapterSettings.model_fields if its not in reads)
-    if settings.method in _WITHOUT_B:
+    if settings.method in WITHOUT_B:
         unread["training"] = (*LEVEL_KEYS, "b_learning_rate_factor")
     keys = [*unread_sections(settings)] + [
         f"{section}.{name}"
@@ -264,7 +267,10 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
                 model, str(folder), is_trainable=is_trainable, low_cpu_mem_usage=_on_meta(model)
             )
         if is_adalora(loaded):
-            penalise_training_only(loaded)
+            leave_penalty_out(loaded)
+        if _in_float32(loaded) and not _on_meta(loaded):  # what was rounded is read again
+            tensors = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
+            peft.set_peft_model_state_dict(loaded, tensors)
         return loaded
     except MSPLoraError:
         raise
@@ -274,6 +280,36 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> 
             f"{' '.join(str(error).split())[:400]} Use the base and the "
             f"classes it was trained with."
         ) from error
+
+
+def _in_float32(model: nn.Module) -> bool:
+    """Bring what trains, and what is saved of the base's modules, to float32; whether any was not.
+
+    PEFT does so for the factors, and copies whole modules as they are: in half precision the small
+    steps of an optimiser would be lost.
+    """
+    half = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in (torch.float16, torch.bfloat16)
+        and (parameter.requires_grad or ".modules_to_save." in name)
+    ]
+    for parameter in half:
+        parameter.data = parameter.data.float()
+    return bool(half)
+
+
+def refuse_adapted_output(model: Any, task: str) -> None:
+    """Refuse an adapter of the output layer, whose weight the trainer multiplies by itself.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            f"adapter.target_modules names the output layer, which task {task} reads past its "
+            f"adapter. Leave it out."
+        )
 
 
 def save_trained(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:

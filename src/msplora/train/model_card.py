@@ -8,6 +8,7 @@ from typing import Any
 from msplora.conversion_card import AUTOLOAD
 
 from .data_sources import named_sources
+from .devices import world_size
 from .methods import Adapted
 from .next_steps import next_steps
 from .settings import Settings
@@ -49,7 +50,7 @@ def model_card(
         lines += _loading(settings, adapted)
     lines += [
         "```sh",
-        *(f"{command}  # {what}" for what, command in next_steps(settings, run, adapted.rank)),
+        *(f"{command}  # {what}" for what, command in next_steps(settings, run, adapted)),
         "```",
         "",
         "## Made with",
@@ -82,7 +83,7 @@ def _data(settings: Settings) -> str:
 def _training(settings: Settings) -> list[str]:
     """What of the config one would ask for first; config.yaml has all of it."""
     training, data = settings.training, settings.data
-    rows = training.batch_size * training.gradient_accumulation * settings.devices.processes
+    rows = training.batch_size * training.gradient_accumulation * world_size()
     held_out = f"a fraction of {data.validation_fraction:g}"
     if data.glue:
         held_out = "the task's dev.tsv"
@@ -90,6 +91,10 @@ def _training(settings: Settings) -> list[str]:
         held_out = "rows of their own"
     elif not data.validation_fraction:
         held_out = "none"
+    elif settings.task == "image-classification":
+        from .data_images import comes_divided  # Pillow is not needed for texts
+
+        held_out = "images of their own" if comes_divided(data) else held_out
     facts = {
         "learning rate": f"{training.learning_rate:g}, {training.scheduler}",
         "length": f"{training.max_steps} steps"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from msplora.serving import serve_command
+from msplora.server_limits import features, why_not_served
+from msplora.serving import SERVERS, serve_command
 
+from .methods import Adapted
 from .peft_methods import METHODS
+from .quantisation import is_quantised
 from .settings import Settings
 
 
-def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[str, str]]:
-    """Return (what for, command) for a run; `rank` is that of each layer's adapter."""
+def next_steps(settings: Settings, run: Path, adapted: Adapted) -> list[tuple[str, str]]:
+    """Return (what for, command) for a run; `adapted` is what it trained."""
     folder = shlex.quote(_short(run))
     steps = [("evaluate", f"msplora eval {folder}")]
     if settings.classifies:
@@ -20,6 +23,7 @@ def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[st
         steps.append(("predict", f"msplora predict {folder} {given}"))
     else:
         steps.append(("generate", f'msplora generate {folder} --prompt "..."'))
+    rank, model = adapted.rank, adapted.model
     if rank is None:
         return steps
     adapter = shlex.quote(_short(run / "adapter"))
@@ -30,8 +34,16 @@ def next_steps(settings: Settings, run: Path, rank: int | None) -> list[tuple[st
     if settings.method in METHODS and not METHODS[settings.method].merges:
         return steps
     merged = shlex.quote(_short(run.with_name(run.name + "-merged")))
-    steps.append(("merge", f"msplora convert {adapter} --to merged {merged}"))
-    if not settings.classifies and settings.method not in METHODS:
+    rounded = is_quantised(model.get_base_model()) and not settings.quantization
+    steps.append(
+        (
+            "merge",
+            f"msplora convert {adapter} --to merged {merged}" + " --allow-quantized" * rounded,
+        )
+    )
+    if settings.classifies or settings.method in METHODS:
+        return steps
+    if why_not_served(features(model), SERVERS["vllm"], rank) is None:
         steps.append(("serve", serve_command(settings.model, lora, rank, run.name)))
     return steps
 

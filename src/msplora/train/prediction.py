@@ -21,7 +21,7 @@ from .data_images import labelled_images, read_more_images
 from .data_preference import read_prompts
 from .data_sft import read_more_sft
 from .data_sources import WHOLE_TEXT
-from .generation import continue_sample
+from .generation import continue_prompt, prompt_to_continue
 from .held_out_loss import autocast
 from .image_classification import Pixels
 from .lengths import Limit, row_limit
@@ -65,10 +65,12 @@ def predict_file(
         if run.settings.task == "dpo":
             found = read_prompts(rows, forms, run.settings.data)
         else:
-            found = read_more_sft(str(file), forms, run.settings.data, unanswered=True)
+            found, _ = read_more_sft(str(file), forms, run.settings.data, unanswered=True)
+        # All of them first: one that cannot be answered is not to cost the answers before it.
+        asked = [prompt_to_continue(run, sample) for sample in found]
         return [
-            {"row": number, "completion": continue_sample(run, sample, max_new_tokens)}
-            for number, sample in enumerate(found, 1)
+            {"row": number, "completion": continue_prompt(run, ids, max_new_tokens)}
+            for number, ids in enumerate(asked, 1)
         ]
 
 
@@ -90,10 +92,13 @@ def check_output(file: Path, force: bool, given: Path) -> None:
 def format_predictions(found: list[Prediction], suffix: str) -> str:
     """Return the predictions as .jsonl, or as .tsv with one column per class."""
     if suffix == ".jsonl":
-        return "".join(json.dumps(its, ensure_ascii=False) + "\n" for its in found)
-    records = [_flat(its) for its in found]
-    lines = ["\t".join(records[0]), *("\t".join(map(_cell, its.values())) for its in records)]
-    return "\n".join(lines) + "\n"
+        lines = [json.dumps(its, ensure_ascii=False) for its in found]
+    else:
+        records = [_flat(its) for its in found]
+        lines = ["\t".join(records[0]), *("\t".join(map(_cell, its.values())) for its in records)]
+    text = "\n".join(lines) + "\n"
+    # The name of a file need not be UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_predictions(found: list[Prediction], file: Path) -> None:
@@ -115,7 +120,7 @@ def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Predi
     assert classes
     # Every row gets its line, so none is dropped here.
     limit = row_limit(run.settings, run.base.model)
-    limit = Limit(limit.positions, limit.length, "truncate")
+    limit = Limit(limit.positions, limit.length or limit.positions, "truncate")
     asked = examples(rows, fit_columns(rows, classes), labelled=False)
     data, _ = tokenise_examples(asked, run.base.tokenizer, limit, "given")
     batches = (
@@ -129,7 +134,8 @@ def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Predi
 def _classify_images(run: SavedRun, path: Path | str, batch_size: int) -> Iterator[Prediction]:
     classes = run.record.classes
     assert classes
-    images = labelled_images(read_more_images(path, classes), classes, labelled=False)
+    rows = read_more_images(path, classes, labelled=False)
+    images = labelled_images(rows, classes, labelled=False)
     batches = DataLoader(Pixels(images, run.base.tokenizer), batch_size)
     for number, (image, its) in enumerate(zip(images, _logits(run, batches), strict=True), 1):
         named = {"image": image.source} if isinstance(image.source, str) else {}

@@ -39,13 +39,14 @@ class Rows:
 def rehearsed(settings: Settings) -> Iterator[None]:
     """Set what the trainer is made with, for a rehearsal instead of the whole run."""
     training = settings.training
-    before = training.max_steps, training.gradient_accumulation
+    before = training.max_steps, training.gradient_accumulation, training.report_to
     training.max_steps = STEPS
     training.gradient_accumulation = min(training.gradient_accumulation, MICRO_BATCHES)
+    training.report_to = []  # no tracker is to take it for the run
     try:
         yield
     finally:
-        training.max_steps, training.gradient_accumulation = before
+        training.max_steps, training.gradient_accumulation, training.report_to = before
 
 
 class Rehearsal:

@@ -55,6 +55,12 @@ def measured(state: Any, job: Job, folder: RunFolder) -> dict[str, Any]:
     }
 
 
+def forget_peak() -> None:
+    """Measure the memory of a GPU anew: of the run that begins, not of those before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def write_weights(folder: RunFolder, job: Job, trainer: Any) -> Path:
     """Save what was trained, and what its use needs beside it; return where.
 

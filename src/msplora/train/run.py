@@ -21,7 +21,7 @@ from .absolute_paths import with_absolute_paths
 from .base_model import LoadBase, load_base
 from .callbacks import add_callbacks, check_trackers
 from .checkpoints import find_newest
-from .devices import is_main_process, join, wait_for_everyone, world_size
+from .devices import check_started, is_main_process, join, wait_for_everyone, world_size
 from .disk_space import check_space, free_space
 from .init_from import check_task
 from .job import Job
@@ -30,7 +30,7 @@ from .next_steps import next_steps
 from .preview import show_preview, show_sample, show_warnings
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
-from .results import measured, write_records, write_weights
+from .results import forget_peak, measured, write_records, write_weights
 from .resumable import make_resumable
 from .run_folder import BEFORE, DATA, Resume, RunFolder
 from .self_check import check_trained
@@ -65,12 +65,16 @@ def train_run(
     one where there is none, and does nothing where it is complete.
 
     Raises:
+        ConfigError: the settings, or their data, are for no run; or `devices.processes` is not
+            how many processes call this together.
         Interrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to go on.
         NotWritten: the disk is full. The checkpoints before are whole.
         EndedFromOutside: another error of the system, such as a connection's.
         NoNumber: the loss is none before the first step.
     """
+    check_started(settings.devices)
     join()
+    forget_peak()
     console = console or Console()
     results = results or console
     if not is_main_process():
@@ -90,7 +94,7 @@ def train_run(
         with StopSignals(tells=is_main_process()) as stop:
             metrics, warnings = _run(job, folder, notes, stop, console)
     _report(results, folder.path, job, metrics)
-    for what, command in next_steps(settings, folder.path, job.adapted.rank):
+    for what, command in next_steps(settings, folder.path, job.adapted):
         console.print(f"  {what:9}", command, markup=False, highlight=False, soft_wrap=True)
     for warning in warnings:
         results.print(f"[bold red]Look:[/] {escape(warning)}", highlight=False, soft_wrap=True)
@@ -160,12 +164,15 @@ def _saved(folder: RunFolder) -> str:
 
 
 def _already_complete(folder: RunFolder, console: Console) -> Path:
-    if folder.is_complete:
-        folder.clear()
-        said = f"The run in {folder.path} is complete; there is nothing to do."
-    else:
-        said = f"The run was complete but for its name; it is now in {folder.finish()}"
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    wait_for_everyone()  # all have looked at what is there
+    if is_main_process():
+        if folder.is_complete:
+            folder.clear()
+            said = f"The run in {folder.path} is complete; there is nothing to do."
+        else:
+            said = f"The run was complete but for its name; it is now in {folder.finish()}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    wait_for_everyone()
     return folder.path
 
 

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from .adalora import is_adalora, take_ranks_of
 from .learning_rates import parameter_groups
+from .methods import WITHOUT_B
 from .settings import Settings
 
 
@@ -23,6 +24,12 @@ class RunTrainer(Trainer):
 
     settings: Settings
     head: tuple[str, ...]
+
+    def __init__(self, *positional: Any, args: Any, **named: Any) -> None:
+        # A process has one device. Of all that are there transformers would make a batch as many
+        # times as large, by nn.DataParallel, which TRL refuses.
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(*positional, args=args, **named)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser, once."""
@@ -49,7 +56,7 @@ def settings_groups(
         training.learning_rate,
         weight_decay=training.weight_decay,
         level_factors=training.level_learning_rate_factors if pyramid else None,
-        b_factor=training.b_learning_rate_factor,
+        b_factor=1.0 if settings.method in WITHOUT_B else training.b_learning_rate_factor,
         head_factor=training.head_learning_rate_factor,
         head=head,
     )

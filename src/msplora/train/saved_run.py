@@ -73,6 +73,7 @@ def open_run(
     # The tokenizer was saved with the weights, and with it what the run set on it.
     settings.tokenizer = str(weights) if holds_tokenizer(weights) else None
     settings.data.chat_template = settings.init_from = None
+    settings.dtype = _dtype(record)
     loaded = load_base(settings, record.classes, for_training=settings.method == "full")
     model = loaded.model
     if adapted:
@@ -80,9 +81,17 @@ def open_run(
             if options.source:  # that it is not the recorded path is what was asked for
                 warnings.filterwarnings("ignore", message="the adapter names")
             model = put_on(model, weights)
-    if not is_quantised(loaded.model):  # which is where it shall be already, and may not be moved
+    # One that is quantised, or spread over devices, is where it shall be, and may not be moved.
+    if not is_quantised(loaded.model) and not settings.devices.device_map:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     return SavedRun(path, loaded, model.eval(), record)
+
+
+def _dtype(record: TaskRecord) -> Any:
+    """What to compute in: what the run did, but for float16 without a GPU."""
+    # The weights say it no more where all of them were trained, which is in float32.
+    dtype = record.dtype or record.settings.dtype
+    return "float32" if dtype == "float16" and not torch.cuda.is_available() else dtype
 
 
 def _weights(path: Path) -> Path:

@@ -28,12 +28,17 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `1e-4` is a number, as in YAML 1.2, and no key stands twice."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """What `_Loader` reads as it was: a word such as `1e-4` in quotes."""
+
+
 # YAML 1.1 wants a dot and a signed exponent; every learning rate ever written breaks that rule.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -125,9 +130,12 @@ def make_settings(content: Mapping[str, Any], source: str) -> Settings:
 
 def write_settings(settings: Settings, file: Path) -> None:
     """Write the settings so that `read_settings` gives the same again."""
-    file.write_text(
-        yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    file.write_text(as_yaml(settings.to_dict()), encoding="utf-8")
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """The text of a YAML file in which `read_content` finds the same content."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from .held_out_trainer import JudgesHeldOutRows
 from .init_from import start_checksums
 from .job import Job
 from .length_groups import GroupsByLength
-from .methods import adapt
+from .methods import adapt, refuse_adapted_output
 from .outline import outline
 from .packing import packed_length, packed_rows, refuse_leaking
 from .quantisation import trained_in_float32
@@ -70,6 +70,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     if packing:
         refuse_leaking(base.model, rows.train)
     adapted = adapt(base, settings)
+    refuse_adapted_output(adapted.model, settings.task)
 
     def make_trainer(checkpoints: Path) -> SFTTrainer:
         held_out = bool(rows.held_out)
@@ -104,6 +105,7 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
             forms=data.forms,
             held_out=HeldOutRows.of(data.held_out),
             start=start_checksums(settings),
+            dtype=base.dtype,
         ),
         best,
         held_out=bool(rows.held_out),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback
 
 from msplora.errors import ConfigError, MSPLoraError
 
@@ -115,6 +115,7 @@ class StagedTraining(TrainerCallback):
             check_level_names(stage.levels, by_level, "a stage")
         restarts = self.restart_schedule and len(self.stages) > 1
         warms_up = restarts and args.get_warmup_steps(state.max_steps) > 0
+        warms_up &= args.lr_scheduler_type != SchedulerType.CONSTANT  # which knows no warm-up
         self._ends = stage_ends(self.stages, state.max_steps, warms_up)
         self._stage = None
         named = {level for stage in self.stages for level in stage.levels}

@@ -43,10 +43,18 @@ class _Watch(TrainerCallback):
         return next(found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before an evaluation of an earlier stage, which adds one or begins at 0 again."""
+        """Count nothing of an earlier stage."""
+        self._forget(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count nothing of an earlier stage, where epochs are evaluated."""
+        self._forget(state, control)
+
+    def _forget(self, state: Any, control: Any) -> None:
         ends = stage_ends(self.stages, state.max_steps) if self.stages else []
         if len(ends) > 1 and state.global_step <= ends[-2]:
-            self.counts.early_stopping_patience_counter = -1
+            # An evaluation that follows at once adds one, or begins at 0 again.
+            self.counts.early_stopping_patience_counter = -1 if control.should_evaluate else 0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say where it ended, if it was for want of a better one."""

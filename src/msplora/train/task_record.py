@@ -30,6 +30,8 @@ class TaskRecord:
     """By what its held-out rows are known; None of a run before that was kept."""
     start: dict[str, int] | None = None
     """The checksums of the adapter that `init_from` names; None of a run before that was kept."""
+    dtype: str | None = None
+    """What it was computed in, where the settings say auto; None of a run before that was kept."""
 
     def save(self, folder: Path) -> None:
         """Write task.json into the folder of the weights."""
@@ -41,6 +43,7 @@ class TaskRecord:
             "more_forms": self.forms[1:],
             "held_out": asdict(self.held_out) if self.held_out else None,
             "start": self.start,
+            "dtype": self.dtype,
         }
         (folder / TASK_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -87,4 +90,5 @@ class TaskRecord:
             forms,
             held_out,
             content.get("start"),
+            content.get("dtype"),
         )

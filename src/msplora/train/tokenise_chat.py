@@ -9,7 +9,7 @@ from typing import Any
 from msplora.errors import ConfigError
 
 from .data_chat import Message, calls_as_text
-from .data_files import DataError
+from .data_files import DataError, refuse_half_characters
 from .data_sft import Sample
 
 Span = tuple[int, int]
@@ -17,7 +17,9 @@ Span = tuple[int, int]
 
 def render_chat(sample: Sample, tokenizer: Any, add_generation_prompt: bool = False) -> str:
     """Return the chat as text; with the opening of an answer where one is to be generated."""
-    return _render(sample, sample.messages, tokenizer, add_generation_prompt)
+    text = _render(sample, sample.messages, tokenizer, add_generation_prompt)
+    refuse_half_characters(text, sample.place)
+    return text
 
 
 def template_names(tokenizer: Any, name: str) -> bool:

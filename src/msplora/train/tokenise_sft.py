@@ -172,13 +172,13 @@ def _chats(samples: list[Sample], tokenizer: Any, bad: BadRows) -> list[Tokens |
     for (number, chat), ids, offsets in zip(
         rendered.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
+        learnt = bytearray(len(chat.text))  # a byte for each character
+        for low, high in chat.spans:
+            learnt[low:high] = b"\1" * (high - low)
         labels = [
-            its
-            # By the start, since some tokenizers take spaces off a token's span, down to an empty
-            # one; or by the end, since a token that also holds the end of the prompt must be
-            # predicted too.
-            if any(low <= start < high or start < low < end for low, high in chat.spans)
-            else IGNORED
+            # Some tokenizers take spaces off a token's span, down to an empty one. A token that
+            # also holds the end of the prompt must be predicted too.
+            its if 1 in learnt[start : max(end, start + 1)] else IGNORED
             for its, (start, end) in zip(ids, offsets, strict=True)
         ]
         rows[number] = Tokens(
