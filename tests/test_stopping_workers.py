@@ -62,9 +62,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # Where torch knows it: what is under way takes longer, and is waited for all the same.
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
-    kept = {its: signal.getsignal(its) for its in (signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)}
-    # A shell lets what it starts in the background ignore it, which is then kept.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    kept = {its: signal.getsignal(its) for its in (signal.SIGHUP, signal.SIGQUIT)}
     yield tmp_path
     for number, before in kept.items():  # which torch's launcher leaves changed
         signal.signal(number, before)
