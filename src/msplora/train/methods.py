@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import peft
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import msplora
-from msplora import sisters
-from msplora.errors import AdapterFileError, ConfigError, MSPLoraError, TargetError, nearest
+from msplora.errors import ConfigError, MSPLoraError, TargetError, nearest
 from msplora.loading import read_config
 
 from .adalora import is_adalora, leave_penalty_out
@@ -24,6 +21,7 @@ from .base_model import Base
 from .init_from import notes_on_start, start_folder
 from .levels import check_level_names, check_some_train, freeze_levels
 from .peft_methods import METHODS, config_of, is_lora, keys_read, rank_of, unread_sections
+from .saved_adapter import load_adapter, on_meta, to_float32
 from .settings import LEVEL_KEYS, PYRAMID_KEYS, AdapterSettings, Settings
 from .settings_methods import LORAS
 
@@ -76,7 +74,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if isinstance(config, msplora.MSPLoraConfig):
         plan = msplora.plan(base.model, config)
     base_numbers = base.model.num_parameters()  # two of 4 bits are one number in memory
-    if settings.method == "vera" and _on_meta(base.model):
+    if settings.method == "vera" and on_meta(base.model):
         raise ConfigError(
             "PEFT cannot put VeRA on a model without weights, which a dry run has. Start the run."
         )
@@ -84,12 +82,12 @@ def adapt(base: Base, settings: Settings) -> Adapted:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
         try:
-            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=_on_meta(base.model))
+            model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=on_meta(base.model))
         except ValueError as error:
             raise _explain(error, base.model, config, settings.method) from error
     if is_adalora(model):
         leave_penalty_out(model)
-    _in_float32(model)
+    to_float32(model)
     if plan:
         freeze_levels(model, settings.training.frozen_levels or ())
     head = _count(model, modules_to_save=True)
@@ -126,11 +124,6 @@ def _pyramid(settings: Settings) -> msplora.MSPLoraConfig:
     """The pyramid alone, without what a base has to be looked at for."""
     given = settings.adapter.model_dump(include={"r", "lora_alpha", *PYRAMID_KEYS})
     return msplora.MSPLoraConfig(**{key: its for key, its in given.items() if its is not None})
-
-
-def _on_meta(model: nn.Module) -> bool:
-    """Whether the model has no numbers, as in a dry run; its adapter needs none either."""
-    return next(model.parameters()).is_meta
 
 
 def adapter_config(settings: Settings, base: Base) -> Any:
@@ -250,55 +243,6 @@ def _without_adapter(base: Base, settings: Settings) -> Adapted:
     return Adapted(base.model, trainable, None, None, _inapplicable(settings))
 
 
-def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False) -> Any:
-    """Put a saved adapter on its base; all of it must be there and fit.
-
-    Raises:
-        MSPLoraError: a tensor of the adapter, or of its head, is missing or misshapen.
-    """
-    sisters.register()  # before PEFT looks the adapter's type up
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns of tensors that a LoRA's file lacks, and leaves them random.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            if is_trainable:  # a run says it itself, of every method
-                warnings.filterwarnings("ignore", message="the adapter names")
-            loaded = peft.PeftModel.from_pretrained(
-                model, str(folder), is_trainable=is_trainable, low_cpu_mem_usage=_on_meta(model)
-            )
-        if is_adalora(loaded):
-            leave_penalty_out(loaded)
-        if _in_float32(loaded) and not _on_meta(loaded):  # what was rounded is read again
-            tensors = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
-            peft.set_peft_model_state_dict(loaded, tensors)
-        return loaded
-    except MSPLoraError:
-        raise
-    except (RuntimeError, ValueError, UserWarning) as error:
-        raise AdapterFileError(
-            f"the adapter {folder} does not fit {type(model).__name__}: "
-            f"{' '.join(str(error).split())[:400]} Use the base and the "
-            f"classes it was trained with."
-        ) from error
-
-
-def _in_float32(model: nn.Module) -> bool:
-    """Bring what trains, and what is saved of the base's modules, to float32; whether any was not.
-
-    PEFT does so for the factors, and copies whole modules as they are: in half precision the small
-    steps of an optimiser would be lost.
-    """
-    half = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dtype in (torch.float16, torch.bfloat16)
-        and (parameter.requires_grad or ".modules_to_save." in name)
-    ]
-    for parameter in half:
-        parameter.data = parameter.data.float()
-    return bool(half)
-
-
 def refuse_adapted_output(model: Any, task: str) -> None:
     """Refuse an adapter of the output layer, whose weight the trainer multiplies by itself.
 
@@ -310,17 +254,6 @@ def refuse_adapted_output(model: Any, task: str) -> None:
             f"adapter.target_modules names the output layer, which task {task} reads past its "
             f"adapter. Leave it out."
         )
-
-
-def save_trained(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Save a model, without the second adapter that dpo compares with.
-
-    `state_dict` holds its weights where the model itself has only a share of them.
-    """
-    adapters: dict[str, Any] = {}
-    if isinstance(model, peft.PeftModel):
-        adapters["selected_adapters"] = ["default"]
-    model.save_pretrained(str(folder), state_dict=state_dict, **adapters)
 
 
 def _config_to_start_from(folder: Path, base: Base, settings: Settings, config: Any) -> Any:

@@ -16,12 +16,12 @@ from msplora.versions import versions
 
 from .devices import is_main_process, is_sharded, wait_for_everyone
 from .job import Job
-from .methods import save_trained
 from .model_card import model_card
 from .peft_methods import has_adapter
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
 from .run_folder import BEFORE, HISTORY, METRICS, RunFolder
+from .saved_adapter import save_trained
 from .scored_on import ScoredOn
 from .settings import Settings
 

@@ -16,8 +16,8 @@ from msplora.loading import TASK_FILE, BaseOptions, read_config
 
 from .base_model import Base, load_base
 from .init_from import holds_tokenizer
-from .methods import load_adapter
 from .quantisation import is_quantised
+from .saved_adapter import load_adapter
 from .settings import Settings
 from .settings_file import make_settings
 from .task_record import TaskRecord
