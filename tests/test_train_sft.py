@@ -17,7 +17,9 @@ import yaml
 
 from msplora.errors import ConfigError
 from msplora.train import prediction, saved_run
-from msplora.train.base_model import load_tokenizer
+from msplora.train.base_model import load_base, load_tokenizer
+from msplora.train.methods import adapt
+from msplora.train.next_steps import next_steps
 from msplora.train.settings_file import make_settings, read_settings
 from msplora.train.task_record import TaskRecord
 from runs import (
@@ -502,3 +504,27 @@ def test_a_template_with_a_byte_order_mark(folder: Path, tmp_path: Path) -> None
     (tmp_path / "t.jinja").write_bytes("é".encode("latin-1"))
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_tokenizer(settings)
+
+
+def test_rows_without_an_answer_are_counted_where_a_file_is_measured_on(
+    folder: Path, printed: str, tmp_path: Path
+) -> None:
+    rows = [*answered_rows(3), {"prompt": "w1", "completion": " "}]
+    given = write_jsonl(tmp_path / "given.jsonl", rows)
+    found = command("eval", folder / "run", "--data", given, "--json").json()
+    assert (found["rows"], found["empty"]) == (3, 1)
+
+
+def test_no_server_is_named_for_what_none_takes(folder: Path) -> None:
+    for method, served in (("lora", True), ("dora", False)):
+        settings = make_settings(config(folder, "x", method=method), "a test")
+        adapted = adapt(load_base(settings, None), settings)
+        steps = [what for what, _ in next_steps(settings, folder / "x", adapted)]
+        assert ("serve" in steps) == served
+
+
+def test_a_stage_of_one_step_trains_where_the_rate_is_constant(folder: Path) -> None:
+    stages = ["global", "mid", "local"]
+    training = {"scheduler": "constant", "stages": stages, "max_steps": 3, "warmup_ratio": 0.06}
+    out = train(folder, "constant", training=training).out
+    assert "stage 3 of 3: local until step 3" in out
