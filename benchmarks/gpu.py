@@ -3,9 +3,12 @@
     python benchmarks/gpu.py --output benchmarks/results/gpu.json
 
 Llama-3.2-3B and Llama-2-7B with random weights in bfloat16, query and value or all linear layers,
-eager and compiled; batches that fill the card. The points come in the order of their importance,
-each gets as many rounds as its share of the time allows, and the file is written after each. What
-there was no time for is named at the end. `--tiny` goes the same way on a CPU, with tiny models.
+eager and compiled; batches of 4, on which a minute is enough for a verdict, and those that fill the
+card. The points come in the order of their importance, each gets as many rounds as its share of the
+time allows, and the file is written after each. What there was no time for is named at the end, and
+measured by the same command with --append; --only compiled measures the points of that name. A copy
+without its history needs the commit in $COMMIT. `--tiny` goes the same way on a CPU, with tiny
+models.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import torch
 from rich.console import Console
 
 from msplora.bench.fits import available_bytes, need_of
+from msplora.bench.gpu_figures import TooFullError
 from msplora.bench.methods import DEFAULT, NEEDED, checked
-from msplora.bench.points import DTYPES, Point
+from msplora.bench.points import DTYPES, Point, point_of
 from msplora.bench.results import ResultFile, check
 from msplora.bench.speed import measure_speed
 from msplora.bench.sweep import is_out_of_memory
@@ -39,8 +43,11 @@ class Wanted:
     """Seconds below which it is not begun: to build it, warm up and step a few times."""
     share: float = 1.0
     """Of the time left, relative to the points after it."""
-    fill: bool = True
+    fill: bool = False
     """Take the largest batch that fits; else the point's own."""
+
+    def __str__(self) -> str:
+        return f"{self.point}{', filling the card' if self.fill else ''}"
 
 
 @dataclass(frozen=True)
@@ -63,33 +70,30 @@ class OutOfTimeError(Exception):
 def gpu_plan(dtype: str) -> Plan:
     """The points of a GPU. Compiled ones have 8 layers, since compiling takes time per layer."""
 
-    def llama(
-        name: str, layers: int, targets: str, compiled: bool = False, batch: int = 1
-    ) -> Point:
+    def llama(name: str, layers: int, targets: str, batch: int, compiled: bool = False) -> Point:
         return Point(name, layers, targets, dtype, batch, 1024, compiled=compiled)
 
     small, large = ("llama-3.2-3b", 28), ("llama-2-7b", 32)
-    eager = [
-        Wanted(llama(*shape, targets))
-        for shape in (small, large)
-        for targets in ("qv", "all-linear")
-    ]
+    eager = [(shape, targets) for shape in (small, large) for targets in ("all-linear", "qv")]
+    judged = [Wanted(llama(*shape, targets, 4), share=2) for shape, targets in eager]
     # Where a step is short, the time to launch its kernels shows.
-    single = [Wanted(llama(*small, "qv"), least=15, share=0.5, fill=False)]
+    single = [Wanted(llama(*small, "qv", 1), least=15)]
     compiled = [
-        Wanted(llama(name, 8, targets, compiled=True), least=75, share=2)
+        Wanted(llama(name, 8, targets, 4, compiled=True), least=100, share=3)
         for targets in ("all-linear", "qv")
         for name, _ in (small, large)
     ]
-    return Plan("cuda", [*eager, *single, *compiled], most_rows=64, rounds=(5, 60), warmup=3)
+    filling = [Wanted(llama(*shape, targets, 1), fill=True) for shape, targets in eager]
+    wanted = [*judged, *single, *compiled, *filling]
+    return Plan("cuda", wanted, most_rows=64, rounds=(5, 60), warmup=3)
 
 
 def tiny_plan(dtype: str) -> Plan:
     """The same road on a CPU; compiling stops after the graph, whose wholeness it shows."""
     points = [
-        Wanted(Point("tiny-llama", 2, "qv", dtype, 1, 16), least=0),
-        Wanted(Point("tiny-llama", 2, "all-linear", dtype, 1, 16), least=0, fill=False),
-        Wanted(Point("tiny-llama", 1, "qv", dtype, 1, 16, compiled=True), least=0, share=2),
+        Wanted(Point("tiny-llama", 2, "qv", dtype, 1, 16), least=0, fill=True),
+        Wanted(Point("tiny-llama", 2, "all-linear", dtype, 1, 16), least=0),
+        Wanted(Point("tiny-llama", 1, "qv", dtype, 2, 16, compiled=True), least=0, share=2),
     ]
     return Plan("cpu", points, most_rows=2, rounds=(2, 3), warmup=1, backend="eager")
 
@@ -98,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the time allows, and say what it did not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    # Imports, and a step that has begun, come on top.
+    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--only", default="", metavar="TEXT", help="points with it in their name")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT))
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU")
@@ -107,6 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * given.minutes
     plan = (tiny_plan if given.tiny else gpu_plan)(given.dtype)
+    named = [wanted for wanted in plan.wanted if given.only in str(wanted)]
+    if not named:
+        parser.error(f"no point is named {given.only!r}: {'; '.join(map(str, plan.wanted))}.")
+    plan = replace(plan, wanted=named)
     try:
         methods = checked(given.methods, needed=NEEDED)
         check(given.output, append=given.append, force=given.force)
@@ -131,22 +141,21 @@ def run(
         started = time.monotonic()
         left = deadline - started
         if left < wanted.least or left <= 0:
-            skipped.append(f"{wanted.point}: {max(left, 0):.0f} seconds are left")
+            skipped.append(f"{wanted}: {max(left, 0):.0f} seconds are left")
             continue
         share = wanted.share / sum(its.share for its in plan.wanted[place:])
         try:
             point = filled(wanted, methods, plan)
-            if file.holds(point.keys(), methods):
-                continue
-            rows = measure(plan, point, methods, started + left * share, deadline)
+            found = measure(plan, point, methods, file, started + left * share, deadline)
         except OutOfTimeError:
-            skipped.append(f"{wanted.point}: the time ran out within it")
+            skipped.append(f"{wanted}: the time ran out within it")
         except Exception as error:  # what fails at one point must not cost the others' time
-            skipped.append(f"{wanted.point}: {type(error).__name__}: {first_line(error)}")
+            skipped.append(f"{wanted}: {type(error).__name__}: {first_line(error)}")
         else:
-            file.add(rows)
-            console.print(time_table(rows, str(point)))
-            console.print(f"{time.monotonic() - started:.0f} seconds\n")
+            if found:
+                file.add(found)
+                console.print(time_table(found, str(point_of(found[0]))))
+                console.print(f"{time.monotonic() - started:.0f} seconds\n")
         finally:
             free()
     return skipped
@@ -159,13 +168,18 @@ def filled(wanted: Wanted, methods: Sequence[str], plan: Plan) -> Point:
     available = available_bytes(plan.device)
     for rows in range(plan.most_rows, 0, -1):
         point = replace(wanted.point, batch=rows)
-        if available is None or need_of(point, methods, plan.device).total < 0.85 * available:
+        if available is None or need_of(point, methods, plan.device).total < 0.8 * available:
             return point
     raise MSPLoraError(f"{wanted.point} does not fit")
 
 
 def measure(
-    plan: Plan, point: Point, methods: Sequence[str], until: float, deadline: float
+    plan: Plan,
+    point: Point,
+    methods: Sequence[str],
+    file: ResultFile,
+    until: float,
+    deadline: float,
 ) -> list[dict]:
     """Measure a point, with half the batch if the estimate was wrong.
 
@@ -173,32 +187,51 @@ def measure(
         plan: the device, and how few and how many rounds.
         point: with its batch.
         methods: their names.
+        file: what has been measured already.
         until: when the point's share of the time is over.
         deadline: when all time is.
+
+    Returns:
+        Its rows; none if the file has it.
     """
+    watch = Watch(plan.rounds[0], until, deadline)
+    while not file.holds(point.keys(), methods):
+        try:
+            return measure_speed(
+                point,
+                methods,
+                rounds_until(until, plan.rounds),
+                warmup=plan.warmup,
+                device=plan.device,
+                backend=plan.backend,
+                on_step=watch.on_step,
+                go_on=watch.go_on,
+            )
+        except RuntimeError as error:
+            too_much = isinstance(error, TooFullError) or is_out_of_memory(error)
+            if not too_much or point.batch == 1:
+                raise
+        free()  # out of the handler, whose traceback holds the models
+        point = replace(point, batch=point.batch // 2)
+    return []
 
-    def watch() -> None:
-        if time.monotonic() > deadline:
+
+class Watch:
+    """Ends a point in time: at a round once there are enough, else within one, with nothing."""
+
+    def __init__(self, fewest: int, until: float, deadline: float) -> None:
+        self.fewest, self.until, self.deadline = fewest, until, deadline
+        self.kept = 0
+
+    def go_on(self, kept: int) -> bool:
+        """Whether there is another round."""
+        self.kept = kept
+        return kept < self.fewest or time.monotonic() < self.until
+
+    def on_step(self) -> None:
+        """Raise if even the fewest rounds would take too long."""
+        if self.kept < self.fewest and time.monotonic() > self.deadline:
             raise OutOfTimeError
-
-    def once(point: Point) -> list[dict]:
-        return measure_speed(
-            point,
-            methods,
-            rounds_until(until, plan.rounds),
-            warmup=plan.warmup,
-            device=plan.device,
-            backend=plan.backend,
-            on_step=watch,
-        )
-
-    try:
-        return once(point)
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or point.batch == 1:
-            raise
-    free()  # out of the handler, whose traceback holds the models
-    return once(replace(point, batch=point.batch // 2))
 
 
 def rounds_until(until: float, bounds: tuple[int, int]) -> Callable[[float], int]:
@@ -213,6 +246,7 @@ def rounds_until(until: float, bounds: tuple[int, int]) -> Callable[[float], int
 
 def free() -> None:
     """Give back what the last point took."""
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

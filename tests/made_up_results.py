@@ -73,7 +73,8 @@ def memory_rows(**keys: Any) -> list[Row]:
             **keys,
             "method": method,
             "trainable": 100_000,
-            "peak_live_bytes": peak * 2**20 + 12_345,
+            "peak_live_bytes": (peak + 400) * 2**20 + 12_345,
+            "step_live_bytes": peak * 2**20 + 12_345,
             "resident_bytes": 2 * peak * 2**20,
         }
         for method, peak in peaks.items()
@@ -140,7 +141,8 @@ def sweep_rows() -> list[Row]:
 
 def gpu_rows() -> list[Row]:
     rows = step_rows(COSTS, batch=16, length=512, dtype="bfloat16")
-    extra = {"tokens_per_second": 123_456.7, "peak_bytes": 3 * 2**30 + 1, "kernel_launches": 1234}
+    extra = {"tokens_per_second": 123_456.7, "kernel_launches": 1234}
+    extra |= {"peak_live_bytes": 3 * 2**30 + 1, "step_live_bytes": 2**30 + 1}
     return [row | extra for row in rows]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import msplora as msplora_package
 from msplora.bench import fits, memory, methods, models, timing
 from msplora.bench.branches import add_branches
 from msplora.bench.points import Point, all_points, site_points
-from msplora.bench.shapes import SHAPES
+from msplora.bench.shapes import SHAPES, shape_named
 from msplora.bench.stepping import make_step
 from msplora.bench.terminal import share_of_overhead, time_table, verdict
 
@@ -224,6 +225,14 @@ def test_rounds_are_interleaved_and_warming_up_is_not_kept() -> None:
     assert lasts == [4.0]
 
 
+def test_rounds_end_where_it_is_said() -> None:
+    steps = dict.fromkeys(("a", "b"), lambda: None)
+    asked: list[int] = []
+    found = timing.run_rounds(steps, 9, go_on=lambda kept: asked.append(kept) or kept < 3)
+    assert asked == [0, 1, 2, 3]
+    assert [len(found[name]) for name in steps] == [3, 3]
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     """A machine that is slow for one round changes the times, and no ratio."""
     slow = [1.0, 10.0, 1.0, 1.0]
@@ -346,6 +355,26 @@ def test_the_estimate_is_near_what_is_measured(shape: str, changes: dict[str, An
         step()
         ratio = fits.need_of(point, [name]).activations / memory.peak_live_bytes(step)
         assert 0.85 < ratio < 2.6, (name, ratio)
+
+
+def test_what_a_container_keeps_of_files_is_free(tmp_path: Path) -> None:
+    for name, content in (
+        ("memory.max", "16000\n"),
+        ("memory.current", "12000\n"),
+        ("memory.stat", "anon 1000\ninactive_file 7000\nactive_file 3000\nfile 10500\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert fits._container_bytes(tmp_path) == 16_000 - 2_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert fits._container_bytes(tmp_path) is None
+
+
+def test_a_deep_model_is_counted_without_being_built() -> None:
+    shape = shape_named("tiny-llama")
+    with torch.device("meta"):
+        built = models.classifier_class(shape)(shape.config(5))
+    assert shape.parameters(5) == sum(its.numel() for its in built.parameters())
+    assert shape.parameters(10**9) > 10**12
 
 
 def test_the_base_is_counted_once_and_full_copies_it() -> None:

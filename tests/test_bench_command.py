@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from msplora.bench import gpu_figures, memory, methods, models, results, sites
 from msplora.bench.points import Point, site_points
 from msplora.bench.stepping import make_step
+from msplora.bench.sweep import run_sweep
 from msplora.errors import MSPLoraError
 from runs import msplora as command
 
@@ -42,7 +45,45 @@ def test_what_does_not_fit_is_refused_before_a_model_is_built(
         assert ("leave out the method full" in result.error) == (arguments[0] == "speed")
     result = command("bench", "sites", "--site", "10000000x10000000", "--output", out)
     assert "Lower --tokens" in result.error
+    deep = command("bench", "speed", "--shape", "tiny-llama", "--layers", 10**9, "--length", 64)
+    assert "1000000000 layers" in deep.error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "tiny-llama, 1 layer, qv, float32, 1 × 8 tokens ran out of memory. Lower"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory\n more"), "can't allocate memory"),
+    ],
+)
+def test_running_out_of_memory_says_what_to_lower(error: Exception, said: str) -> None:
+    def measure(point: Any) -> Any:
+        raise error
+
+    told = []
+    for point in (
+        Point("tiny-llama", 1, "qv", "float32", 1, 8),
+        *site_points(["8x8"], [4], ["float32"]),
+    ):
+        with pytest.raises(MSPLoraError, match="ran out of memory") as raised:
+            run_sweep([point], measure, results.ResultFile(None, "speed"))
+        told.append(str(raised.value))
+        assert point.smaller in told[-1]
+    assert said in told[0]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_and_told_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # as root, who may write everywhere, would not see
+        patch.setattr(results.os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(MSPLoraError, match="nothing may be added to"):
+            results.check(tmp_path / "new" / "out.json")
+    results.check(tmp_path / "new" / "out.json")
+    (tmp_path / "new").write_text("")
+    with pytest.raises(MSPLoraError, match=r"out\.json cannot be written"):
+        results.write(tmp_path / "new" / "out.json", "speed", [])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +233,12 @@ def test_memory_measures_each_method_in_a_process_of_its_own(tmp_path: Path) -> 
     point = Point("tiny-llama", 2, "qv", "float32", 2, 8)
     step = make_step("msplora", models.build_base(point), point)
     step()
-    assert row["peak_live_bytes"] == memory.peak_live_bytes(step)
+    assert row["step_live_bytes"] == memory.peak_live_bytes(step)
+    # Weights, and two moments and a step count of each tensor that trains.
+    kept = 4 * sum(its.numel() for its in step.model.parameters())
+    kept += sum(2 * its.nbytes + 4 for its in step.parameters)
+    kept += sum(its.nbytes for its in step.model.buffers())
+    assert row["peak_live_bytes"] == kept + row["step_live_bytes"]
     assert row["trainable"] == step.trainable
     assert row["resident_bytes"] > 50e6
 
@@ -235,6 +281,33 @@ def gpu_script() -> ModuleType:
     return module
 
 
+def test_a_batch_that_is_too_large_is_halved_and_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, out = gpu_script(), tmp_path / "gpu.json"
+    asked: list[int] = []
+
+    def measured(point: Point, names: Any, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        asked.append(point.batch)
+        if point.batch == 4:
+            raise script.TooFullError("no room")
+        return [{**point.keys(), "method": name} for name in names]
+
+    monkeypatch.setattr(script, "measure_speed", measured)
+    file = results.ResultFile(out, "speed")
+    plan = script.tiny_plan("float32")
+
+    def run(batch: int) -> list[dict[str, Any]]:
+        point = Point("tiny-llama", 2, "qv", "float32", batch, 16)
+        return script.measure(plan, point, ["lora"], file, math.inf, math.inf)
+
+    rows = run(4)
+    assert [row["batch"] for row in rows] == [2]
+    file.add(rows)
+    assert run(4) == []  # on another day the estimate is wrong again
+    assert asked == [4, 2, 4]
+
+
 @pytest.mark.thorough
 def test_the_gpu_script_goes_its_way_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -250,8 +323,17 @@ def test_the_gpu_script_goes_its_way_on_a_cpu(
         ("qv", True),
     ]
     assert {row["batch"] for row in rows if row["targets"] == "qv"} == {2}  # the most there may be
+    again = ["--tiny", "--output", str(out), "--methods", "floor", "lora", "msplora", "--append"]
+    script.main(again)
+    assert capsys.readouterr().out == ""
+    assert results.read(out)["rows"] == rows
     script.main(["--tiny", "--minutes", "0", "--output", str(out), "--force"])
     assert capsys.readouterr().out.count("skipped: tiny-llama") == 3
+    script.main(["--tiny", "--minutes", "0", "--output", str(out), "--force", "--only", "all-lin"])
+    assert capsys.readouterr().out.count("skipped: tiny-llama") == 1
+    with pytest.raises(SystemExit):
+        script.main(["--tiny", "--output", str(out), "--force", "--only", "7b"])
+    assert "no point is named '7b': tiny-llama" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script.main(["--tiny", "--output", str(out)])
 
@@ -261,6 +343,12 @@ def test_the_gpu_script_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(script.time, "monotonic", lambda: 100.0)
     rounds = script.rounds_until(130.0, (5, 60))
     assert [rounds(last) for last in (0.1, 1.0, 100.0)] == [60, 30, 5]
+    watch = script.Watch(5, until=99.0, deadline=99.5)
+    assert [watch.go_on(kept) for kept in (0, 4, 5)] == [True, True, False]
+    watch.on_step()  # what is kept is not thrown away
+    watch.go_on(4)
+    with pytest.raises(script.OutOfTimeError):
+        watch.on_step()
     plan = script.gpu_plan("bfloat16")
     assert {its.point.shape for its in plan.wanted} == {"llama-3.2-3b", "llama-2-7b"}
     assert {its.point.compiled for its in plan.wanted} == {False, True}
@@ -268,4 +356,5 @@ def test_the_gpu_script_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_launches_are_those_of_kernels() -> None:
     calls = [("cudaLaunchKernel", 7), ("cuLaunchKernelEx", 2), ("cudaMemcpyAsync", 5), ("mm", 9)]
-    assert gpu_figures.launches(calls) == 9
+    calls.append(("cuLaunchCooperativeKernel", 1))
+    assert gpu_figures.launches(calls) == 10

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from peft import get_peft_model
 from typer.testing import CliRunner
 
 import msplora
-from msplora.bench import results, size
+from msplora.bench import fits, results, size
 from msplora.bench.size_points import FilePoint, InjectPoint, ValuesPoint, inject_points
 from msplora.cli.bench_size import size as command
 from msplora.errors import MSPLoraError
@@ -173,6 +175,38 @@ def test_a_file_is_continued_or_replaced_only_when_told(
 def test_bad_input_is_refused(arguments: list[Any], said: str) -> None:
     with pytest.raises(MSPLoraError, match=said):
         run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--side", 10**6], "Lower --side or --rank"),
+        (["--rank", 10**9], "Lower --side or --rank"),
+        (["--layers", 10**7], "Lower --layers"),
+        (["--file-shape", "llama-2-7b"], "Choose a smaller --file-shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_measured(
+    arguments: list[Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fits, "available_bytes", lambda: 16 * 2**30)
+    for name in ("measure_inject", "measure_file", "measure_values"):
+        monkeypatch.setattr(size, name, None)
+    with pytest.raises(MSPLoraError, match=said):
+        run(*arguments)
+
+
+def test_a_model_s_modules_take_less_than_is_foreseen() -> None:
+    point = InjectPoint("llama-2-7b", "all-linear", 4)
+    with torch.device("meta"):
+        size._model(point, 1)  # what is imported and kept once
+    tracemalloc.start()
+    with torch.device("meta"):
+        model = size._model(point, point.layers)
+    adapted = get_peft_model(model, size._config("msplora", point))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert point.needed_bytes / 3 < taken < point.needed_bytes, adapted
 
 
 def test_depths_are_measured_once_and_in_order() -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -238,8 +240,11 @@ def test_dropout_has_the_right_gradient_for_the_mask_it_drew() -> None:
 
 
 @pytest.mark.parametrize("tokens", [3, FEW_TOKENS])
-def test_the_gradients_hold_no_more_memory_than_the_factors(tokens: int) -> None:
-    model = adapted()
+@pytest.mark.parametrize("ranks", [(8, 4, 2), (4, 2, 1)], ids=str)
+def test_the_gradients_hold_no_more_memory_than_the_factors(
+    tokens: int, ranks: tuple[int, ...]
+) -> None:
+    model = adapted(ranks=list(ranks))
     model(torch.randn(tokens, 32)).sum().backward()
     factors: list[Tensor] = [its for a, b, _ in msplora.factors(model).values() for its in (a, b)]
     storages = {}
@@ -362,7 +367,18 @@ def test_in_half_precision_the_node_is_as_near_to_float64_as_peft_is(
 @pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize(
     "changes",
-    ["DoRA", "two adapters", "merged", "disabled", "mixed batch", "hook", "quantised weight"],
+    [
+        "DoRA",
+        "two adapters",
+        "merged",
+        "disabled",
+        "mixed batch",
+        "hook",
+        "hook of A",
+        "hook of the dropout",
+        "hook of all modules",
+        "quantised weight",
+    ],
 )
 def test_special_cases_take_pefts_path(changes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(use_dora=changes == "DoRA")
@@ -378,17 +394,27 @@ def test_special_cases_take_pefts_path(changes: str, monkeypatch: pytest.MonkeyP
     elif changes == "mixed batch":
         model.eval()
         options = {"adapter_names": ["default", "__base__"]}
+    heard: list[int] = []
     for block in root.layers:
         for one in (block.linear, block.conv1d):
             base: Any = one.base_layer
             if changes == "hook":
                 base.register_forward_hook(lambda *args: None)
+            elif changes == "hook of A":
+                one.lora_A["default"].register_forward_hook(lambda *args: heard.append(1))
+            elif changes == "hook of the dropout":
+                one.lora_dropout["default"].register_forward_hook(lambda *args: heard.append(1))
             elif changes == "quantised weight":
                 del base.weight
                 base.weight = torch.randn(64, 32).as_subclass(Packed)
+    of_all = register_module_forward_hook(lambda *args: heard.append(1))
+    if changes != "hook of all modules":
+        of_all.remove()
     with counted(monkeypatch) as calls:
         model(torch.randn(2, 32), **options)
+    of_all.remove()
     assert not calls
+    assert len(heard) >= (8 if "hook of" in changes else 0)
 
 
 @pytest.mark.usefixtures("either_node")
@@ -399,6 +425,53 @@ def test_function_transforms_see_through_an_adapted_layer() -> None:
     for row, its in zip(x, jacobian, strict=True):
         by_row = torch.autograd.functional.jacobian(lambda row: one(row).sum(0), row)
         assert torch.allclose(its, by_row, atol=1e-5)
+
+
+@pytest.mark.usefixtures("either_node")
+def test_forward_mode_sees_through_an_adapted_layer() -> None:
+    one = one_layer()
+    x, direction = torch.randn(4, 32), torch.randn(4, 32)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(one(forward_ad.make_dual(x, direction))).tangent
+    _, expected = torch.func.jvp(one, (x,), (direction,))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.usefixtures("either_node")
+@pytest.mark.parametrize("shape", [(32,), (4, 32), (2, 3, 32)], ids=str)
+def test_a_model_may_write_into_an_adapted_layers_output(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Longformer scales its queries."""
+    one = one_layer()
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = one
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            y /= 3
+            y[..., 0] = 1
+            return y.relu_()
+
+    x = torch.randn(shape)
+    found = values_and_gradients(Writing(), x)
+    with peft_path(monkeypatch):
+        assert closest(found, values_and_gradients(Writing(), x)) < 1e-6
+
+
+@pytest.mark.usefixtures("either_node")
+def test_autocast_around_backward_alone_changes_nothing() -> None:
+    one = one_layer()
+    leaves = [*one.borrowed["default"].parameters()]
+    x = torch.randn(4, 32, requires_grad=True)
+    expected = torch.autograd.grad(one(x).square().sum(), [x, *leaves])
+    loss = one(x).square().sum()
+    with torch.autocast("cpu", dtype=BF16):
+        found = torch.autograd.grad(loss, [x, *leaves])
+    assert all(map(torch.equal, found, expected))
 
 
 # What is kept for backward
@@ -491,6 +564,43 @@ def test_compiled_in_one_graph_it_computes_the_same(dtype: torch.dtype) -> None:
     found = values_and_gradients(compiled, x)
     found = {name.removeprefix("_orig_mod."): its for name, its in found.items()}
     assert closest(found, expected) < (1e-6 if dtype is FP32 else 2e-2)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_the_product_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a bfloat16 layer with float32 factors: inductor must not drop what a rounding took off."""
+    monkeypatch.setattr(layer, "FEW_TOKENS", 0)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    weight, x = torch.zeros(48, 32, dtype=BF16), torch.randn(64, 32, dtype=BF16)
+    a_factors = [torch.randn(rank, 32) for rank in RANKS]
+    b_factors = [torch.randn(48, rank, requires_grad=True) for rank in RANKS]
+    mix = Mix(RANKS, torch.ones(sum(RANKS)), 0.0, FP32)
+
+    def run(x: Tensor) -> Tensor:
+        return linear_with_pairs(x, weight, None, a_factors, b_factors, mix)
+
+    exact = x.double() @ torch.cat(a_factors).double().mT @ torch.cat(b_factors, 1).double().mT
+    for found in (run(x), torch.compile(run, fullgraph=True)(x)):
+        error = (found.double() - exact).abs()
+        assert (error <= 0.51 * torch.finfo(BF16).eps * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.usefixtures("either_node")
+@pytest.mark.parametrize("use_reentrant", [None, False])
+def test_moved_after_injection_it_compiles_with_checkpointing(use_reentrant: bool | None) -> None:
+    """What a site keeps was made for another dtype, and may not be made again in the graph."""
+    torch._dynamo.reset()
+    model = adapted().double()
+    x = torch.randn(3, 32, dtype=torch.float64)
+    expected = values_and_gradients(model, x)
+    model = adapted().double()
+
+    def run(x: Tensor) -> Any:
+        return model(x) if use_reentrant is None else checkpoint(model, x, use_reentrant=False)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x).detach(), expected["output"])
 
 
 @pytest.mark.slow

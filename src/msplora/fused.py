@@ -17,7 +17,7 @@ Shapes as in `product.py`: N any leading dimensions, I in, O out, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -118,7 +118,7 @@ def _forward(
         inner_MI = inner_MI * kept_MI
     h_MR = _scaled(_narrow_product(inner_MI, a_RI), mix)
     _add_product(y_MO, h_MR, b_OR.t(), mix.gain)
-    return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, kept_MI
+    return _unfolded(y_MO, x_NI), h_MR, kept_MI
 
 
 class _LinearWithPairs(torch.autograd.Function):
@@ -144,6 +144,10 @@ class _LinearWithPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return _without_autocast(_LinearWithPairs._gradients, ctx, grad_NO)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         mix: Mix = ctx.mix
         levels = len(mix.ranks)
         x_NI, weight_OI, h_MR, kept_MI, *factors = ctx.saved_tensors
@@ -161,8 +165,10 @@ class _LinearWithPairs(torch.autograd.Function):
             if h_MR is None or torch.is_grad_enabled():
                 h_MR = _scaled(_narrow_product(_kept(x_MI.to(mix.dtype), kept_MI), a_RI), mix)
             grad_RO = _gained((h_MR.t() @ inner_grad_MO).to(factors[0].dtype), mix)
-            # Not contiguous, so that what accumulates gradients copies a part and keeps no other.
-            grad_b = [part.t() for part in grad_RO.split(mix.ranks)]
+            # Not contiguous, so that what accumulates gradients copies a part and keeps no other;
+            # of rank 1 a part would be.
+            parts = grad_RO.split(mix.ranks)
+            grad_b = [part.t().clone() if len(part) == 1 else part.t() for part in parts]
         if wants_x or any(wants_factors[:levels]):
             grad_h_MR = _scaled(_narrow_product(inner_grad_MO, b_OR.t()), mix)
             del inner_grad_MO
@@ -201,7 +207,7 @@ def _forward_of_stacks(
         inner_MI = inner_MI * noise_MI
     h_MR = _narrow_product(inner_MI, a_RI)
     _add_small_product(y_MO, h_MR, b_RO)
-    return y_MO.view(*x_NI.shape[:-1], y_MO.shape[-1]), h_MR, noise_MI
+    return _unfolded(y_MO, x_NI), h_MR, noise_MI
 
 
 class _LinearWithStacks(torch.autograd.Function):
@@ -223,6 +229,10 @@ class _LinearWithStacks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return _without_autocast(_LinearWithStacks._gradients, ctx, grad_NO)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _, wants_a, wants_b = ctx.needs_input_grad
         x_MI = x_NI.reshape(-1, x_NI.shape[-1])
@@ -251,6 +261,23 @@ class _LinearWithStacks(torch.autograd.Function):
         if wants_bias:
             grad_bias = grad_MO.sum(0)
         return grad_x, grad_weight, grad_bias, None, grad_a, grad_b
+
+
+def _unfolded(y_MO: Tensor, x_NI: Tensor) -> Tensor:
+    """A layer's output with the leading dimensions of its input: (N, O).
+
+    Not by `view`: to a view that comes out of a node of autograd a model may not write in place.
+    """
+    return torch.ops.aten._unsafe_view(y_MO, (*x_NI.shape[:-1], y_MO.shape[-1]))
+
+
+def _without_autocast(gradients: Callable[..., Any], ctx: Any, grad_NO: Tensor) -> Any:
+    """Forward has chosen the dtypes; autocast, if backward is called in it, must not change some."""
+    device_type = grad_NO.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return gradients(ctx, grad_NO)
+    with torch.autocast(device_type, enabled=False):
+        return gradients(ctx, grad_NO)
 
 
 def _made_again(x_NI: Tensor, mix: Mix) -> bool:
@@ -305,7 +332,8 @@ def _add_product(
     out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float, kept_MO: Tensor | None = None
 ) -> None:
     """Add a product into `out`, which may be less precise than the factors; only the sum rounds."""
-    if kept_MO is None and out_MO.dtype == torch.bfloat16 != left_MR.dtype:
+    halves = out_MO.dtype == torch.bfloat16 != left_MR.dtype and not torch.compiler.is_compiling()
+    if kept_MO is None and halves:
         left_MR, right_RO = _in_bfloat16(left_MR, right_RO)
     if kept_MO is None and out_MO.dtype == left_MR.dtype:
         out_MO.addmm_(left_MR, right_RO, alpha=gain)
@@ -318,7 +346,8 @@ def _in_bfloat16(left_MR: Tensor, right_RO: Tensor) -> tuple[Tensor, Tensor]:
 
     Each is cut into a high and a low half: l r = l_h r_h + l_l r_h + l_h r_l, but for l_l r_l. At
     three times the rank this is still a small product, in the dtype that hardware multiplies fast,
-    and it needs no float32 copy of what it is added to.
+    and it needs no float32 copy of what it is added to. Not for a compiler: inductor takes a number
+    that was rounded and widened again for the number itself, and the low halves would be zero.
     """
     left_high, right_high = left_MR.bfloat16(), right_RO.bfloat16()
     left_low, right_low = (left_MR - left_high).bfloat16(), (right_RO - right_high).bfloat16()

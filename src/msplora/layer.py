@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from . import _peft
@@ -136,7 +138,11 @@ class PyramidLayer(_peft.OwnLayer):
         if plain is None:
             return None
         weight, bias = plain
-        dropout = _dropout(modules["lora_dropout"]._modules[borrowed.adapter_name])
+        its_dropout = modules["lora_dropout"]._modules[borrowed.adapter_name]
+        parts = borrowed._modules
+        if _is_watched(its_dropout) or _is_watched(parts["a"]) or _is_watched(parts["b"]):
+            return None
+        dropout = _dropout(its_dropout)
         factor_dtype = borrowed.dtype
         dtypes = _dtypes(x, weight.dtype, factor_dtype, layer)
         if dtypes is None or dropout is None:
@@ -158,7 +164,8 @@ class PyramidLayer(_peft.OwnLayer):
     def _to_fuse(self) -> SitePairs | None:
         """The one adapter without variant that is active, if it is what the layer has to compute.
 
-        `torch.func` transforms a function operation by operation, so there PEFT's forward runs.
+        `torch.func` and forward-mode differentiation transform a function operation by operation,
+        so there PEFT's forward runs; also where every module is watched.
         """
         layer: Any = self
         if layer.disable_adapters or layer.merged_adapters:
@@ -171,7 +178,8 @@ class PyramidLayer(_peft.OwnLayer):
                 borrowed = self.borrowed[name]
         if borrowed is None or not borrowed.fusable:
             return None
-        return None if torch._C._are_functorch_transforms_active() else borrowed
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return None if transformed or _has_any_global_hook() else borrowed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
@@ -226,23 +234,27 @@ def _few_tokens(x: Tensor) -> bool:
 
 def _plain_weights(base_layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias of a layer that does nothing but multiply: no hook, no other forward."""
-    own = base_layer.__dict__
-    watched = (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-    if watched or type(base_layer) not in _LINEAR:
+    if _is_watched(base_layer) or type(base_layer) not in _LINEAR:
         return None
-    parameters = own["_parameters"]
+    parameters = base_layer._parameters
     if "weight" in parameters and "bias" in parameters:
         weight, bias = parameters["weight"], parameters["bias"]
     else:  # FSDP puts views in the parameters' places
         weight, bias = base_layer.weight, base_layer.bias
     # A quantised or distributed weight is a tensor of another type.
     return (weight, bias) if type(weight) in PLAIN else None  # pyright: ignore
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether calling a module does more than its class says."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def _dropout(module: nn.Module) -> float | None:

@@ -66,7 +66,7 @@ def singular_values_of(a_RI: Tensor, b_OR: Tensor) -> Tensor:
             f"A {tuple(a_RI.shape)} and B {tuple(b_OR.shape)} have no product B A. A has to be "
             f"(…, rank, in) and B (…, out, rank)."
         )
-    a_RI, b_OR = a_RI.detach().double(), b_OR.detach().double()
+    a_RI, b_OR = _precise(a_RI), _precise(b_OR)
     if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
         raise MSPLoraError("the factors hold numbers that are not finite; was the training stable?")
     _, r_A = torch.linalg.qr(a_RI.mT, mode="r")
@@ -79,11 +79,18 @@ def norm_of(a_RI: Tensor, b_OR: Tensor) -> float:
 
     Infinite where float64 ends; factors near that end would else have no singular values.
     """
-    sizes = [float(its.detach().double().abs().max()) if its.numel() else 0 for its in (a_RI, b_OR)]
+    a_RI, b_OR = _precise(a_RI), _precise(b_OR)
+    sizes = [float(its.abs().max()) if its.numel() else 0 for its in (a_RI, b_OR)]
     if not all(sizes):
         return 0.0
-    scaled = singular_values_of(a_RI.double() / sizes[0], b_OR.double() / sizes[1])
+    scaled = singular_values_of(a_RI / sizes[0], b_OR / sizes[1])
     return float(scaled.norm()) * sizes[0] * sizes[1]
+
+
+def _precise(factor: Tensor) -> Tensor:
+    """In float64; on the CPU where its device has none."""
+    factor = factor.detach()
+    return (factor.cpu() if factor.device.type == "mps" else factor).double()
 
 
 def site_factors(
@@ -140,7 +147,7 @@ def _matrices(layer: Any, adapter_name: str, key: str, variants: bool) -> tuple[
             f"the factors of {key!r} are on the meta device, without numbers. Load the adapter's "
             f"weights first."
         )
-    b = b.double() * layer.scaling[adapter_name]
+    b = _precise(b) * layer.scaling[adapter_name]
     experts = getattr(layer, "num_experts", 1)
     groups = layer.get_base_layer().groups if a.ndim > 2 else 1
     return as_matrices(a, b, experts=experts, groups=groups)

@@ -13,9 +13,11 @@ from msplora.errors import MSPLoraError
 
 from .methods import METHODS, PYRAMID_RANKS, VERA_RANK
 from .points import Point, SitePoint
+from .size_points import FilePoint, InjectPoint, ValuesPoint
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 2**30
+_CACHED = ("inactive_file ", "active_file ")
 _ROOM = 0.9
 """How much of what is free a point may need: allocators leave gaps."""
 
@@ -101,14 +103,17 @@ def _machine_bytes() -> int | None:
     return found[0] if found else None
 
 
-def _container_bytes() -> int | None:
+def _container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What a container may still take, which the machine's own numbers do not know of."""
-    folder = Path("/sys/fs/cgroup")
     try:
         most = int((folder / "memory.max").read_text())
-        return most - int((folder / "memory.current").read_text())
+        used = int((folder / "memory.current").read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):  # no container, or no limit ("max")
         return None
+    # Pages of files that were read count as used, and are given up when they are wanted.
+    cached = sum(int(its.split()[1]) for its in lines if its.startswith(_CACHED))
+    return most - max(used - cached, 0)
 
 
 def check_fits(points: Sequence[Point], methods: Sequence[str], device: str = "cpu") -> None:
@@ -127,7 +132,7 @@ def check_fits(points: Sequence[Point], methods: Sequence[str], device: str = "c
 
 
 def _refuse(point: str, methods: Sequence[str], need: Need, available: int, device: str) -> None:
-    advice = "Lower --batch, --length or --layers, use --checkpointing non-reentrant"
+    advice = f"{Point.smaller}, use --checkpointing non-reentrant"
     if any(METHODS[name].whole for name in methods):
         advice += ", or leave out the method full, which copies every weight"
     where = "on the GPU" if device == "cuda" else "on this machine"
@@ -151,5 +156,21 @@ def check_sites_fit(points: Sequence[SitePoint], device: str = "cpu") -> None:
         if available is not None and need > _ROOM * available:
             raise MSPLoraError(
                 f"the site {point} needs about {_gib(need)} GiB, and {_gib(available)} GiB are "
-                f"free. Lower --tokens, or choose a smaller --site."
+                f"free. {point.smaller}."
+            )
+
+
+def check_sizes_fit(points: Sequence[InjectPoint | FilePoint | ValuesPoint]) -> None:
+    """The same for what `msplora bench size` measures.
+
+    Raises:
+        MSPLoraError: a model or a matrix does not fit.
+    """
+    available = available_bytes()
+    for point in points:
+        need = point.needed_bytes
+        if available is not None and need > _ROOM * available:
+            raise MSPLoraError(
+                f"{point} needs about {_gib(need)} GiB, and {_gib(available)} GiB are free. "
+                f"{point.smaller}."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,10 +12,29 @@ from torch.profiler import ProfilerActivity, profile
 # Torch's profiler says on stderr when it starts and stops, in the middle of a progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
+_LAUNCH = re.compile("Launch(Cooperative)?Kernel")
 
-def gpu_figures(step: Callable[[], object]) -> dict[str, int]:
-    """Figures of a speed row on a GPU, of steps that are not on the clock."""
-    return {"peak_bytes": peak_gpu_bytes(step), "kernel_launches": kernel_launches(step)}
+
+class TooFullError(RuntimeError):
+    """Memory was so full that times cannot be compared."""
+
+
+def gpu_figures(step: Callable[[], object], kept: int) -> dict[str, int]:
+    """Figures of a speed row on a GPU, of steps that are not on the clock.
+
+    Args:
+        step: takes one.
+        kept: the bytes that the step's method holds from step to step.
+    """
+    own = peak_gpu_bytes(step)
+    found = {"peak_live_bytes": kept + own, "step_live_bytes": own}
+    count = kernel_launches(step)
+    return found | ({"kernel_launches": count} if count else {})  # none: it was not let see them
+
+
+def allocation_retries(device: str) -> int:
+    """How often the allocator has had to give back what it had reserved, and ask again."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
 
 
 def peak_gpu_bytes(step: Callable[[], object]) -> int:
@@ -37,5 +57,5 @@ def kernel_launches(step: Callable[[], object]) -> int:
 
 def launches(calls: Iterable[tuple[str, int]]) -> int:
     """Count what launches a kernel among (name of a call into the runtime or driver, count)."""
-    # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchKernelEx
-    return sum(count for name, count in calls if "LaunchKernel" in name)
+    # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchCooperativeKernel …
+    return sum(count for name, count in calls if _LAUNCH.search(name))

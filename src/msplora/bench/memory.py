@@ -1,5 +1,8 @@
 """The peak memory of a training step: the bytes that live tensors hold, and the resident set.
 
+Of the live bytes most are the same in every method, so those that a step itself adds, above what
+lives from step to step (weights, moments), are given too.
+
 On a CPU every allocation and release of torch's allocator is read from torch's profiler. What the
 kernels of other libraries allocate past it shows in the resident set only, which is measured in a
 process of its own for each method: a process never gives back all it once took.
@@ -77,11 +80,13 @@ def measure_memory(point: Point, method: str, device: str = "cpu") -> Row:
         step()
     step()
     resident = resident_bytes()  # before the profiler takes memory of its own
+    own = peak_live_bytes(step, device)
     return {
         **point.keys(),
         "method": method,
         "trainable": step.trainable,
-        "peak_live_bytes": peak_live_bytes(step, device),
+        "peak_live_bytes": step.kept_bytes() + own,
+        "step_live_bytes": own,
         "resident_bytes": resident,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from msplora.errors import MSPLoraError, nearest
 
@@ -48,6 +48,9 @@ class Point:
     """Of the adapters; the base has its configuration's own."""
     checkpointing: str = "none"
     compiled: bool = False
+
+    smaller: ClassVar[str] = "Lower --batch, --length or --layers"
+    """What to do where it does not fit."""
 
     def __post_init__(self) -> None:
         """Refuse names that are not known and numbers that the shape cannot have."""
@@ -130,6 +133,8 @@ class SitePoint:
     outputs: int
     tokens: int
     dtype: str
+
+    smaller: ClassVar[str] = "Lower --tokens, or choose a smaller --site"
 
     def keys(self) -> dict[str, Any]:
         """The point as the beginning of a row."""

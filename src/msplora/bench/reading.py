@@ -82,7 +82,9 @@ STEP = {
     "checkpointing": CHECKPOINTING,
 }
 TIMES = {"method": TEXT, "rounds": COUNT, "seconds": QUARTILES, "to_floor": RATIO, "to_lora": RATIO}
-GPU = dict.fromkeys(("tokens_per_second", "peak_bytes", "kernel_launches"), MEASURE)
+GPU = dict.fromkeys(
+    ("tokens_per_second", "peak_live_bytes", "step_live_bytes", "kernel_launches"), MEASURE
+)
 
 _KINDS: dict[str, dict[str, Field]] = {
     "speed": {**STEP, "compiled": FLAG, "trainable": COUNT, **TIMES},
@@ -91,6 +93,7 @@ _KINDS: dict[str, dict[str, Field]] = {
         "method": TEXT,
         "trainable": COUNT,
         "peak_live_bytes": COUNT,
+        "step_live_bytes": COUNT,
         "resident_bytes": COUNT,
     },
     "sites": {"in": COUNT, "out": COUNT, "tokens": COUNT, "dtype": TEXT, **TIMES},

@@ -61,14 +61,20 @@ def write(
         rows: all rows of the file.
         header: what `make_header` returned at the start; made now if left out.
         device: "cpu" or "cuda", for the hardware's name.
+
+    Raises:
+        MSPLoraError: it cannot be written.
     """
     path = Path(path)
     header = header or make_header(kind, device)
     content = json.dumps({**header, "kind": kind, "rows": list(rows)}, indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.unfinished")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise MSPLoraError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def make_header(kind: str, device: str | None = None) -> dict[str, Any]:
@@ -93,6 +99,11 @@ def check(path: Path | None, *, append: bool = False, force: bool = False) -> No
         raise MSPLoraError(f"{path} cannot be written: {blocked} is not a folder.")
     if path.is_dir():
         raise MSPLoraError(f"{path} is a folder; --output takes a file, such as {path}/speed.json.")
+    folder = next((its for its in path.parents if its.exists()), Path())
+    if not os.access(folder, os.W_OK):
+        raise MSPLoraError(
+            f"{path} cannot be written: nothing may be added to {folder}. Name another file."
+        )
     if path.exists() and not (append or force):
         raise MSPLoraError(
             f"{path} is there already. Continue it with --append, replace it with --force, or name "

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from msplora.errors import MSPLoraError
 
+from .methods import RANK
 from .shapes import Shape, shape_named
 
 # As one writes them: nothing but these lie in the models that are built here.
 _QV = {"roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
+
+
+BLOCK = 2**18
+"""Bytes of a block's modules in Python, from above."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,13 @@ class InjectPoint(_ModelPoint):
 
     layers: int
 
+    smaller: ClassVar[str] = "Lower --layers"
+
+    @property
+    def needed_bytes(self) -> int:
+        """What a model's modules take: on the meta device no numbers do."""
+        return BLOCK * self.layers
+
     def keys(self) -> dict[str, Any]:
         """The point as the beginning of a row."""
         return {"what": "inject", **asdict(self)}
@@ -48,6 +60,15 @@ class InjectPoint(_ModelPoint):
 @dataclass(frozen=True)
 class FilePoint(_ModelPoint):
     """A model whose adapters are saved and loaded."""
+
+    smaller: ClassVar[str] = "Choose a smaller --file-shape"
+
+    @property
+    def needed_bytes(self) -> int:
+        """Its numbers, which all methods share, and those of the adapters, once more as a file."""
+        shape = self.its_shape
+        sides = sum(inputs + outputs for inputs, outputs in shape.sites(self.targets))
+        return 4 * (shape.parameters() + 3 * 2 * RANK * sides * shape.layers)
 
     def keys(self) -> dict[str, Any]:
         """The point as the beginning of a row."""
@@ -63,6 +84,13 @@ class ValuesPoint:
 
     side: int
     rank: int
+
+    smaller: ClassVar[str] = "Lower --side or --rank"
+
+    @property
+    def needed_bytes(self) -> int:
+        """The dense product in float32 and float64, what decomposes it, and the factors."""
+        return 4 * self.side**2 + 4 * 8 * self.side**2 + 2 * (4 + 8) * self.side * self.rank
 
     def keys(self) -> dict[str, Any]:
         """The point as the beginning of a row."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .gpu_figures import gpu_figures
+from .gpu_figures import TooFullError, allocation_retries, gpu_figures
 from .methods import NEEDED, checked
 from .models import build_base
 from .points import Point
@@ -25,6 +25,7 @@ def measure_speed(
     device: str = "cpu",
     backend: str = "inductor",
     on_step: Callable[[], object] = lambda: None,
+    go_on: Callable[[int], bool] = lambda kept: True,
 ) -> list[Row]:
     """Return a row for each method, in the order of the table of methods.
 
@@ -36,19 +37,35 @@ def measure_speed(
         device: "cpu" or "cuda".
         backend: of torch.compile, where the point is compiled.
         on_step: called after every step; what it raises ends the measurement.
+        go_on: see `run_rounds`.
+
+    Raises:
+        TooFullError: a GPU's memory was so full that its allocator gave back and asked again, on
+            the clock of whoever was stepping.
     """
     if point.compiled:
         torch.compiler.reset()  # what earlier points compiled is of no use here
     base = build_base(point, device)
     names = checked(methods, needed=NEEDED)
     steps = {name: make_step(name, base, point, device, backend) for name in names}
+    before = 0
+
+    def start(kept: int) -> bool:
+        nonlocal before
+        if not kept:
+            before = allocation_retries(device)
+        return go_on(kept)
+
     seconds = run_rounds(
         steps,
         rounds,
         warmup=warmup,
         synchronise=torch.cuda.synchronize if device == "cuda" else lambda: None,
         on_step=on_step,
+        go_on=start,
     )
+    if allocation_retries(device) > before:
+        raise TooFullError(f"{point} leaves the allocator of {device} too little room.")
     rows = []
     for name, step in steps.items():
         row: dict[str, Any] = {
@@ -60,6 +77,6 @@ def measure_speed(
         }
         if device == "cuda":
             row["tokens_per_second"] = point.tokens / row["seconds"][1]
-            row |= gpu_figures(step)
+            row |= gpu_figures(step, step.kept_bytes())
         rows.append(row)
     return rows

@@ -45,6 +45,13 @@ class Step:
         """How many numbers train."""
         return sum(parameter.numel() for parameter in self.parameters)
 
+    def kept_bytes(self) -> int:
+        """What lives from step to step: weights, the base's among them, and AdamW's moments."""
+        moments = [its for state in self.optimizer.state.values() for its in state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *moments]
+        storages = [its.untyped_storage() for its in tensors if isinstance(its, torch.Tensor)]
+        return sum({its.data_ptr(): its.nbytes() for its in storages}.values())
+
     def __call__(self) -> torch.Tensor:
         """Take a step and return its loss."""
         with self.autocast:

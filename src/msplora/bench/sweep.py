@@ -40,9 +40,9 @@ def run_sweep(
             if not is_out_of_memory(error):
                 raise
             kept = f" The points before it are in {file.path}." if file.path and file.rows else ""
+            said = next(iter(str(error).strip().splitlines()), "")
             raise MSPLoraError(
-                f"{point} ran out of memory: {str(error).splitlines()[0]} Lower --batch, --length "
-                f"or --layers.{kept}"
+                f"{point} ran out of memory{f': {said}' if said else '.'} {point.smaller}.{kept}"
             ) from error
         file.add(rows)
 

@@ -17,7 +17,7 @@ def time_table(rows: Sequence[Row], title: str) -> Table:
     """One point's times: ratios with their quartiles, and what they say of LoRA."""
     table = _table(title, ("method", "ms", "to the floor", "of LoRA's overhead", "to LoRA", ""))
     table.caption, table.caption_justify = caption(rows), "left"
-    on_gpu = "kernel_launches" in rows[0]
+    on_gpu = "tokens_per_second" in rows[0]
     for header in ("tokens/s", "peak MiB", "kernels") if on_gpu else ():
         table.add_column(header, justify="right", no_wrap=True)
     lora = next(row for row in rows if row["method"] == "lora")
@@ -34,8 +34,8 @@ def time_table(rows: Sequence[Row], title: str) -> Table:
         if on_gpu:
             cells += [
                 f"{row['tokens_per_second']:,.0f}",
-                f"{row['peak_bytes'] / 2**20:,.0f}",
-                f"{row['kernel_launches']:,}",
+                f"{row['peak_live_bytes'] / 2**20:,.0f}",
+                f"{row['kernel_launches']:,}" if "kernel_launches" in row else "–",
             ]
         table.add_row(row["method"], *cells)
     return table
@@ -43,15 +43,16 @@ def time_table(rows: Sequence[Row], title: str) -> Table:
 
 def memory_table(rows: Sequence[Row], title: str) -> Table:
     """One point's memory."""
-    headers = ("method", "trainable", "peak live MiB", "to the floor", "resident MiB")
+    headers = ("method", "trainable", "peak live MiB", "the step's", "to the floor", "resident MiB")
     table = _table(title, headers)
-    floor = next((row["peak_live_bytes"] for row in rows if row["method"] == "floor"), None)
+    floor = next((row["step_live_bytes"] for row in rows if row["method"] == "floor"), None)
     for row in rows:
         table.add_row(
             row["method"],
             f"{row['trainable']:,}",
             f"{row['peak_live_bytes'] / 2**20:,.1f}",
-            f"{row['peak_live_bytes'] / floor:.3f}" if floor else "–",
+            f"{row['step_live_bytes'] / 2**20:,.1f}",
+            f"{row['step_live_bytes'] / floor:.3f}" if floor else "–",
             f"{row['resident_bytes'] / 2**20:,.0f}",
         )
     return table

@@ -34,6 +34,7 @@ def run_rounds(
     warmup: int = 5,
     synchronise: Callable[[], object] = lambda: None,
     on_step: Callable[[], object] = lambda: None,
+    go_on: Callable[[int], bool] = lambda kept: True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Seconds:
     """Step all methods, round after round.
@@ -46,6 +47,7 @@ def run_rounds(
         synchronise: waits for the device, so that a step's time is all of its work.
         on_step: called after every step, warming up included, off the clock; what it raises ends
             the measurement.
+        go_on: asked before every round that is kept, with how many are; at False there are no more.
         clock: seconds, for tests.
     """
     names = list(steps)
@@ -65,6 +67,8 @@ def run_rounds(
             last = clock() - started
         count = rounds(last) if callable(rounds) else rounds
         for number in range(count):
+            if not go_on(number):
+                break
             for name in order(names, number):
                 synchronise()
                 started = clock()

@@ -146,8 +146,8 @@ def memory(
 ) -> None:
     """Read the peak memory of a training step of every method, each in a process of its own.
 
-    Live bytes are those of tensors, above what is alive before the step; the resident set is the
-    whole process's, libraries included.
+    Live bytes are those of tensors: all of them, and those that the step adds to what lives from
+    step to step. The resident set is the whole process's, libraries included.
     """
     from msplora.bench.methods import CONTROL, DEFAULT, checked
     from msplora.bench.points import all_points

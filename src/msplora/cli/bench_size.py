@@ -55,6 +55,7 @@ def size(
     use_device("cpu", threads)
 
     from msplora.bench import size as its
+    from msplora.bench.fits import check_sizes_fit
     from msplora.bench.results import ResultFile
     from msplora.bench.size_tables import size_table
     from msplora.bench.sweep import missing
@@ -73,6 +74,8 @@ def size(
             2 * (few + 1),
         ),
     ]
+    for points, *_ in parts:
+        check_sizes_fit(points)
     for points, measure, times, total in parts:
         sweep(points, lambda it, on_step, m=measure, n=times: m(it, n, on_step), file, total)
     print_tables([*injecting, *files, *values], file.rows, size_table)

@@ -43,7 +43,8 @@ def held_out_loss(
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for scores, token in _pieces(logits, labels):
                 # The sum over a whole corpus would lose digits in float32.
-                loss += F.cross_entropy(scores, token, reduction="none").double().sum().item()
+                loss_of_each = F.cross_entropy(scores, token, reduction="none").cpu()
+                loss += loss_of_each.double().sum().item()
                 right += int((scores.argmax(-1) == token).sum())
                 tokens += len(token)
     finally:

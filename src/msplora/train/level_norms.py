@@ -93,7 +93,7 @@ def _square(pair: Pair, a: Tensor, b: Tensor) -> float:
     experts = pair.shape.blocks if pair.shape.layout == "experts" else 1
     groups = pair.shape.blocks if pair.shape.layout == "conv" else 1
     a_RI, b_OR = as_matrices(a.float(), b.float(), experts=experts, groups=groups)
-    return pair.scale**2 * ((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).double().sum().item()
+    return pair.scale**2 * ((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).cpu().double().sum().item()
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:
