@@ -54,7 +54,10 @@ def test_what_does_not_fit_is_refused_before_a_model_is_built(
     ("error", "said"),
     [
         (MemoryError(), "tiny-llama, 1 layer, qv, float32, 1 × 8 tokens ran out of memory. Lower"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory\n more"), "can't allocate memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory\n more"),
+            "can't allocate memory",
+        ),
     ],
 )
 def test_running_out_of_memory_says_what_to_lower(error: Exception, said: str) -> None:

@@ -206,7 +206,8 @@ def test_a_model_s_modules_take_less_than_is_foreseen() -> None:
     adapted = get_peft_model(model, size._config("msplora", point))
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert point.needed_bytes / 3 < taken < point.needed_bytes, adapted
+    assert point.needed_bytes / 3 < taken < point.needed_bytes
+    del adapted
 
 
 def test_depths_are_measured_once_and_in_order() -> None:

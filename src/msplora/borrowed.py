@@ -177,7 +177,7 @@ class SitePairs(nn.Module):
             by_level = zip(self.ranks, self.scales, strict=True)
             row = [scale * scaling for rank, scale in by_level for _ in range(rank)]
             made = torch.tensor(row, dtype=dtype, device=device)
-        # Not a stand-in of a tracer; and a graph that is checkpointed may change nothing outside it.
+        # Not a stand-in of a tracer; and a checkpointed graph may change nothing outside it.
         if type(made) is Tensor and not torch.compiler.is_compiling():
             self.kept_scales = scaling, made
         return made

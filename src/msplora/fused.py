@@ -272,7 +272,7 @@ def _unfolded(y_MO: Tensor, x_NI: Tensor) -> Tensor:
 
 
 def _without_autocast(gradients: Callable[..., Any], ctx: Any, grad_NO: Tensor) -> Any:
-    """Forward has chosen the dtypes; autocast, if backward is called in it, must not change some."""
+    """Forward has chosen the dtypes; autocast around backward alone must not change some."""
     device_type = grad_NO.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return gradients(ctx, grad_NO)

@@ -15,7 +15,7 @@ from .shapes import Shape, shape_named
 _QV = {"roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
 
-BLOCK = 2**18
+BLOCK = 2**20
 """Bytes of a block's modules in Python, from above."""
 
 
