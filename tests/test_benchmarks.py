@@ -97,18 +97,26 @@ def test_the_readme_says_what_a_step_costs_beside_lora() -> None:
     added = {name: row["to_floor"][1] - 1 for name, row in main.items()}
     few = at("speed-cpu.json", batch=1, length=16)
     memory = at("memory-cpu.json", batch=8, length=128, dtype="float32", dropout=0.0)
-    peaks = {name: row["peak_live_bytes"] for name, row in memory.items()}
+    peaks, steps = (
+        {name: row[field] for name, row in memory.items()}
+        for field in ("peak_live_bytes", "step_live_bytes")
+    )
     half = at("speed-bfloat16-cpu.json", batch=4, length=128, dtype="bfloat16")
     half_memory = at("memory-cpu.json", batch=8, length=128, dtype="bfloat16", dropout=0.0)
-    half_peaks = {name: row["peak_live_bytes"] for name, row in half_memory.items()}
+    half_peaks, half_steps = (
+        {name: row[field] for name, row in half_memory.items()}
+        for field in ("peak_live_bytes", "step_live_bytes")
+    )
     for number in (
         half["msplora"]["to_lora"][1],
         half_peaks["msplora"] / half_peaks["lora"],
+        half_steps["msplora"] / half_steps["lora"],
         main["msplora"]["to_lora"][1],
         main["lora-again"]["to_lora"][1],
         added["msplora"] / added["lora"],
         few["msplora"]["to_lora"][1],
         peaks["msplora"] / peaks["lora"],
+        steps["msplora"] / steps["lora"],
     ):
         assert f"{number:.3f}" in text
 
