@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # each look-up costs as much as the call
+
 NARROW = 1024
 """Up to this width of the input, A x is made again in backward where LoRA keeps no more than x and
 its own A x, which has a smaller rank. The wider the input, the more time that takes, and the less
@@ -268,7 +270,7 @@ def _unfolded(y_MO: Tensor, x_NI: Tensor) -> Tensor:
 
     Not by `view`: to a view that comes out of a node of autograd a model may not write in place.
     """
-    return torch.ops.aten._unsafe_view(y_MO, (*x_NI.shape[:-1], y_MO.shape[-1]))
+    return _unsafe_view(y_MO, (*x_NI.shape[:-1], y_MO.shape[-1]))
 
 
 def _without_autocast(gradients: Callable[..., Any], ctx: Any, grad_NO: Tensor) -> Any:
