@@ -14,9 +14,9 @@ from torch import Tensor
 
 from msplora import __version__
 from msplora.config import MSPLoraConfig
+from msplora.config_file import lora_or_pyramid
 from msplora.errors import BaseModelError, UnsupportedError
 from msplora.extras import train_extra
-from msplora.inspection.config_file import lora_or_pyramid
 from msplora.loading import (
     BaseOptions,
     adapter_folder,
