@@ -3,11 +3,12 @@
     python benchmarks/levels.py RUN … --output benchmarks/results/levels.json
     python benchmarks/levels_page.py
 
-The folders are those of `msplora train`, of plain LoRAs and of pyramids, of any tasks, rates and
-seeds. Of each task and adapter the rate is taken that has the best mean on the held-out rows, and
-all its seeds are analysed by `msplora.analyse`. A figure alone says little: the effective rank of a
-level of rank 2 is below that of one of rank 8 whatever it learned. So everything is measured of
-chance too, through the same function, by as many adapters of the same shapes as `--draws` says:
+The folders are those of `msplora train`, of plain LoRAs and of pyramids, of any tasks, bases, rates
+and seeds. Of each task, base and adapter the rate is taken that has the best mean on the held-out
+rows, and all its seeds are analysed by `msplora.analyse`. A figure alone says little: the effective
+rank of a level of rank 2 is below that of one of rank 8 whatever it learned. So everything is
+measured of chance too, through the same function, by as many adapters of the same shapes as
+`--draws` says:
 
 random   A and B are random numbers: what the effective rank of so many directions is
 turned   each update keeps its singular values, and its singular vectors are random: what layers
@@ -84,10 +85,10 @@ def described(run: Path) -> tuple[Path, Row]:
 
 
 def chosen(runs: Iterable[tuple[Path, Row]]) -> list[tuple[Path, Row]]:
-    """Of every task and adapter the runs of its best rate, among those with the most seeds."""
-    groups: dict[tuple[str, str], dict[float, list[tuple[Path, Row]]]] = {}
+    """Of every task, base and adapter the runs of its best rate, among those with most seeds."""
+    groups: dict[tuple[str, ...], dict[float, list[tuple[Path, Row]]]] = {}
     for folder, row in runs:
-        by_rate = groups.setdefault((row["task"], row["name"]), {})
+        by_rate = groups.setdefault(_group(row), {})
         by_rate.setdefault(row["learning_rate"], []).append((folder, row))
     found = []
     for by_rate in groups.values():
@@ -95,7 +96,12 @@ def chosen(runs: Iterable[tuple[Path, Row]]) -> list[tuple[Path, Row]]:
         best = max((its for its in by_rate.values() if len(its) == most), key=_goodness)
         tried = {"rates": sorted(by_rate)}
         found += [(folder, row | tried) for folder, row in best]
-    return sorted(found, key=lambda its: (its[1]["task"], its[1]["name"], its[1]["seed"]))
+    return sorted(found, key=lambda its: (*_group(its[1]), its[1]["seed"]))
+
+
+def _group(row: Row) -> tuple[str, ...]:
+    """What the seeds of one row of the tables have in common."""
+    return row["task"], row["model"], row["name"]
 
 
 def _goodness(runs: Sequence[tuple[Path, Row]]) -> float:

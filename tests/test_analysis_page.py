@@ -15,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 import msplora
 from adapted_llama import adapted
 from html_page import Page, browser
+from msplora.analysis import sections
 from msplora.analysis.charts import Series, line_chart
+from msplora.analysis.page import percent
 from msplora.analysis.results import Ablation, Analysis, Checkpoint, SwitchedOff
 from runs import msplora as command
 from tiny import MODELS, llama
@@ -68,8 +70,8 @@ def test_what_is_drawn_can_be_read_and_reached_by_key(page: Page) -> None:
     for picture in drawn:
         assert picture["role"] == "img"
         assert set((picture["aria-labelledby"] or "").split()) <= ids
-    # Behind each a table; what can be wider than the page is reached by Tab.
-    assert len(page.all("details")) == len(drawn)
+    # Behind each a table, and one for each of the four kinds. What can be wider is reached by Tab.
+    assert len(page.all("details")) == len(drawn) + 4
     regions = [its for its in page.all("div") if its.get("class") == "wide"]
     assert len(regions) == len(page.all("table"))
     assert all(its["tabindex"] == "0" and its["aria-label"] for its in regions)
@@ -87,6 +89,66 @@ def test_it_shows_the_numbers(found: Analysis, page: Page) -> None:
     assert "+0.1250 to +0.3750" in text
     assert kind.intruders is not None
     assert f"{kind.intruders[0]} of the {kind.intruders[1]} vectors" in text
+
+
+def test_a_kind_has_a_table_of_all_figures(found: Analysis, page: Page) -> None:
+    kind = next(its for its in found.adapters[0].kinds if its.name == "self_attn.v_proj")
+    said = [its.strip() for its in page.texts if its.strip()]
+    start = said.index(f"{kind.name}, layer by layer") + 1
+    header = ["layer", "level", "norm", "share", "effective rank", "stable rank", "numerical rank"]
+    assert said[start : start + 8] == [*header, "‖s·BA‖ / ‖W₀‖"]
+    rows = [said[at : at + 8] for at in range(start + 8, start + 8 * 17, 8)]
+    expected = [
+        (str(site.layer), level, its)
+        for site in kind.sites
+        for level, its in (*site.levels.items(), ("sum", site.update))
+    ]
+    for row, (layer, level, its) in zip(rows, expected, strict=True):
+        assert row[:3] == [layer, level, f"{its.norm:.3g}"]
+        assert row[4:] == [
+            f"{its.effective_rank:.3g}",
+            f"{its.stable_rank:.3g}",
+            str(its.numerical_rank),
+            f"{its.relative_norm:.3g}",
+        ]
+
+
+def test_no_two_lines_of_a_chart_look_alike(found: Analysis) -> None:
+    css = (Path(sections.__file__).parent / "page.css").read_text(encoding="utf-8")
+    adapter = found.adapters[0]
+    kind, names = adapter.kinds[0], [f"level{place}" for place in range(7)]
+    sites = tuple(replace(its, levels=dict.fromkeys(names, its.update)) for its in kind.sites)
+    levels = tuple(replace(adapter.levels[0], level=name) for name in names)
+    history = tuple(Checkpoint(step, levels, 0.1, 0.2) for step in (10, 20))
+    charts = [
+        sections.norms(replace(kind, sites=sites), names),
+        sections.effective_ranks(replace(kind, sites=sites), names),
+        *sections.over_training(replace(adapter, levels=levels, history=history)),
+        sections.inside_coarser(kind, [its.level for its in adapter.levels]),
+        *sections.side_by_side(found.comparisons[0]),
+    ]
+    for chart in charts:
+        assert chart is not None
+        styles = [line.style for line in chart.lines]
+        assert len(set(styles)) == len(styles), chart.title
+        for name in " ".join(styles).split():
+            assert re.search(rf"\.{name}[,{{.]", css), name
+
+
+def test_what_chance_would_give_stands_beside_two_adapters(folders: Path, found: Analysis) -> None:
+    _, kind = found.comparisons[0].kinds
+    assert (kind.kind, kind.random_columns, kind.random_rows) == (
+        "self_attn.v_proj",
+        14 / 16,
+        14 / 32,
+    )
+    _, chart = sections.side_by_side(found.comparisons[0])
+    assert chart.header[4:] == ("random columns", "random rows")
+    assert {row[4] for row in chart.rows} == {percent(kind.random_columns)}
+    out = command("analyse", folders / "pyramid", folders / "lora").out.rpartition("against")[2]
+    assert out.count("random") == 2
+    assert "87.5%" in out
+    assert "43.8%" in out
 
 
 def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -> None:
@@ -147,6 +209,15 @@ def test_of_many_experts_the_smallest_the_median_and_the_largest_are_drawn(
     assert "Of many experts three are drawn" in page
     assert "many experts" not in found.to_html()
     assert replace(found, adapters=(experts,)).to_json().count("[expert ") == 12
+    # Experts that are modules are experts too.
+    kinds = tuple(
+        replace(its, name=re.sub(r"mlp\.up\[expert (\d+)\]", r"mlp.experts.\1.up", its.name))
+        for its in kinds
+    )
+    page = replace(found, adapters=(replace(experts, kinds=kinds),)).to_html()
+    titles = re.findall(r">mlp\.experts\.(\d+)\.up: norm<", page)
+    assert titles == [str(its) for its in sorted(drawn)]
+    assert ">mlp.experts.up: norm by expert<" in page
 
 
 _CHECKS = """<script>
@@ -181,6 +252,8 @@ def test_the_json_is_the_result(found: Analysis) -> None:
     written = content["adapters"][0]["kinds"][0]["sites"][0]
     assert written["levels"]["mid"]["norm"] == site.levels["mid"].norm
     assert written["relative_norm"] == site.relative_norm
+    relative = site.levels["mid"].norm / (site.base_norm or 0)
+    assert written["levels"]["mid"]["relative_norm"] == pytest.approx(relative)
     assert written["intruders"]["count"] == site.intruders.count  # pyright: ignore
     assert content["version"] == msplora.__version__
 

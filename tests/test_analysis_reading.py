@@ -16,36 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import msplora
 from adapted_llama import adapted
+from analysed import WEIGHTS, edit, refused, save, update
 from msplora.analysis.reading import read_adapter
-from msplora.analysis.stored import StoredKind
-from msplora.errors import MSPLoraError
 from msplora.loading import BaseOptions
 from oracle import levels_of, plan_of
-from tiny import EXPERTS_ARE_PARAMETERS, MODELS, llama
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-def update(kind: StoredKind, place: int) -> Any:
-    """The dense update of one layer, by the stored pairs."""
-    pairs = [kind.pairs[its] for its in kind.sites[place].pairs]
-    factors = [pair.read() for pair in pairs]
-    return sum(
-        pair.scale * b_OR.double() @ a_RI.double()
-        for pair, (a_RI, b_OR) in zip(pairs, factors, strict=True)
-    )
-
-
-def save(model: Any, folder: Path, base: Any = None) -> Path:
-    model.save_pretrained(folder / "adapter")
-    if base is not None:
-        base.save_pretrained(folder / "base")
-    return folder / "adapter"
-
-
-def edit(adapter: Path, **changes: Any) -> None:
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+from tiny import MODELS, llama
 
 
 @pytest.mark.parametrize(
@@ -89,42 +64,6 @@ def test_a_pyramid_is_read_with_its_base_and_without(
                 assert tuple(weight.shape) == (kind.out_features, kind.in_features)
 
 
-@pytest.mark.parametrize("name", ["llama-all-linear", "bert", "gpt2"])
-def test_a_plain_lora_is_read(name: str, tmp_path: Path) -> None:
-    tiny = MODELS[name]
-    config = LoraConfig(
-        r=3,
-        lora_alpha=7,
-        target_modules=tiny.targets,
-        init_lora_weights=False,
-        rank_pattern={r".*\.1\..*": 5},
-        alpha_pattern={r".*\.2\..*": 2},
-        use_rslora=True,
-    )
-    model: Any = get_peft_model(tiny.model(), config)
-    folder = save(model, tmp_path, tiny.model())
-    for read in (
-        read_adapter(folder)[0],
-        read_adapter(folder, BaseOptions(str(tmp_path / "base")))[0],
-    ):
-        assert read.levels == ("lora",)
-        found = {
-            site.key: update(kind, at) for kind in read.kinds for at, site in enumerate(kind.sites)
-        }
-        assert set(found) == set(model.base_model.targeted_module_names)
-        for kind in read.kinds:
-            assert [site.layer for site in kind.sites] == list(range(4))
-        for key, its in found.items():
-            layer = model.get_base_model().get_submodule(key)
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            expected = layer.scaling["default"] * b.detach().double() @ a.detach().double()
-            torch.testing.assert_close(its, expected, rtol=1e-6, atol=1e-9)
-    (analysed,) = msplora.analyse(folder).adapters
-    for site in (site for kind in analysed.kinds for site in kind.sites):
-        rank = 5 if site.layer == 1 else 3
-        assert len(site.update.singular_values) == site.update.numerical_rank == rank
-
-
 def test_embeddings_and_convolutions_and_a_site_outside_the_blocks(tmp_path: Path) -> None:
     tiny = MODELS["vit"]
     targets = r".*projection|.*query"
@@ -140,31 +79,22 @@ def test_embeddings_and_convolutions_and_a_site_outside_the_blocks(tmp_path: Pat
     assert alone[0].relative_norm is not None
 
 
-@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="before transformers 5 they are layers")
-@pytest.mark.parametrize("config", [msplora.MSPLoraConfig, LoraConfig])
-def test_every_expert_is_a_weight_of_its_own(config: Any, tmp_path: Path) -> None:
-    tiny = MODELS["mixtral"]
-    asked = config(
-        r=4,
-        target_modules=["q_proj"],
-        target_parameters=list(tiny.parameters),
-        init_lora_weights=False,
-    )
-    model: Any = get_peft_model(tiny.model(), asked)
-    folder = save(model, tmp_path)
-    (found,) = msplora.analyse(folder).adapters
-    assert sum("expert 3" in kind.name for kind in found.kinds) == 2
-    squares = sum(site.update.norm**2 for kind in found.kinds for site in kind.sites)
-    expected = sum(
-        float(values.square().sum()) for values in msplora.singular_values(model).values()
-    )
-    assert math.isclose(squares, expected, rel_tol=1e-6)
-
-
 def test_blocks_that_are_skipped_keep_their_numbers(tmp_path: Path) -> None:
     folder = save(adapted(layers_to_transform=[1, 2, 3]), tmp_path)
     alone, _ = read_adapter(folder)
     assert [site.layer for site in alone.kinds[0].sites] == [1, 2, 3]
+
+
+def test_numbers_that_the_config_does_not_tell_are_counted(tmp_path: Path) -> None:
+    """It lists three blocks, of which two have an adapted query: which ones is not known."""
+    skipped = {"exclude_modules": ["model.layers.1.self_attn.q_proj"]}
+    folder = save(adapted(layers_to_transform=[1, 2, 3], **skipped), tmp_path)
+    alone, _ = read_adapter(folder)
+    found = {kind.name: (kind.counted, [its.layer for its in kind.sites]) for kind in alone.kinds}
+    assert found == {"self_attn.q_proj": (True, [0, 1]), "self_attn.v_proj": (False, [1, 2, 3])}
+    assert any("the layers are counted" in note for note in alone.notes)
+    listed, _ = read_adapter(save(adapted(layers_to_transform=[1, 2, 3]), tmp_path / "listed"))
+    assert not any("the layers are counted" in note for note in listed.notes)
 
 
 def test_a_pyramid_and_the_lora_that_it_is_have_the_same_updates(tmp_path: Path) -> None:
@@ -244,31 +174,6 @@ def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:
     assert "8 of 8 weights" in found.to_html()
 
 
-def test_checkpoints_are_followed(tmp_path: Path) -> None:
-    model = adapted()
-    run = tmp_path / "run"
-    for step in (5, 10, 100):
-        with torch.no_grad():
-            for address, (_, b, _) in msplora.factors(model).items():
-                b.mul_(2 if address.startswith("local") else 1)
-        model.save_pretrained(run / f"checkpoints/checkpoint-{step}")
-    (found,) = msplora.analyse(run).adapters  # the last one stands for the run
-    assert [its.step for its in found.history] == [5, 10, 100]
-    assert found.history[-1].levels == found.levels
-    norms = [its.levels[2].norm for its in found.history]
-    np.testing.assert_allclose(norms, [norms[0], 2 * norms[0], 4 * norms[0]])
-    assert len({its.levels[0].norm for its in found.history}) == 1
-    np.testing.assert_allclose(
-        found.history[-1].coarser_columns, found.inside_coarser("local")[0], rtol=1e-9
-    )
-
-
-def refused(*arguments: Any, match: str, **options: Any) -> None:
-    with pytest.raises(MSPLoraError, match=match) as raised:
-        msplora.analyse(*arguments, **options)
-    assert "\n" not in str(raised.value)
-
-
 def test_other_methods_are_named_and_refused(tmp_path: Path) -> None:
     loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     refused(save(loha, tmp_path / "loha"), match="is a LOHA adapter")
@@ -277,6 +182,19 @@ def test_other_methods_are_named_and_refused(tmp_path: Path) -> None:
     unknown = save(adapted(), tmp_path / "unknown")
     edit(unknown, peft_type="BRAND_NEW")
     refused(unknown, match="BRAND_NEW")
+    pooled = save(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path / "pool")
+    edit(pooled, use_qalora=True)
+    refused(pooled, match="uses QALoRA, which pools")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lora_alpha", None), ("lora_alpha", "16"), ("alpha_pattern", {"(": 4}), ("r", 0)],
+)
+def test_a_config_that_is_damaged_is_named(field: str, value: Any, tmp_path: Path) -> None:
+    lora = save(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path)
+    edit(lora, **{field: value})
+    refused(lora, match=f"{field} is ")
 
 
 def test_a_file_that_is_not_whole(tmp_path: Path) -> None:
@@ -300,12 +218,26 @@ def test_a_file_that_is_not_whole(tmp_path: Path) -> None:
     }
     save_file({key: its.contiguous() for key, its in misshapen.items()}, folder / WEIGHTS)
     refused(folder, match=r"global/0/self_attn.q_proj has A \(1, 32\)")
+    # A pair of another width than its kind's first is neither cut nor padded.
+    narrow = {
+        key: its[:, :-1] if "mid/1/self_attn/q_proj/pair.msplora_A" in key else its
+        for key, its in tensors.items()
+    }
+    save_file({key: its.contiguous() for key, its in narrow.items()}, folder / WEIGHTS)
+    refused(folder, match=r"mid/1/self_attn.q_proj has A \(4, 31\).* asks for \(4, 32\)")
     (folder / WEIGHTS).write_bytes(b"cut")
     refused(folder, match="cannot be read")
     lora = save(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path / "lora")
     tensors = load_file(lora / WEIGHTS)
     save_file(dict(list(tensors.items())[1:]), lora / WEIGHTS)
     refused(lora, match="half of a pair")
+
+
+def test_ranks_that_are_not_the_configs_are_no_experts(tmp_path: Path) -> None:
+    adapted(ranks=[16, 8, 4]).save_pretrained(tmp_path / "twice")
+    folder = save(adapted(ranks=[8, 4, 2]), tmp_path)
+    (folder / WEIGHTS).write_bytes((tmp_path / "twice" / WEIGHTS).read_bytes())
+    refused(folder, match=r"has A \(16, 32\) and B \(32, 16\); the config asks for \(8, 32\)")
 
 
 def test_a_base_that_does_not_match(tmp_path: Path) -> None:
@@ -319,8 +251,31 @@ def test_a_base_that_does_not_match(tmp_path: Path) -> None:
     llama(layers=2).save_pretrained(tmp_path / "shallow")  # pyright: ignore
     refused(lora, base=str(tmp_path / "shallow"), match="the base has no such weight")
     llama(hidden_size=64).save_pretrained(tmp_path / "wide")  # pyright: ignore
-    refused(lora, base=str(tmp_path / "wide"), match=r"of shape \(32, 32\), and the base has it")
+    refused(
+        lora, base=str(tmp_path / "wide"), match=r"A \(8, 32\).* the base has it of shape 64x64"
+    )
     refused(folder, base=str(tmp_path / "nowhere"), match="there is no such folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "size", "wider"),
+    [
+        ("gpt2", ["c_attn"], "n_embd", 64),
+        ("llama", ["embed_tokens"], "vocab_size", 128),
+        ("vit", r".*projection", "patch_size", 4),
+    ],
+)
+def test_a_base_of_another_size_under_any_layer(
+    name: str, targets: Any, size: str, wider: int, tmp_path: Path
+) -> None:
+    base = MODELS[name].model()
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)
+    lora = save(get_peft_model(base, config), tmp_path, MODELS[name].model())
+    sound = msplora.analyse(lora, base=str(tmp_path / "base"), intruder_vectors=0)
+    assert all(kind.relative_norm is not None for kind in sound.adapters[0].kinds)
+    setattr(base.config, size, wider)
+    type(MODELS[name].model())(base.config).save_pretrained(tmp_path / "other")
+    refused(lora, base=str(tmp_path / "other"), match=r"and the base has it of shape")
 
 
 def test_what_the_file_alone_does_not_say_needs_the_base(tmp_path: Path) -> None:

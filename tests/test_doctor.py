@@ -11,59 +11,18 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 import msplora
 from adapted_llama import adapted
+from examined import WEIGHTS, edit, save, save_lora, scale_b, statuses
 from msplora.diagnosis import outputs
-from msplora.diagnosis.results import Diagnosis
 from msplora.errors import MSPLoraError
 from msplora.loading import BaseOptions
-from oracle import randomise
 from runs import answered_rows, save_decoder, write_jsonl
 from runs import msplora as command
 from tiny import MODELS, llama
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-def scale_b(model: Any, by: float) -> Any:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "msplora_B" in name or "lora_B" in name:
-                parameter.mul_(by)
-    return model
-
-
-def save(folder: Path, name: str = "llama", by: float = 0.1, **changes: Any) -> tuple[str, Path]:
-    """A tiny base and a pyramid of random factors on it, on disk."""
-    tiny = MODELS[name]
-    options = {"target_modules": tiny.targets}
-    model: Any = get_peft_model(tiny.model(), msplora.MSPLoraConfig(**(options | changes)))
-    randomise(model)
-    tiny.model().save_pretrained(folder / "base")
-    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    scale_b(model, by).save_pretrained(folder / "adapter")
-    return str(folder / "base"), folder / "adapter"
-
-
-def save_lora(folder: Path, by: float = 1, **changes: Any) -> tuple[str, Path]:
-    llama_base: Any = MODELS["llama"].model()
-    llama_base.save_pretrained(folder / "base")
-    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    model = get_peft_model(llama_base, LoraConfig(**(options | changes)))
-    scale_b(model, by).save_pretrained(folder / "adapter")
-    return str(folder / "base"), folder / "adapter"
-
-
-def edit(folder: Path, change: Any) -> None:
-    tensors = change(load_file(folder / WEIGHTS))
-    save_file({key: its.contiguous() for key, its in tensors.items()}, folder / WEIGHTS)
-
-
-def statuses(found: Diagnosis) -> dict[str, str]:
-    return {check.name: check.status for check in found.checks}
 
 
 @pytest.mark.parametrize(

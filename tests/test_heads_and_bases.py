@@ -196,10 +196,10 @@ def test_images_of_models_that_take_any_size(tmp_path: Path) -> None:
     )
     hf.ResNetForImageClassification(config).save_pretrained(tmp_path / "base")
     model = hf.ResNetForImageClassification.from_pretrained(str(tmp_path / "base"))
-    assert probe_inputs(model)["pixel_values"].shape == (2, 3, 224, 224)
+    assert probe_inputs(model, "")["pixel_values"].shape == (2, 3, 224, 224)
     content = {"crop_size": {"height": 64, "width": 32}}
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(content))
-    assert probe_inputs(model)["pixel_values"].shape == (2, 3, 64, 32)
+    assert probe_inputs(model, "")["pixel_values"].shape == (2, 3, 64, 32)
     adapter = adapt(tmp_path, model, r".*layer\..*convolution")
     assert msplora.to_lora(adapter, tmp_path / "lora").comparison is not None
 

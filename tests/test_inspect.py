@@ -86,6 +86,25 @@ def test_what_the_config_asks_for_beside_the_pairs_has_to_be_there(
     assert named in problems[0].text
 
 
+def test_each_module_that_was_trained_whole_has_to_be_there(tmp_path: Path) -> None:
+    folder = lora(tmp_path, modules_to_save=["embed_tokens", "lm_head"])
+    assert msplora.inspect(folder).problems == ()
+    edit(folder, lambda its: {key: t for key, t in its.items() if "lm_head" not in key})
+    (problem,) = msplora.inspect(folder).problems
+    assert problem.rule == "missing part"
+    assert "modules_to_save (lm_head)" in problem.text
+    # Of the heads that PEFT names for a classifier a model has one.
+    bert = MODELS["bert"].model()
+    head = lora(tmp_path / "head", bert, target_modules=["query"], task_type="SEQ_CLS")
+    assert {"classifier", "score"} <= set(
+        json.loads((head / "adapter_config.json").read_text())["modules_to_save"]
+    )
+    assert msplora.inspect(head).problems == ()
+    edit(head, lambda its: {key: t for key, t in its.items() if "classifier" not in key})
+    (problem,) = msplora.inspect(head).problems
+    assert "(classifier, score)" in problem.text
+
+
 def test_a_lora_has_the_figures_of_its_analysis(tmp_path: Path) -> None:
     pattern = {r".*\.1\..*": 5}
     same_as_analysed(lora(tmp_path, rank_pattern=pattern, alpha_pattern=pattern, use_rslora=True))

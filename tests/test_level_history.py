@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import msplora as library
-from adapted_llama import adapted
+from adapted_llama import LLAMA, adapted
 from msplora.analysis.history import checkpoint
 from msplora.errors import MSPLoraError
 from msplora.train.level_history import LevelHistory
@@ -94,3 +97,57 @@ def settings(folder: Path) -> Settings:
 
 def state(step: int) -> SimpleNamespace:
     return SimpleNamespace(global_step=step, is_world_process_zero=True)
+
+
+def test_checkpoints_are_followed(tmp_path: Path) -> None:
+    model = adapted()
+    run = tmp_path / "run"
+    for step in (5, 10, 100):
+        with torch.no_grad():
+            for address, (_, b, _) in library.factors(model).items():
+                b.mul_(2 if address.startswith("local") else 1)
+        model.save_pretrained(run / f"checkpoints/checkpoint-{step}")
+    (found,) = library.analyse(run).adapters  # the last one stands for the run
+    assert [its.step for its in found.history] == [5, 10, 100]
+    assert found.history[-1].levels == found.levels
+    norms = [its.levels[2].norm for its in found.history]
+    np.testing.assert_allclose(norms, [norms[0], 2 * norms[0], 4 * norms[0]])
+    assert len({its.levels[0].norm for its in found.history}) == 1
+    np.testing.assert_allclose(
+        found.history[-1].coarser_columns, found.inside_coarser("local")[0], rtol=1e-9
+    )
+
+
+def test_checkpoints_of_an_earlier_run_are_left_out(tmp_path: Path) -> None:
+    """A LoRA was trained in the folder before: its checkpoints have one level."""
+    lora: Any = get_peft_model(LLAMA.model(), LoraConfig(target_modules=["q_proj"]))
+    model = adapted()
+    for step in (7, 9):
+        lora.save_pretrained(tmp_path / f"checkpoint-{step}")
+    for step in (5, 10):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    model.save_pretrained(tmp_path)
+    found = library.analyse(tmp_path)
+    (its,) = found.adapters
+    assert [one.step for one in its.history] == [5, 10]
+    assert any("2 checkpoint(s) have other levels" in note for note in its.notes)
+    assert any("step 7 (lora)" in note for note in its.notes)
+    assert "Over training" in found.to_html()
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    (its,) = library.analyse(tmp_path).adapters
+    assert its.history == ()  # one is no course
+    assert any("2 checkpoint(s) have other levels" in note for note in its.notes)
+
+
+def test_a_damaged_checkpoint_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+    model = adapted()
+    for step in (5, 10):
+        model.save_pretrained(tmp_path / f"damaged/checkpoint-{step}")
+    for name in ("sound", "damaged"):
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "damaged/checkpoint-5/adapter_model.safetensors").write_bytes(b"cut")
+    folders = tmp_path / "sound", tmp_path / "damaged"
+    done: list[str] = []
+    with pytest.raises(MSPLoraError, match=r"checkpoint-5.* cannot be read"):
+        library.analyse(*folders, progress=lambda what, *_: done.append(what))
+    assert done == []

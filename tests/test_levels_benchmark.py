@@ -68,8 +68,8 @@ def test_the_best_rate_of_those_with_the_most_seeds_is_taken(
 ) -> None:
     levels = script("levels", monkeypatch)
     rows = [
-        {"task": task, "name": "LoRA, 8", "metric": metric, "learning_rate": rate, "seed": seed}
-        | {"value": value}
+        {"task": task, "model": "base", "name": "LoRA, 8", "metric": metric, "seed": seed}
+        | {"learning_rate": rate, "value": value}
         for task, metric in (("mrpc", "accuracy"), ("instruction-data", "loss"))
         for rate, seed, value in ((1, 0, 2.0), (1, 1, 4.0), (2, 1, 3.1), (2, 0, 3.2), (3, 0, 9.0))
     ]
@@ -81,6 +81,29 @@ def test_the_best_rate_of_those_with_the_most_seeds_is_taken(
         ("mrpc", 2, 1),
     ]
     assert found[0]["rates"] == [1, 2, 3]
+    # Another base is another row of the tables, with a best rate of its own.
+    other = [row | {"model": "other", "value": -row["value"]} for row in rows]
+    found = [row for _, row in levels.chosen([(Path(), row) for row in rows + other])]
+    assert [(its["task"], its["model"], its["learning_rate"]) for its in found] == [
+        *[("instruction-data", "base", 1)] * 2,
+        *[("instruction-data", "other", 2)] * 2,
+        *[("mrpc", "base", 2)] * 2,
+        *[("mrpc", "other", 1)] * 2,
+    ]
+
+
+def test_bases_are_told_apart_and_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = script("levels_page", monkeypatch)
+    run = page.groups()[0][0]
+    alone = page.grouped([run])
+    assert [its["trained_on"] for its, *_ in alone] == ["instructions"]
+    found = page.grouped([run, run | {"model": "others/gpt"}])
+    assert [its["trained_on"] for its, *_ in found] == [
+        "instructions, stories260K",
+        "instructions, others/gpt",
+    ]
+    table = list(page._runs(found))
+    assert [row.split(" | ")[1] for row in table[2:]] == ["stories260K", "others/gpt"]
 
 
 def test_the_page_has_the_tables_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

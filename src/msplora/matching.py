@@ -19,8 +19,8 @@ from .pyramid import Shape
 STORE_NAME = "pyramid_store"
 """The attribute of the wrapped base model under which the store is registered."""
 
-# What PEFT adds to `modules_to_save` of a classifier by itself, whether the model has it or not.
-_HEADS = ("classifier", "score", "qa_outputs")
+HEADS = ("classifier", "score", "qa_outputs")
+"""What PEFT adds to `modules_to_save` by itself, whether the model has it or not."""
 
 
 # Where releases of transformers name the same weights differently.
@@ -125,7 +125,7 @@ def _module_targets(model: nn.Module, path: str, module: nn.Module, use_dora: bo
             Target(path, path, module, Shape("linear", 3 * size, size)),
             Target(f"{path}.out_proj", path, module, Shape("linear", size, size)),
         ]
-    return [Target(path, path, module, _module_shape(path, module))]
+    return [Target(path, path, module, module_shape(path, module))]
 
 
 def trained_whole(config: MSPLoraConfig, key: str) -> str | None:
@@ -133,7 +133,12 @@ def trained_whole(config: MSPLoraConfig, key: str) -> str | None:
     return next((name for name in config.modules_to_save or () if key.endswith(name)), None)
 
 
-def _module_shape(path: str, module: nn.Module) -> Shape:
+def module_shape(path: str, module: nn.Module) -> Shape:
+    """The shape of a module's weight.
+
+    Raises:
+        TargetError: LoRA cannot adapt such a module.
+    """
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         for name, usual in (("dilation", {1}), ("padding_mode", {"zeros"})):
             value = getattr(module, name)
@@ -195,7 +200,7 @@ def check_everything_matched(
     _check_names("exclude_modules", config.exclude_modules, modules)
     _check_names("target_parameters", config.target_parameters, modules)
     for name in config.modules_to_save or ():
-        if name not in _HEADS and not any(path.endswith(name) for path in paths):
+        if name not in HEADS and not any(path.endswith(name) for path in paths):
             raise TargetError(
                 f"modules_to_save names {name!r}, but this model has nothing of that name."
                 f"{nearest(name, [*_leaves(paths), *paths])}"

@@ -29,7 +29,7 @@ def targeted_parameters(
         key = f"{path}.{name}" if path else name
         if any(key == its or key.endswith(f".{its}") for its in wanted):
             _check_that_peft_wraps_it(path, module, name, wanted)
-            yield key, _shape(module, key, name)
+            yield key, shape_of(module, key, name)
 
 
 def experts_named_as_modules(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
@@ -58,7 +58,12 @@ def _check_that_peft_wraps_it(
         )
 
 
-def _shape(module: nn.Module, key: str, name: str) -> Shape:
+def shape_of(module: nn.Module, key: str, name: str) -> Shape:
+    """The shape of one parameter of a module.
+
+    Raises:
+        TargetError: it has neither two nor three dimensions.
+    """
     parameter = getattr(module, name)
     if parameter.ndim not in (2, 3):
         raise TargetError(

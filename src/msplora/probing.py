@@ -32,8 +32,12 @@ _NOT_FOR_IT = (
 )
 
 
-def probe_inputs(model: Any) -> dict[str, Tensor]:
+def probe_inputs(model: Any, advice: str) -> dict[str, Tensor]:
     """Inputs a model can be compared on: random tokens or pixels, from a fixed seed.
+
+    Args:
+        model: the adapted one, or a plain one.
+        advice: what to do where there are none, for the message.
 
     Raises:
         UnsupportedError: the model takes neither.
@@ -58,7 +62,7 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
         shape = (2, getattr(config, "num_channels", 3), *_image_size(config))
         return {name: torch.rand(shape, generator=generator).to(device, base.dtype)}
     raise UnsupportedError(
-        f"{type(base).__name__} takes {name!r}, for which there are no test inputs. {_BY_HAND}"
+        f"{type(base).__name__} takes {name!r}, for which there are no test inputs. {advice}"
     )
 
 
@@ -115,7 +119,7 @@ class Probe:
     """The logits of a model with and without its adapter, taken before it is converted."""
 
     def __init__(self, model: PeftModel) -> None:
-        self.inputs = probe_inputs(model)
+        self.inputs = probe_inputs(model, _BY_HAND)
         with inputs_it_takes(model, self.inputs, _BY_HAND):
             with model.disable_adapter():
                 self.base = logits(model, self.inputs)

@@ -9,7 +9,7 @@ import torch
 
 from .base import Base
 from .intruders import intruders
-from .results import KindResult
+from .results import KindResult, Measures
 from .stored import StoredKind
 
 
@@ -33,9 +33,12 @@ def with_base(
             factors = [(*pair.read(), pair.scale) for pair in pairs]
             a_RI = torch.cat([a_RI.double() for a_RI, _, _ in factors])
             b_OR = torch.cat([b_OR.double() * scale for _, b_OR, scale in factors], dim=1)
+            norm = float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64))
             found = replace(
                 found,
-                base_norm=float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64)),
+                update=_beside(found.update, norm),
+                levels={level: _beside(its, norm) for level, its in found.levels.items()},
+                base_norm=norm,
                 intruders=(
                     intruders(weight_OI, a_RI, b_OR, intruder_vectors) if intruder_vectors else None
                 ),
@@ -43,3 +46,8 @@ def with_base(
         sites.append(found)
         done()
     return replace(result, sites=tuple(sites))
+
+
+def _beside(update: Measures, norm: float) -> Measures:
+    """With its norm in parts of the weight's."""
+    return replace(update, relative_norm=update.norm / norm if norm else None)

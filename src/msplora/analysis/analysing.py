@@ -15,7 +15,7 @@ from msplora.loading import BaseOptions, adapter_folder
 from .against_base import with_base
 from .base import Base
 from .comparing import compare
-from .history import checkpoint, checkpoint_folders, recorded, step_of
+from .history import History, checkpoint_folders, measured, read_history
 from .kinds import analyse_kind
 from .reading import read_adapter
 from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
@@ -67,14 +67,18 @@ def analyse(
     for _, its_base in read:
         if its_base is not None:
             its_base.check_weights()
+    histories = [
+        read_history(path, adapter.levels, options)
+        for path, (adapter, _) in zip(paths, read, strict=True)
+    ]
     # Before the rest, of all adapters: it loads most, and so may fail.
     ablations = [
         _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
         for name, (adapter, _) in zip(names, read, strict=True)
     ]
     results = []
-    for name, path, (adapter, its_base), ablation in zip(
-        names, paths, read, ablations, strict=True
+    for name, path, (adapter, its_base), history, ablation in zip(
+        names, paths, read, histories, ablations, strict=True
     ):
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
         results.append(
@@ -89,9 +93,9 @@ def analyse(
                     [list(site.levels.values()) for kind in kinds for site in kind.sites],
                 ),
                 kinds=kinds,
-                history=_history(path, options, partial(report, f"{name}: checkpoints")),
+                history=_history(history, partial(report, f"{name}: checkpoints")),
                 ablation=ablation,
-                notes=(*adapter.notes, *_notes(kinds, its_base)),
+                notes=(*adapter.notes, *history.notes, *_notes(kinds, its_base)),
             )
         )
     pairs = list(combinations(range(len(read)), 2))
@@ -152,16 +156,11 @@ def _kinds(
     return tuple(found)
 
 
-def _history(
-    path: Path, base: BaseOptions | None, report: Callable[[int, int], None]
-) -> tuple[Checkpoint, ...]:
-    found = {its.step: its for its in recorded(path)}
-    folders = [its for its in checkpoint_folders(path) if step_of(its) not in found]
-    if len(found) + len(folders) < 2:
-        return ()
-    for done, folder in enumerate(folders, start=1):
-        found[step_of(folder)] = checkpoint(folder, base)
-        report(done, len(folders))
+def _history(history: History, report: Callable[[int, int], None]) -> tuple[Checkpoint, ...]:
+    found = dict(history.recorded)
+    for done, (step, adapter) in enumerate(history.stored.items(), start=1):
+        found[step] = measured(step, adapter)
+        report(done, len(history.stored))
     return tuple(found[step] for step in sorted(found))
 
 

@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora.errors import BaseModelError
+from msplora.errors import BaseModelError, TargetError
 from msplora.loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
+from msplora.matching import module_shape
+from msplora.parameters import shape_of
+from msplora.pyramid import Shape
 
 _WEIGHTS = ("*.json", "*.safetensors")
 
@@ -45,13 +48,14 @@ class Base:
     def weight(self, key: str) -> Tensor | None:
         """The weight of a module as the matrix (out, in), in its own dtype.
 
-        A convolution's counts as (O, I · kernel). None where the checkpoint has no tensor of that
-        name, as transformers may store several weights as one.
+        A convolution's counts as (O, I · kernel), an attention's is that of query, key and value.
+        None where the checkpoint has no tensor of that name, as transformers may store several
+        weights as one.
 
         Raises:
             BaseModelError: the weight is quantised, or its file cannot be read.
         """
-        names = [f"{key}.weight", key]
+        names = [f"{key}.weight", f"{key}.in_proj_weight", key]
         prefix = getattr(self.model, "base_model_prefix", "") + "."
         names += [its.removeprefix(prefix) for its in names] + [prefix + its for its in names]
         name = next((its for its in names if its in self._files), None)
@@ -79,6 +83,18 @@ class Base:
         for name in key.split("."):
             found = getattr(found, name, None)
         return found
+
+    def shape(self, key: str) -> Shape | None:
+        """Of the weight of that path, as a pair sees it; None where LoRA adapts none such."""
+        found, (parent, _, name) = self.module(key), key.rpartition(".")
+        try:
+            if isinstance(found, nn.MultiheadAttention):
+                return Shape("linear", 3 * found.embed_dim, found.embed_dim)
+            if isinstance(found, nn.Module):
+                return module_shape(key, found)
+            return None if found is None else shape_of(self.module(parent), key, name)
+        except TargetError:
+            return None
 
     def check_weights(self) -> None:
         """Refuse a base whose weights cannot be read one by one.

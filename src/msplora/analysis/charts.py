@@ -12,8 +12,14 @@ WIDTH, HEIGHT = 340, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 34
 _MOST_COLUMNS = 8
 """A chart of more lines has a table with one row per line."""
+_COLOURS = 5
 _DECADES = 8
 """A logarithmic axis reaches no further down than this from its largest value."""
+
+
+def style_of(place: int) -> str:
+    """The style of the line at a place; no two of the first ten are alike."""
+    return f"c{place % _COLOURS}{' again' * (place >= _COLOURS)}"
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,9 @@ class Series:
     name: str
     values: Sequence[Number]
     style: str = "c0"
-    """Its class in the style sheet: c0 … are colours, ref is a line to compare with."""
+    """Its classes in the style sheet: c0 … c4 are colours with dashes of their own, `again` is a
+    second turn of them, ref is a line to compare with, and `chance` what a colour's would be by
+    chance."""
     shade: float | None = None
     """From 0 to 1: a place between two colours, for lines that are in an order."""
 

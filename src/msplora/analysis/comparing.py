@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .kinds import Coordinates
-from .measures import layer_cosines, numerical_ranks, overlaps, spans
+from .measures import layer_cosines, mean_larger, numerical_ranks, overlaps, spans
 from .results import Comparison, KindComparison, numbers
 from .stored import StoredAdapter, StoredKind, StoredSite
 
@@ -72,13 +72,13 @@ def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
     ranks = [numerical_ranks(its.values, *shape) for its in (ours, theirs)]
     columns = [spans(its.left, rank) for its, rank in zip((ours, theirs), ranks, strict=True)]
     rows = [spans(its.right, rank) for its, rank in zip((ours, theirs), ranks, strict=True)]
-    larger = float(torch.maximum(*ranks).double().mean())
+    random_columns, random_rows = numbers(mean_larger(*ranks) / torch.tensor(shape))
     return KindComparison(
         first.name,
         tuple(site.layer for site, _ in shared),
         numbers(layer_cosines(ours, theirs)),
         numbers(overlaps(*columns).diagonal()),
         numbers(overlaps(*rows).diagonal()),
-        larger / first.out_features,
-        larger / first.in_features,
+        random_columns,
+        random_rows,
     )

@@ -11,7 +11,8 @@ from .results import AdapterResult, KindComparison, KindResult, mean
 
 MANY = 6
 """Of so many experts of one weight each is drawn; of more, three."""
-_EXPERT = re.compile(r"(?P<weight>.*)\[expert (?P<number>\d+)\]")
+_PARAMETER = re.compile(r"(?P<weight>.*)\[expert (?P<number>\d+)\]")
+_MODULE = re.compile(r"(?P<list>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<place>.+)")
 
 Its = TypeVar("Its", KindResult, KindComparison)
 
@@ -65,10 +66,21 @@ def _by_weight(kinds: Iterable[Its], name: Callable[[Its], str]) -> dict[str, li
     """In the order of the experts' numbers, which names in a file need not be in."""
     found: dict[str, list[tuple[int, Its]]] = {}
     for kind in kinds:
-        match = _EXPERT.fullmatch(name(kind))
-        weight, number = (match["weight"], int(match["number"])) if match else (name(kind), 0)
+        weight, number = _expert(name(kind))
         found.setdefault(weight, []).append((number, kind))
     return {
         weight: [kind for _, kind in sorted(its, key=lambda its: its[0])]
         for weight, its in found.items()
     }
+
+
+def _expert(name: str) -> tuple[str, int]:
+    """The weight that a kind's name is of, and the number of its expert.
+
+    Experts are parts of one parameter, or modules; what is none is a weight of its own.
+    """
+    if found := _PARAMETER.fullmatch(name):
+        return found["weight"], int(found["number"])
+    if found := _MODULE.fullmatch(name):
+        return f"{found['list']}.{found['place']}", int(found["number"])
+    return name, 0

@@ -19,6 +19,7 @@ from .measures import (
     inside,
     joint_span,
     layer_cosines,
+    mean_larger,
     mean_principal_cosines,
     numerical_ranks,
     overlaps,
@@ -31,6 +32,7 @@ from .results import (
     LevelOverlap,
     Matrix,
     Measures,
+    Number,
     Numbers,
     Shared,
     Similarity,
@@ -185,16 +187,25 @@ def _similarity(kind: StoredKind, total: Updates) -> Similarity:
     ranks = _ranks(kind, total.values)
     columns, principal_columns = _between(spans(total.left, ranks))
     rows, principal_rows = _between(spans(total.right, ranks))
-    dimension = float(ranks.double().mean())
+    # Of different layers: beside itself a layer has no less than all.
+    one, other = torch.triu_indices(len(ranks), len(ranks), offset=1)
+    larger = mean_larger(ranks[one], ranks[other])
     return Similarity(
         matrix(cosines(total, total)),
         columns,
         rows,
         principal_columns,
         principal_rows,
-        dimension / kind.out_features,
-        dimension / kind.in_features,
+        *_shares_of(kind, larger, larger),
     )
+
+
+def _shares_of(kind: StoredKind, columns: Tensor, rows: Tensor) -> tuple[Number, Number]:
+    """Dimensions of spaces of columns and of rows, in parts of all there are."""
+    of_columns, of_rows = numbers(
+        torch.stack([columns / kind.out_features, rows / kind.in_features])
+    )
+    return of_columns, of_rows
 
 
 def _between(spans_LPK: Tensor) -> tuple[Matrix, Numbers]:
@@ -241,13 +252,13 @@ def _overlap(updates: KindUpdates, place: int, of: tuple[int, ...], level: str) 
         for pairs in dict.fromkeys(met)
     }
     columns, rows, cosine, *dimensions = torch.stack([found[pairs] for pairs in met]).unbind(-1)
+    of_columns, of_rows = (its[~columns.isnan()].mean() for its in dimensions)
     return LevelOverlap(
         level,
         tuple(updates.level_names[its] for its in of),
         numbers(columns),
         numbers(rows),
-        float(dimensions[0].mean()) / kind.out_features,
-        float(dimensions[1].mean()) / kind.in_features,
+        *_shares_of(kind, of_columns, of_rows),
         numbers(cosine) if len(of) == 1 else (),
     )
 

@@ -155,6 +155,15 @@ def overlaps(one_LPK: Tensor, other_LPK: Tensor) -> Tensor:
     return squares / torch.where(smaller > 0, smaller, math.nan)
 
 
+def mean_larger(one_L: Tensor, other_L: Tensor) -> Tensor:
+    """The mean of max(r, r') over pairs of spaces: over n, what `overlaps` of random ones has.
+
+    Pairs with an empty space have no overlap, and do not count; not a number where all have one.
+    """
+    larger = torch.maximum(one_L, other_L).double()
+    return larger[torch.minimum(one_L, other_L) > 0].mean()
+
+
 def mean_principal_cosines(basis_LPK: Tensor) -> Tensor:
     """For k = 1 …: the k-th principal cosine, averaged over all pairs of layers that have it."""
     sums = torch.zeros(basis_LPK.shape[-1], dtype=torch.float64)

@@ -12,8 +12,9 @@ from typing import Any
 
 import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
 from msplora.config import MSPLoraConfig
+from msplora.config_file import lora_or_pyramid
 from msplora.errors import UnsupportedError
-from msplora.loading import BaseOptions, read_config
+from msplora.loading import BaseOptions
 
 from .base import Base
 from .on_disk import TensorsOnDisk
@@ -22,6 +23,11 @@ from .reading_pyramid import counted_kinds, planned_kinds
 from .stored import StoredAdapter
 
 _REWRITES_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
+_OTHER_PRODUCTS = {
+    "use_dora": "DoRA, which also rescales the base's weights",
+    "use_qalora": "QALoRA, which pools a layer's inputs before A reads them",
+    "use_bdlora": "BD-LoRA, whose A or B is stored as the blocks on its diagonal",
+}
 
 
 def read_adapter(
@@ -37,25 +43,22 @@ def read_adapter(
         The adapter, and its base where `base` names one.
 
     Raises:
-        AdapterFileError: the file is damaged, or tensors are missing, left over or misshapen.
+        AdapterFileError: the file or its config is damaged, or tensors are missing, left over or
+            misshapen.
         UnsupportedError: an adapter of another method, or one that does more than add B A.
         BaseModelError: the base cannot be read, or is not the adapter's.
     """
-    config: Any = read_config(folder)
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    if method not in ("LORA", "MSPLORA"):
-        raise UnsupportedError(
-            f"{str(folder)!r} is a {method} adapter. What is analysed are the updates s B A of "
-            f"LORA and MSPLORA."
-        )
-    if config.use_dora:
-        raise UnsupportedError(
-            f"{str(folder)!r} uses DoRA, which also rescales the base's weights: its update is not "
-            f"the product of two factors. Adapters without DoRA are analysed."
-        )
+    config = lora_or_pyramid(folder, "analysed")
+    for name, what in _OTHER_PRODUCTS.items():
+        if getattr(config, name, None):
+            raise UnsupportedError(
+                f"{str(folder)!r} uses {what}: its update is not the product of the two factors in "
+                f"the file. Adapters without it are analysed."
+            )
     tensors = TensorsOnDisk(folder)
     found = Base(base, config) if base and base.source else None
-    if not isinstance(config, MSPLoraConfig):
+    is_pyramid = isinstance(config, MSPLoraConfig)
+    if not is_pyramid:
         kinds = lora_kinds(tensors, config, found)
         levels: tuple[str, ...] = ("lora",)
     else:
@@ -66,18 +69,18 @@ def read_adapter(
             kinds = counted_kinds(tensors, config)
     adapter = StoredAdapter(
         path=folder,
-        method="MSPLoRA" if method == "MSPLORA" else "LoRA",
+        method="MSPLoRA" if is_pyramid else "LoRA",
         base=config.base_model_name_or_path or None,
         levels=levels,
         kinds=kinds,
-        notes=tuple(_notes(config, tensors, counted=found is None and method == "MSPLORA")),
+        notes=tuple(_notes(config, tensors, any(kind.counted for kind in kinds))),
     )
     return adapter, found
 
 
 def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
     notes = []
-    if counted and not config.layers_to_transform:
+    if counted:
         notes.append(
             "Without --base the layers are counted from the file, and are laid beside another "
             "adapter's only where that has no gaps: where the adapter skips blocks, "
@@ -88,6 +91,17 @@ def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
         notes.append(
             f"{len(others)} more tensor(s) in the file, such as {others[0]}, are no low-rank "
             f"update and are not looked at: a head, biases or trained tokens."
+        )
+    biases = [key for key in tensors if key.endswith(".lora_B.bias")]
+    if biases:
+        notes.append(
+            f"It adds a bias beside s·BA in {len(biases)} weight(s) (lora_bias), such as "
+            f"{biases[0]}: these are not looked at."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        notes.append(
+            "It is an activated LoRA (alora_invocation_tokens): what is shown acts from these "
+            "tokens on, and before them the model is the base."
         )
     init = str(config.init_lora_weights).lower()
     if init.startswith(_REWRITES_THE_BASE):

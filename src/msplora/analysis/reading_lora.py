@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from msplora.errors import AdapterFileError, BaseModelError, UnsupportedError
-from msplora.matching import pattern_matches, place
+from msplora.matching import place
 from msplora.pyramid import Level, Shape, Site, arrange
 from msplora.spectrum import as_matrices
 
+from .asked_of_lora import Asked, asked_of
 from .base import Base
 from .on_disk import TensorsOnDisk
 from .stored import StoredKind, StoredPair, StoredSite
@@ -28,21 +28,29 @@ LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([A
 def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[StoredKind, ...]:
     """Sort a LoRA's pairs into kinds; raises as `read_adapter`."""
     pairs: dict[str, StoredPair] = {}
-    for key, names in _factors(tensors).items():
+    factors = _factors(tensors)
+    for key, asked in _asked(factors, tensors, config, base).items():
+        names = factors[key]
         a, b = (tensors.shapes[name] for name in names)
-        scale = scale_of(config, key)
-        for number, (name, a_RI, b_OR) in enumerate(_as_sites(key, a, b, config)):
+        for number, (site, a_RI, b_OR) in enumerate(_as_sites(asked, a, b)):
             fit = a_RI.ndim == b_OR.ndim == 2 and a_RI.shape[0] == b_OR.shape[1]
             if not fit:
                 raise AdapterFileError(
                     f"{tensors.path}: A {tuple(a.shape)} and B {tuple(b.shape)} of {key!r} have no "
                     f"product B A. The file is damaged, or no LoRA's."
                 )
-            read = partial(_read_site, tensors, key, names, config, number)
+            read = partial(_read_site, tensors, asked, names, number)
             rank, in_features = a_RI.shape
-            pairs[name] = StoredPair("lora", 0, scale(rank), rank, in_features, b_OR.shape[0], read)
-    if base is not None:
-        _check_fit(pairs, base, tensors.path)
+            its = "lora", 0, asked.scale(rank)
+            pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], read)
+        if asked.is_parameter and len(a) % asked.rank:
+            raise AdapterFileError(
+                f"{tensors.path}: A {tuple(a.shape)} of {key!r} is of no whole number of experts "
+                f"of rank {asked.rank}, which the config asks for. The file is not this config's; "
+                f"save or copy the adapter again."
+            )
+        if base is not None:
+            _check_fit(asked, a, b, base, tensors.path)
     sites = []
     for key, pair in pairs.items():
         stack, block, kind = place_of(key, config, base)
@@ -83,44 +91,41 @@ def _factors(tensors: TensorsOnDisk) -> dict[str, tuple[str, str]]:
     return {key: (its["A"], its["B"]) for key, its in found.items()}
 
 
+def _asked(
+    factors: Mapping[str, tuple[str, str]], tensors: TensorsOnDisk, config: Any, base: Base | None
+) -> dict[str, Asked]:
+    """What the config asks of each site."""
+    rows = {key: (*tensors.shapes[a].shape, 1)[0] for key, (a, _) in factors.items()}
+    found = asked_of(rows, config, base)
+    for its in found.values():
+        if len(its) > 1:
+            names = ", ".join(one.name for one in its)
+            raise BaseModelError(
+                f"{tensors.path}: rank_pattern or alpha_pattern asks for different things of "
+                f"{names}, and the file alone does not tell their pairs apart. Pass --base."
+            )
+    return {key: its[0] for key, its in found.items()}
+
+
 def _read_site(
-    tensors: TensorsOnDisk, key: str, names: tuple[str, str], config: Any, number: int
+    tensors: TensorsOnDisk, asked: Asked, names: tuple[str, str], number: int
 ) -> tuple[Tensor, Tensor]:
     """One of the matrices that a pair of tensors holds."""
     a, b = (tensors[name] for name in names)
-    return _as_sites(key, a, b, config)[number][1:]
+    return _as_sites(asked, a, b)[number][1:]
 
 
-def scale_of(config: Any, key: str) -> Any:
-    """From the rank of a site to its scale: alpha / rank; rank-stabilised, alpha / sqrt(rank)."""
-    alpha = config.lora_alpha
-    for pattern, value in (config.alpha_pattern or {}).items():
-        if pattern_matches(pattern, key):
-            alpha = value
-            break
-    return lambda rank: alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def rank_of(config: Any, key: str) -> int:
-    """The rank that a LoRA's config asks for at a site."""
-    for pattern, value in (config.rank_pattern or {}).items():
-        if pattern_matches(pattern, key):
-            return value
-    return config.r
-
-
-def _as_sites(key: str, a: Tensor, b: Tensor, config: Any) -> list[tuple[str, Tensor, Tensor]]:
+def _as_sites(asked: Asked, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Tensor]]:
     """A site's factors as matrices; experts, whose weights are one parameter, each as a site."""
-    rank = rank_of(config, key)
-    experts = len(a) // rank if a.ndim == 2 and getattr(config, "target_parameters", None) else 1
-    if experts > 1 and len(a) == experts * rank and b.shape[-1] == len(a):
+    experts = len(a) // asked.rank if asked.is_parameter and a.ndim == 2 else 1
+    if experts > 1 and len(a) == experts * asked.rank and b.shape[-1] == len(a):
         stacked = as_matrices(a, b, experts=experts)
         return [
-            (f"{key}[expert {place_}]", a_RI, b_OR)
-            for place_, (a_RI, b_OR) in enumerate(zip(*stacked, strict=True))
+            (f"{asked.name}[expert {number}]", a_RI, b_OR)
+            for number, (a_RI, b_OR) in enumerate(zip(*stacked, strict=True))
         ]
     groups = len(a) // b.shape[1] if a.ndim > 2 and b.ndim == a.ndim else 1
-    return [(key, *as_matrices(a, b, groups=groups))]
+    return [(asked.name, *as_matrices(a, b, groups=groups))]
 
 
 def place_of(key: str, config: Any, base: Base | None) -> tuple[str, int | None, str]:
@@ -137,19 +142,18 @@ def place_of(key: str, config: Any, base: Base | None) -> tuple[str, int | None,
     return ".".join(names[:at]), int(names[at]), ".".join(names[at + 1 :]) or "self"
 
 
-def _check_fit(pairs: Mapping[str, StoredPair], base: Base, where: Path) -> None:
-    for key, pair in pairs.items():
-        path = key.partition("[")[0].replace(".base_layer", "")
-        shape = pair.out_features, pair.in_features
-        module = base.module(path)
-        found = module is not None
-        # Of convolutions and experts it is enough that they are there.
-        if isinstance(module, nn.Linear):
-            found = tuple(module.weight.shape) == shape
-        if not found:
-            its = "" if module is None else f" of shape {tuple(module.weight.shape)}"
-            raise BaseModelError(
-                f"the base {base.source!r} does not match {where}: that adapts {path!r} of shape "
-                f"{shape}, and the base has {'no such weight' if module is None else 'it' + its}. "
-                f"Pass the model that the adapter was made for."
-            )
+def _check_fit(asked: Asked, a: Tensor, b: Tensor, base: Base, where: Path) -> None:
+    """Refuse a base that lacks the weight, or has it in another shape."""
+    shape = base.shape(asked.name)
+    rank = asked.rank if asked.is_parameter else len(a)
+    its = tuple(a.shape), tuple(b.shape)
+    if base.module(asked.name) is None:
+        found = "no such weight"
+    elif shape is not None and its != (shape.a(rank), shape.b(rank)):
+        found = f"it of shape {shape}"
+    else:
+        return
+    raise BaseModelError(
+        f"the base {base.source!r} does not match {where}: A {its[0]} and B {its[1]} are for "
+        f"{asked.name!r}, and the base has {found}. Pass the model that the adapter was made for."
+    )

@@ -116,9 +116,8 @@ def _counted(
     config: MSPLoraConfig,
     tensors: TensorsOnDisk,
 ) -> list[StoredKind]:
-    first_a, _ = stored[f"{levels[0].name}/0/{kind}"]
-    rows = tensors.shapes[first_a].shape[0]
-    experts = max(1, rows // levels[0].rank)
+    first_a, first_b = (tensors.shapes[name] for name in stored[f"{levels[0].name}/0/{kind}"])
+    experts = experts_of(config, kind, (*first_a.shape, 1)[0], levels[0].rank)
     borrowed: list[list[int]] = [[] for _ in range(layers)]
     matrices: list[list[StoredPair]] = [[] for _ in range(experts)]
     place = 0
@@ -127,22 +126,17 @@ def _counted(
             address = f"{level.name}/{group}/{kind}"
             names = stored[address]
             a, b = (tensors.shapes[name] for name in names)
-            if a.shape[0] != level.rank * experts:
-                wanted = (level.rank * experts, *a.shape[1:]), tuple(b.shape)
+            wanted = _beside(first_a, first_b, level.rank * experts)
+            if (tuple(a.shape), tuple(b.shape)) != wanted or not a.ndim == b.ndim >= 2:
                 raise _misshapen(tensors.path, address, a, b, wanted)
             for expert in range(experts):
-                a_RI, b_OR = matrices_of(a, b, experts, expert)
-                if a_RI.shape[0] != b_OR.shape[1]:
-                    wanted = tuple(a.shape), (b.shape[0], a.shape[0])
-                    raise _misshapen(tensors.path, address, a, b, wanted)
                 its = level.name, group, level.scale
                 matrices[expert].append(_pair(*its, tensors, names, experts, expert))
             for layer in range(layers):
                 if level.group_of(layer, layers) == group:
                     borrowed[layer].append(place)
             place += 1
-    numbers = block_numbers(config, layers)
-    counted = not config.layers_to_transform
+    numbers, counted = block_numbers(config, layers)
     sites = tuple(
         StoredSite(f"{number}.{kind}", number, tuple(its))
         for number, its in zip(numbers, borrowed, strict=True)
@@ -153,6 +147,26 @@ def _counted(
         StoredKind(f"{kind}[expert {expert}]", tuple(pairs), sites, counted)
         for expert, pairs in enumerate(matrices)
     ]
+
+
+def experts_of(config: MSPLoraConfig, kind: str, rows: int, rank: int) -> int:
+    """How many experts share a pair: of a parameter as many as its rows are for, else one.
+
+    Args:
+        config: the adapter's.
+        kind: the pair's, as the file names it.
+        rows: of its A.
+        rank: that the config asks for.
+    """
+    path, wanted = f".{path_of(kind)}", getattr(config, "target_parameters", None) or ()
+    is_parameter = any(path.endswith(f".{its}") or f".{its}".endswith(path) for its in wanted)
+    return max(1, rows // rank) if is_parameter else 1
+
+
+def _beside(a: Tensor, b: Tensor, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a pair for the same weights as A and B, with so many rows in its A."""
+    groups = max(1, len(a) // max(1, b.shape[1])) if a.ndim == b.ndim > 2 else 1
+    return (rows, *a.shape[1:]), (*b.shape[:1], rows // groups, *b.shape[2:])
 
 
 def _pair(
@@ -195,11 +209,15 @@ def address_of(name: str) -> tuple[str, str] | None:
     return f"{match['level']}/{match['group']}/{kind}", match["factor"]
 
 
-def block_numbers(config: MSPLoraConfig, layers: int) -> list[int]:
-    """The numbers of the adapted blocks; counted from 0 where the config does not list them."""
+def block_numbers(config: MSPLoraConfig, layers: int) -> tuple[list[int], bool]:
+    """The numbers of a kind's blocks, and whether they are only counted from 0.
+
+    They are known where the config lists as many as there are.
+    """
     asked: Any = config.layers_to_transform
     numbers = sorted({asked} if isinstance(asked, int) else set(asked or ()))
-    return numbers if len(numbers) == layers else list(range(layers))
+    counted = len(numbers) != layers
+    return list(range(layers)) if counted else numbers, counted
 
 
 def _refuse_missing(wanted: list[str], stored: Mapping[str, tuple[str, str]], where: Path) -> None:

@@ -35,6 +35,8 @@ class Measures:
     numerical_rank: int
     singular_values: tuple[float, ...]
     """Largest first; as many as the rank allows."""
+    relative_norm: Number = None
+    """The norm over that of W0, where the base was given and has it."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class SiteResult:
     intruders: Intruders | None = None
 
     @property
-    def relative_norm(self) -> float | None:
+    def relative_norm(self) -> Number:
         """‖ΔW‖ / ‖W0‖."""
-        return self.update.norm / self.base_norm if self.base_norm else None
+        return self.update.relative_norm
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ class Similarity:
     principal_columns: Numbers
     """The k-th largest cosine of the principal angles between column spaces, mean over pairs."""
     principal_rows: Numbers
-    random_columns: float
-    """What `columns` would be, in expectation, of random spaces of these ranks."""
-    random_rows: float
+    random_columns: Number
+    """What `columns` of two layers would be, in expectation, of random spaces of these ranks: a
+    mean over the pairs that have a value."""
+    random_rows: Number
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,10 @@ class LevelOverlap:
     columns: Numbers
     """Share of the squared norm within the others' column space."""
     rows: Numbers
-    random_columns: float
-    """What a random update would have, in expectation: the dimension of the space over O."""
-    random_rows: float
+    random_columns: Number
+    """What a random update would have, in expectation: the dimension of the space over O, a mean
+    over the layers that have a value."""
+    random_rows: Number
     cosine: Numbers
     """Of the two updates, where `of` is one level."""
 
@@ -244,8 +248,10 @@ class KindComparison:
     cosine: Numbers
     columns: Numbers
     rows: Numbers
-    random_columns: float
-    random_rows: float
+    random_columns: Number
+    """What `columns` would be, in expectation, of random spaces of these ranks: a mean over the
+    layers that have a value."""
+    random_rows: Number
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .charts import Chart, Series, line_chart
+from .charts import Chart, Series, line_chart, style_of
 from .experts import Weight, compared, norm
-from .results import AdapterResult, Comparison, KindResult, Number, SiteResult
+from .results import (
+    AdapterResult,
+    Comparison,
+    KindComparison,
+    KindResult,
+    LevelOverlap,
+    Measures,
+    Number,
+    SiteResult,
+)
 
 
 def layers_of(kind: KindResult) -> list[int]:
@@ -17,7 +26,7 @@ def layers_of(kind: KindResult) -> list[int]:
 def norms(kind: KindResult, levels: Sequence[str]) -> Chart:
     """The norm of every level's update, layer by layer."""
     series = [
-        Series(level, [site.levels[level].norm for site in kind.sites], f"c{place}")
+        Series(level, [site.levels[level].norm for site in kind.sites], style_of(place))
         for place, level in enumerate(levels)
     ]
     if len(levels) > 1:
@@ -28,7 +37,7 @@ def norms(kind: KindResult, levels: Sequence[str]) -> Chart:
 def effective_ranks(kind: KindResult, levels: Sequence[str]) -> Chart:
     """The effective rank of every level's update, layer by layer."""
     series = [
-        Series(level, [site.levels[level].effective_rank for site in kind.sites], f"c{place}")
+        Series(level, [site.levels[level].effective_rank for site in kind.sites], style_of(place))
         for place, level in enumerate(levels)
     ]
     if len(levels) > 1:
@@ -36,6 +45,20 @@ def effective_ranks(kind: KindResult, levels: Sequence[str]) -> Chart:
     return line_chart(
         f"{kind.name}: effective rank", "layer", "effective rank", layers_of(kind), series
     )
+
+
+def figures(kind: KindResult, levels: Sequence[str]) -> list[tuple[str, str, Measures]]:
+    """The rows of a kind's table: of every layer each level, and their sum where they are several.
+
+    Returns:
+        The names of the layer and the level, and their figures.
+    """
+    rows = []
+    for site in kind.sites:
+        layer = site.key if site.layer is None else str(site.layer)
+        rows += [(layer, level, site.levels[level]) for level in levels]
+        rows += [(layer, "sum", site.update)] if len(levels) > 1 else []
+    return rows
 
 
 def experts(weight: Weight) -> Chart:
@@ -112,8 +135,7 @@ def inside_coarser(kind: KindResult, levels: Sequence[str]) -> Chart | None:
     series = [
         Series("columns", found.columns, "c0"),
         Series("rows", found.rows, "c1"),
-        Series("random columns", [found.random_columns] * len(layers), "ref"),
-        Series("random rows", [found.random_rows] * len(layers), "ref"),
+        *_by_chance(found, len(layers)),
     ]
     title = f"{kind.name}: {levels[-1]} within {' + '.join(of)}"
     return line_chart(title, "layer", "share of the square", layers, series, share=True)
@@ -152,7 +174,7 @@ def over_training(adapter: AdapterResult) -> list[Chart]:
             Series(
                 level,
                 [getattr(its.levels[place], attribute) for its in adapter.history],
-                f"c{place}",
+                style_of(place),
             )
             for place, level in enumerate(levels)
         ]
@@ -182,7 +204,16 @@ def side_by_side(comparison: Comparison) -> list[Chart]:
             Series("cosine", kind.cosine, "c2"),
             Series("columns", kind.columns, "c0"),
             Series("rows", kind.rows, "c1"),
+            *_by_chance(kind, len(kind.layers)),
         ]
         layers = [its or 0 for its in kind.layers]
         charts.append(line_chart(kind.kind, "layer", "likeness", layers, series, share=True))
     return charts
+
+
+def _by_chance(found: LevelOverlap | KindComparison, layers: int) -> list[Series]:
+    """What columns and rows would be of random updates: a line of the same colour for each."""
+    return [
+        Series("random columns", [found.random_columns] * layers, "c0 chance"),
+        Series("random rows", [found.random_rows] * layers, "c1 chance"),
+    ]

@@ -99,13 +99,17 @@ def _comparison(comparison: Comparison) -> Table:
 
     table = _table(
         f"{comparison.first} against {comparison.second}, mean over the layers",
-        *("kind", "layers", "cosine", "columns", "rows"),
+        *("kind", "layers", "cosine", "columns", "random", "rows", "random"),
     )
     for kind in comparison.kinds:
         table.add_row(
             escape(kind.kind),
             str(len(kind.layers)),
-            *(percent(mean(its)) for its in (kind.cosine, kind.columns, kind.rows)),
+            percent(mean(kind.cosine)),
+            percent(mean(kind.columns)),
+            percent(kind.random_columns),
+            percent(mean(kind.rows)),
+            percent(kind.random_rows),
         )
     return table
 

@@ -13,6 +13,7 @@ from msplora.inspection.adapter import look_at_adapter
 from msplora.inspection.suspicions import NOT_WHOLE, some
 from msplora.inspection.tensor_file import TensorFiles
 from msplora.loading import WEIGHTS_FILE
+from msplora.matching import input_embedding
 
 from .patient import Patient
 from .results import Check, figures
@@ -48,7 +49,7 @@ def base_fits(patient: Patient) -> Check:
             "Pass the model that the adapter was made for.",
         )
     try:
-        tokens, rows = _vocabulary(patient)
+        tokens = _tokens(patient.folder)
     except Exception as error:  # the readers of tokenizers raise whatever they like
         return Check(
             BASE,
@@ -57,6 +58,8 @@ def base_fits(patient: Patient) -> Check:
             f"{' '.join(str(error).split())[:_MOST_SAID]}",
             "Copy its files again, or take them away to use the base's tokenizer.",
         )
+    embedding = input_embedding(patient.base)
+    rows = None if embedding is None else len(embedding[1])
     numbers = figures(**({"tokens": tokens} if tokens else {}), **({"rows": rows} if rows else {}))
     if tokens and rows and tokens > rows:
         return Check(
@@ -88,14 +91,12 @@ def _same(named: str, source: str) -> bool:
     return named == source or (one.exists() and other.exists() and one.samefile(other))
 
 
-def _vocabulary(patient: Patient) -> tuple[int | None, int | None]:
-    """The tokens of the tokenizer that was saved with the adapter, and the embedding's rows."""
-    embedding = patient.base.get_input_embeddings()
-    rows = getattr(embedding, "num_embeddings", None)
+def _tokens(folder: Path) -> int | None:
+    """The tokens of the tokenizer that was saved with the adapter, if there is one."""
     names = ("tokenizer.json", "tokenizer_config.json")
-    if not any((patient.folder / name).is_file() for name in names):
-        return None, rows
-    return len(AutoTokenizer.from_pretrained(str(patient.folder))), rows
+    if not any((folder / name).is_file() for name in names):
+        return None
+    return len(AutoTokenizer.from_pretrained(str(folder)))
 
 
 def everything_is_loaded(patient: Patient) -> Check:

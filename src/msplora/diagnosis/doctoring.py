@@ -14,9 +14,9 @@ from torch import Tensor
 
 from msplora import __version__
 from msplora.config import MSPLoraConfig
+from msplora.config_file import lora_or_pyramid
 from msplora.errors import BaseModelError, UnsupportedError
 from msplora.extras import train_extra
-from msplora.inspection.config_file import lora_or_pyramid
 from msplora.loading import (
     BaseOptions,
     adapter_folder,
@@ -44,7 +44,10 @@ from .weights import name_of, rounding_keeps_the_update, unmerging_restores_the_
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of its steps are done, and of how many."""
 
-_ROUNDS = 8
+_ROUNDS = 9
+_NO_INPUTS = (
+    "Models that take tokens or images are examined; msplora inspect looks at the files of any."
+)
 
 
 def doctor(
@@ -131,7 +134,7 @@ def _load(
     if data is None:
         base = load_base_of(config, tensors, options, class_names(folder))
         model = put_on(base, folder)
-        return model, probe_inputs(model)
+        return model, probe_inputs(model, _NO_INPUTS)
     asked = {
         "--dtype": options.dtype != "auto",
         "--revision": options.revision is not None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from msplora.verifying import VerificationError, compare
 
 from .patient import Patient
 from .results import Check, figures, percent
+from .weights import name_of
 
 APPLIED = "changes the output"
 MERGED = "merging keeps the output"
 CONVERTED = "the converted LoRA is equal"
-_NOTHING = 8
-"""A change of fewer ulps of the largest logit is none."""
+_ROUNDING = 2
+"""Ulps of the largest logit that a logit may move by, where nothing but rounding moves it."""
 _EXACT = 1e-5
 """Of an update's norm: what float32 leaves of a LoRA that is the same."""
 _MOST = 0.5
@@ -44,27 +46,48 @@ def is_applied(patient: Patient) -> Check:
             "Load it in float32 (--dtype float32); if it is the same there, training diverged.",
         )
     largest = float(plain.abs().max())
-    nothing = _NOTHING * torch.finfo(patient.dtype).eps * largest
     other = adapted.argmax(-1) != plain.argmax(-1)
     numbers = figures(
         effect=patient.effect,
         relative=patient.effect / largest if largest else 0.0,
         answers_changed=float(other.float().mean()),
     )
-    if not patient.effect > nothing:
+    # An adapter that does nothing adds zeros, and they change no bit.
+    if not patient.effect:
+        return _without_effect(patient, numbers)
+    said = f"The output moves by up to {patient.effect:.3g}, where the largest is {largest:.3g}"
+    if patient.effect <= _ROUNDING * torch.finfo(patient.dtype).eps * largest:
         return Check(
             APPLIED,
-            "failed",
-            f"With and without it the output is the same (largest change {patient.effect:.1e}).",
-            "Look at it with msplora inspect: B may be zero. Was it saved before it was trained?",
+            "warning",
+            f"{said}: what rounding in {name_of(patient.dtype)} alone can make of it.",
+            "Look at its norms with msplora inspect: is it large enough to matter?"
+            if patient.dtype == torch.float32
+            else "Load it in float32 (--dtype float32) to see what it does.",
             numbers,
         )
-    said = f"The output moves by up to {patient.effect:.3g}, where the largest is {largest:.3g}"
     if adapted.shape[-1] > 1:
         said += (
             f"; the first choice changes in {other.float().mean():.0%} of {other.numel()} places"
         )
     return Check(APPLIED, "passed", f"{said}.", "", numbers)
+
+
+def _without_effect(patient: Patient, numbers: Mapping[str, float | None]) -> Check:
+    if getattr(patient.config, "alora_invocation_tokens", None):
+        return Check(
+            APPLIED,
+            "skipped",
+            "It acts after its invocation tokens only (alora_invocation_tokens), and the inputs do "
+            "not hold them.",
+            "Give rows that hold them with --data.",
+            numbers,
+        )
+    said = "With and without it the output is the same, bit by bit."
+    advice = "Look at it with msplora inspect: B may be zero. Was it saved before it was trained?"
+    if patient.dtype != torch.float32:
+        advice += f" Or {name_of(patient.dtype)} hides it: load it in float32 (--dtype float32)."
+    return Check(APPLIED, "failed", said, advice, numbers)
 
 
 def merging_keeps_the_output(patient: Patient) -> Check:

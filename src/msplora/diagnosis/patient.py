@@ -17,6 +17,8 @@ from torch import Tensor
 from msplora.config import MSPLoraConfig
 from msplora.probing import inputs_it_takes, logits
 
+from .restored import Restored, merged_and_unmerged
+
 
 @dataclass
 class Patient:
@@ -54,7 +56,12 @@ class Patient:
         """Why checks of merged weights are left out, if they are."""
         if getattr(self.base, "is_quantized", False):
             return "The base is quantised: merging would round its weights a second time."
-        return None
+        return self.restored.why_not_merged
+
+    @cached_property
+    def restored(self) -> Restored:
+        """The weights after merging and unmerging every layer once; they are put back."""
+        return merged_and_unmerged(self.base)
 
     @cached_property
     def adapted(self) -> Tensor:

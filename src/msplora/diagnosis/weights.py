@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from .patient import Patient
+from .restored import adapted_layers
 from .results import Check, figures, percent
 
 UNMERGED = "unmerging restores the base"
@@ -42,26 +41,12 @@ def rounded(dtype: torch.dtype) -> str:
     return f"merged weights in {name_of(dtype)}"
 
 
-@torch.no_grad()
 def unmerging_restores_the_base(patient: Patient) -> Check:
-    """Each layer merged and unmerged, against what it was; then put back bit by bit."""
+    """Each layer merged and unmerged, against what it was."""
     if patient.why_not_merged:
         return Check(UNMERGED, "skipped", patient.why_not_merged)
-    squares, total, exact, count = 0.0, 0.0, 0, 0
-    for layer in _layers(patient):
-        own = [
-            its for name, its in layer.get_base_layer().named_parameters() if "lora_" not in name
-        ]
-        before = [its.detach().clone() for its in own]
-        layer.merge()
-        layer.unmerge()
-        for now, was in zip(own, before, strict=True):
-            count += 1
-            exact += int(torch.equal(now, was))
-            squares += float((now.double() - was.double()).square().sum())
-            total += float(was.double().square().sum())
-            now.copy_(was)
-    error = (squares / total) ** 0.5 if total else 0.0
+    found = patient.restored
+    error, exact, count = found.error, found.exact, found.parameters
     allowed = _RESTORED * torch.finfo(patient.dtype).eps
     numbers = figures(error=error, exact=exact, parameters=count)
     if exact == count:
@@ -129,15 +114,9 @@ def _rounding(patient: Patient, dtype: torch.dtype, its: _Rounding, total: float
     return Check(rounded(dtype), "passed", said, "", numbers)
 
 
-def _layers(patient: Patient) -> Iterator[Any]:
-    for module in patient.base.modules():
-        if isinstance(module, LoraLayer) and "default" in module.scaling:
-            yield module
-
-
 def _updates(patient: Patient) -> Iterator[tuple[Tensor, Tensor]]:
     """Each adapted weight and what is added to it, in the weight's own shape."""
-    for layer in _layers(patient):
+    for _, layer in adapted_layers(patient.base):
         base = layer.get_base_layer()
         if isinstance(base, nn.MultiheadAttention):
             continue  # of which the in_proj is fused; its out_proj is a layer of its own

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from msplora.analysis.reading_lora import LORA_TENSOR, place_of, rank_of, scale_of
-from msplora.analysis.reading_pyramid import address_of, block_numbers, levels_of
+from msplora.analysis.asked_of_lora import asked_of
+from msplora.analysis.reading_lora import LORA_TENSOR, place_of
+from msplora.analysis.reading_pyramid import address_of, block_numbers, experts_of, levels_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
 from msplora.pyramid import PER_LAYER, Level, Shape, Site, arrange
@@ -101,7 +102,7 @@ def _of_kind(
         max(groups[its.name]) + 1 for its in levels if its.groups == PER_LAYER if groups[its.name]
     ]
     layers = max(own, default=None)
-    numbers = block_numbers(config, layers) if layers else []
+    numbers = block_numbers(config, layers)[0] if layers else []
     found, lacking = [], []
     for level in levels:
         # Without a level that counts the layers, what there is may be whole; one pair has to be.
@@ -119,8 +120,6 @@ def _of_kind(
                 for depth, number in enumerate(numbers)
                 if layers and level.group_of(depth, layers) == group
             )
-            rows = files.headers[names[A]].rows
-            experts = rows // level.rank if getattr(config, "target_parameters", None) else 1
             found.append(
                 Entry(
                     address,
@@ -130,7 +129,7 @@ def _of_kind(
                     max(len(borrowers), 1),
                     names[A],
                     b,
-                    max(experts, 1),
+                    experts_of(config, kind, files.headers[names[A]].rows, level.rank),
                 )
             )
     return found, lacking
@@ -163,14 +162,16 @@ def _of_lora(files: TensorFiles, config: Any) -> Entries:
             sites.append(Site(key, stack, kind, block, shape))
     # The level is only there to have the kinds named and ordered as a plan's are.
     kinds = arrange(sites, [Level("lora", rank=1, groups=PER_LAYER, alpha=1)]).kinds
+    rows = {site.key: files.headers[stored[site.key]["A"]].rows for site in sites}
+    asked = asked_of(rows, config, None)
     pairs = []
     for kind in kinds:
         for site in kind.sites:
-            names = stored[site.key]
-            rank = rank_of(config, site.key)
-            rows = files.headers[names["A"]].rows
-            several = getattr(config, "target_parameters", None) and rows % rank == 0
-            level = Level("lora", rank, PER_LAYER, scale_of(config, site.key)(rank) * rank)
+            names, its = stored[site.key], asked[site.key][0]
+            if len(asked[site.key]) > 1:  # which is said below
+                its = replace(its, alpha=config.lora_alpha)
+            several = its.is_parameter and rows[site.key] % its.rank == 0
+            level = Level("lora", its.rank, PER_LAYER, its.scale(its.rank) * its.rank)
             pairs.append(
                 Entry(
                     site.key,
@@ -180,9 +181,11 @@ def _of_lora(files: TensorFiles, config: Any) -> Entries:
                     1,
                     names["A"],
                     names["B"],
-                    rows // rank if several else 1,
+                    rows[site.key] // its.rank if several else 1,
                 )
             )
     level = Level("lora", config.r, PER_LAYER, config.lora_alpha, config.use_rslora)
     findings = missing(lacking, whole=bool(stored))
+    if any(len(its) > 1 for its in asked.values()):
+        findings.append(unknown_scales(config))
     return Entries(tuple(pairs), (level,), tuple(findings), used)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from msplora import __version__
 from msplora.analysis.history import checkpoint_folders
+from msplora.config_file import lora_or_pyramid, read_json
 from msplora.errors import AdapterFileError, UnsupportedError
 from msplora.folder_mark import CONVERSION
 from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from msplora.serving import GGUF_FILE
 
 from .adapter import look_at_adapter
-from .config_file import lora_or_pyramid, read_json
 from .model import look_at_model, weight_files
 from .results import Inspection
 from .tensor_file import TensorFiles
@@ -39,7 +39,7 @@ def inspect(path: str | Path, *, progress: Progress | None = None) -> Inspection
         progress: called as the work goes on.
 
     Returns:
-        Frozen values; `to_dict()` and `toread_json()` give them away.
+        Frozen values; `to_dict()` and `to_json()` give them away.
 
     Raises:
         MSPLoraError: there is nothing that can be read, or it is an adapter of another method.

@@ -93,7 +93,8 @@ class Inspection:
     """The folder that holds the tensors."""
     what: Literal["MSPLoRA", "LoRA", "model"]
     found_as: str
-    """How it comes: "adapter", "run", "unfinished run", "checkpoint 200", "converted from …"."""
+    """How it comes: "adapter", "run", "unfinished run", "run's checkpoint of step 200",
+    "converted from …"."""
     base: str | None
     """The base that the adapter names."""
     model_type: str | None

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from msplora.matching import HEADS
+
 from .results import Finding, PairReport
 
 LARGE = 1.0
@@ -74,19 +76,23 @@ def missing(addresses: Sequence[str], whole: bool) -> list[Finding]:
 
 def missing_parts(config: Any, others: Sequence[str]) -> list[Finding]:
     """What the config asks for beside the pairs and has no tensor of among the `others`."""
-    saved = list(config.modules_to_save or ())
+    saved = list(dict.fromkeys(config.modules_to_save or ()))
+    # PEFT goes by how a module's path ends. It names two heads for every classifier, of which a
+    # model has one.
+    heads = [name for name in saved if name in HEADS]
+    parts = [[name] for name in saved if name not in heads] + ([heads] if heads else [])
     asked = {
-        # PEFT names two heads for every classifier, of which a model has one.
-        f"a module of modules_to_save ({', '.join(saved)})": tuple(f".{its}." for its in saved),
-        "DoRA's magnitudes (use_dora)": MAGNITUDES if config.use_dora else (),
-        "trained tokens (trainable_token_indices)": (
-            ("trainable_tokens",) if getattr(config, "trainable_token_indices", None) else ()
-        ),
+        f"a module of modules_to_save ({', '.join(names)})": [f"{name}." for name in names]
+        for names in parts
     }
+    if config.use_dora:
+        asked["DoRA's magnitudes (use_dora)"] = list(MAGNITUDES)
+    if getattr(config, "trainable_token_indices", None):
+        asked["trained tokens (trainable_token_indices)"] = ["trainable_tokens"]
     return [
         Finding("missing part", "problem", f"The file has no tensor of {what}. {_AGAIN}")
         for what, marks in asked.items()
-        if marks and not any(mark in f".{name}" for mark in marks for name in others)
+        if not any(mark in name for mark in marks for name in others)
     ]
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msplora.errors import AdapterFileError, UnsupportedError
-from msplora.loading import CONFIG_FILE, read_config
-from msplora.released import is_released
-from msplora.to_mlx import MLX_FILE
+from .errors import AdapterFileError, UnsupportedError
+from .loading import CONFIG_FILE, read_config
+from .released import is_released
+from .to_mlx import MLX_FILE
 
 
 def read_json(file: Path) -> dict[str, Any]:

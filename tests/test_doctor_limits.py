@@ -1,0 +1,135 @@
+"""What `msplora doctor` cannot tell or do: small changes in half precision, merging, speech."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+
+import msplora
+from examined import edit, save, save_lora, statuses
+from msplora.diagnosis.restored import merged_and_unmerged
+from msplora.errors import MSPLoraError
+from msplora.loading import BaseOptions
+from tiny import MODELS
+
+
+@pytest.mark.parametrize(
+    ("by", "status"),
+    [(1e-3, "passed"), (1e-4, "warning"), pytest.param(0, "failed", marks=pytest.mark.slow)],
+)
+def test_a_change_that_bfloat16_can_tell_is_one(by: float, status: str, tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, by=by)
+    check = msplora.doctor(BaseOptions(base, "bfloat16"), adapter)["changes the output"]
+    assert check.status == status, check.said
+    if by:
+        assert 0 < check.figures["relative"] < 0.0625  # pyright: ignore
+        assert msplora.doctor(base, adapter)["changes the output"].status == "passed"
+    if status == "warning":
+        assert "rounding in bfloat16 alone" in check.said
+        assert "--dtype float32" in check.advice
+
+
+def save_convnext(folder: Path, method: Any, **changes: Any) -> tuple[str, Path]:
+    """An image model without an embedding; its convolutions have as many groups as channels."""
+    config = hf.ConvNextConfig(
+        hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, image_size=16, num_labels=3
+    )
+    hf.ConvNextForImageClassification(config).save_pretrained(folder / "base")
+    base: Any = hf.ConvNextForImageClassification.from_pretrained(folder / "base")
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "layer_scale" in name:
+                parameter.fill_(1)
+    base.save_pretrained(folder / "base")
+    model: Any = get_peft_model(base, method(target_modules=["dwconv"], **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "msplora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder / "adapter")
+    return str(folder / "base"), folder / "adapter"
+
+
+def save_biased(folder: Path) -> tuple[str, Path]:
+    base, adapter = save_lora(folder, by=0.1, lora_bias=True)
+    edit(adapter, lambda its: {k: t + 0.01 if k.endswith("bias") else t for k, t in its.items()})
+    return base, adapter
+
+
+UNMERGEABLE = {
+    "grouped": (
+        lambda folder: save_convnext(folder, LoraConfig, r=8),
+        "groups > 1",
+        "passed",
+    ),
+    "grouped pyramid": (
+        lambda folder: save_convnext(folder, msplora.MSPLoraConfig, ranks=[8, 8], groups=[1, 0]),
+        "groups > 1",
+        "passed",
+    ),
+    "bias": (save_biased, "the base layer has no bias", "passed"),
+    "activated": (
+        lambda folder: save_lora(
+            folder, by=0.1, task_type="CAUSAL_LM", alora_invocation_tokens=[62, 63]
+        ),
+        "aLoRA does not support merging",
+        "skipped",  # the inputs do not hold the tokens
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNMERGEABLE)
+def test_what_peft_cannot_merge_is_examined_unmerged(name: str, tmp_path: Path) -> None:
+    make, said, applied = UNMERGEABLE[name]
+    found = msplora.doctor(*make(tmp_path))
+    its = statuses(found)
+    for dtype in ("bfloat16", "float16"):
+        assert its.pop(f"merged weights in {dtype}") == "skipped"
+    for check in ("unmerging restores the base", "merging keeps the output"):
+        assert its.pop(check) == "skipped"
+        assert said in found[check].said
+        assert "PEFT cannot merge '" in found[check].said
+    assert its.pop("changes the output") == applied
+    converted = "passed" if "pyramid" in name else "skipped"
+    assert its.pop("the converted LoRA is equal") == converted
+    assert set(its.values()) == {"passed"}, [check.said for check in found.checks]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_bias": True}])
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_merged_once_is_put_back_bit_by_bit(changes: dict[str, Any]) -> None:
+    """Of a bias that cannot be merged PEFT says so after it has changed the weight."""
+    base = MODELS["llama"].model(dtype=torch.bfloat16)
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **changes)
+    model: Any = get_peft_model(base, config)
+    before = {name: its.clone() for name, its in model.state_dict().items()}
+    found = merged_and_unmerged(model.get_base_model())
+    assert found.exact < found.parameters  # it had changed
+    assert bool(found.why_not_merged) == bool(changes)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], its) for name, its in before.items())
+
+
+def test_a_model_of_speech_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "vocab_size": 60, "num_mel_bins": 8, "max_source_positions": 20}
+    layers = {
+        f"{its}_{what}": 2
+        for its in ("encoder", "decoder")
+        for what in ("layers", "attention_heads")
+    }
+    tokens = {f"{its}_token_id": 1 for its in ("pad", "bos", "eos", "decoder_start")}
+    config = hf.WhisperConfig(**sizes, **layers, **tokens, suppress_tokens=None)
+    whisper = hf.WhisperForConditionalGeneration(config)
+    whisper.save_pretrained(tmp_path / "base")
+    model: Any = get_peft_model(whisper, LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MSPLoraError, match="takes 'input_features'") as raised:
+        msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert "msplora inspect looks at the files" in str(raised.value)
+    assert "--no-verify" not in str(raised.value)
