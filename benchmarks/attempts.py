@@ -5,217 +5,37 @@
 
 What is tried here is not part of the library: layers made for the trial, on the library's own data,
 optimiser and evaluation. Each way chooses its learning rate with the first seed, like the methods
-of a bake-off, and then runs with every seed; a row of results.jsonl is one run, and report.md says
-how the ways stand. Existing rows are kept and their runs skipped. docs/decisions.md says what came
-of it.
+of a bake-off, also beyond the rates given where the best is at their end, and then runs with every
+seed, the baseline first; a row of results.jsonl is one run, and report.md says how the ways stand.
+Existing rows are kept and their runs skipped; rows of other data or another model are refused.
+docs/decisions.md says what came of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations, islice
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
+from ways import BASELINE, WAYS, Way, apart, cosines, put_on
 
+from msplora.bakeoff.choosing import next_out
 from msplora.bench.provenance import fingerprint, provenance
 from msplora.train.quiet import quiet_libraries
 from msplora.train.run import prepare_job, with_absolute_paths
 from msplora.train.settings import Settings
 
-ALPHA = 16
-ROW = math.sqrt(1 / 3)
-"""The length of a row of LoRA's A at the start, on average."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """Pairs of one rank: how many groups of layers have an A, and a B, of their own (0: each)."""
-
-    rank: int
-    a_groups: int
-    b_groups: int
-    between: Literal["", "number", "vector", "matrix"] = ""
-    """What each layer has of its own between A and B: ones, or the identity, at first."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """Levels, and how they are made and trained."""
-
-    levels: tuple[Level, ...]
-    start: Literal["random", "orthogonal", "gradient"] = "random"
-    """The rows of A: LoRA's; orthogonal to those of the other levels; or, level after level, where
-    the first gradient of the layers that share them is largest, orthogonal to the levels above."""
-    cuts: Literal["equal", "gradient"] = "equal"
-    """Groups of layers next to each other: as large as each other, or of layers whose first
-    gradients are alike."""
-    penalty: float = 0.0
-    """Weight of the squared cosines between the rows of different levels' A in a layer."""
-
-
-def pyramid(*ranks: int, between: Any = "") -> tuple[Level, ...]:
-    """Global, mid in three groups, local."""
-    return tuple(
-        Level(rank, groups, groups, between if groups else "")
-        for rank, groups in zip(ranks, (1, 3, 0), strict=True)
-    )
-
-
-BASELINE = "LoRA, r = 6"
-WAYS = {
-    BASELINE: Way((Level(6, 0, 0),)),
-    "pyramid 8, 4, 2": Way(pyramid(8, 4, 2)),
-    "pyramid, shared pairs scaled per layer": Way(pyramid(8, 4, 2, between="number")),
-    "pyramid, shared pairs gated per layer": Way(pyramid(8, 4, 2, between="vector")),
-    "pyramid, shared pairs with a core per layer": Way(pyramid(6, 4, 2, between="matrix")),
-    "pyramid, orthogonal at the start": Way(pyramid(8, 4, 2), start="orthogonal"),
-    "pyramid, A from the gradient": Way(pyramid(8, 4, 2), start="gradient"),
-    "LoRA, r = 6, A from the gradient": Way((Level(6, 0, 0),), start="gradient"),
-    "pyramid, cut by the gradient": Way(pyramid(8, 4, 2), cuts="gradient"),
-    "pyramid, levels held apart (0.1)": Way(pyramid(8, 4, 2), start="orthogonal", penalty=0.1),
-    "A shared by all, B per layer, r = 11": Way((Level(11, 1, 0),)),
-    "B shared by all, A per layer, r = 9": Way((Level(9, 0, 1),)),
-    "A shared by all and by groups, B per layer, r = 5 + 4": Way((Level(5, 1, 0), Level(4, 3, 0))),
-    "one pair for all, r = 30": Way((Level(30, 1, 1),)),
-    "one pair for all, gated per layer, r = 28": Way((Level(28, 1, 1, "vector"),)),
-    "one pair for all, a core per layer, r = 17": Way((Level(17, 1, 1, "matrix"),)),
-    "global 10, local 4": Way((Level(10, 1, 1), Level(4, 0, 0))),
-    "global 10 gated, local 4": Way((Level(10, 1, 1, "vector"), Level(4, 0, 0))),
-    "A shared r = 5, local r = 3": Way((Level(5, 1, 0), Level(3, 0, 0))),
-}
-
-
-class Site(nn.Module):
-    """A frozen layer and what its levels add: ``y = W x + Σ s B C A x``, C the layer's own."""
-
-    def __init__(self, base: nn.Module, parts: Sequence[tuple[Any, Any, Any, float]]) -> None:
-        super().__init__()
-        self.base = base
-        self.scales = [scale for *_, scale in parts]
-        self.a = nn.ParameterList(a for a, *_ in parts)
-        self.b = nn.ParameterList(b for _, b, *_ in parts)
-        self.cores = nn.ParameterDict(
-            {str(place): core for place, (_, _, core, _) in enumerate(parts) if core is not None}
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for place, (a_RI, b_OR, scale) in enumerate(zip(self.a, self.b, self.scales, strict=True)):
-            inner = x @ a_RI.mT
-            if str(place) in self.cores:
-                core = self.cores[str(place)]
-                inner = inner @ core.mT if core.dim() == 2 else inner * core
-            y = y + scale * (inner @ b_OR.mT)
-        return y
-
-
-def put_on(model: nn.Module, way: Way, gradients: dict[str, Tensor]) -> list[Site]:
-    """Replace the LoRA layers of a model; only what the way adds trains.
-
-    `gradients`: of each layer's weight, (O, I), by its path; none where the way asks for none.
-    """
-    model.requires_grad_(False)
-    kinds: dict[str, dict[str, Any]] = {}
-    for path, its in model.named_modules():
-        if isinstance(its, LoraLayer):
-            kinds.setdefault(path.rpartition(".")[2], {})[path] = its.get_base_layer()
-    sites = []
-    for layers in kinds.values():
-        slopes = [gradients[path] for path in layers] if gradients else None
-        for (path, base), parts in zip(layers.items(), _parts(way, layers, slopes), strict=True):
-            parent, _, name = path.rpartition(".")
-            sites.append(Site(base, parts))
-            setattr(model.get_submodule(parent), name, sites[-1])
-    return sites
-
-
-def _parts(
-    way: Way, layers: dict[str, Any], slopes: Sequence[Tensor] | None
-) -> list[list[tuple[Any, Any, Any, float]]]:
-    """Of each layer of one kind: A, B, what is between and scale of each level."""
-    base = next(iter(layers.values()))
-    width, height, count = base.in_features, base.out_features, len(layers)
-    found: list[list[tuple[Any, Any, Any, float]]] = [[] for _ in layers]
-    rows = sum(level.rank for level in way.levels)
-    orthogonal_RI = torch.linalg.qr(torch.randn(width, rows))[0].mT if rows <= width else None
-    first = 0
-    for level in way.levels:
-        a_of, b_of = (
-            _groups(groups, count, slopes if way.cuts == "gradient" else None)
-            for groups in (level.a_groups, level.b_groups)
-        )
-        a_factors, b_factors = {}, {}
-        for group in sorted(set(a_of)):
-            its = [place for place in range(count) if a_of[place] == group]
-            a_RI = torch.empty(level.rank, width)
-            nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
-            if way.start == "gradient" and slopes is not None:
-                above = [a for place in its for a, *_ in found[place]]
-                a_RI = ROW * _steepest(sum(slopes[place] for place in its), level.rank, above)
-            elif way.start == "orthogonal" and orthogonal_RI is not None:
-                a_RI = ROW * orthogonal_RI[first : first + level.rank]
-            a_factors[group] = nn.Parameter(a_RI)
-        for group in set(b_of):
-            b_factors[group] = nn.Parameter(torch.zeros(height, level.rank))
-        for place in range(count):
-            core = _between(level)
-            # One alpha, split between the levels: all ways step alike at one rate.
-            scale = ALPHA / len(way.levels) / level.rank
-            found[place].append((a_factors[a_of[place]], b_factors[b_of[place]], core, scale))
-        first += level.rank
-    return found
-
-
-def _between(level: Level) -> nn.Parameter | None:
-    """A layer's own part between A and B, which changes nothing at first."""
-    ones = {
-        "number": torch.ones(1),
-        "vector": torch.ones(level.rank),
-        "matrix": torch.eye(level.rank),
-    }
-    return nn.Parameter(ones[level.between]) if level.between else None
-
-
-def _steepest(slope_OI: Any, rank: int, above: Sequence[Tensor]) -> Tensor:
-    """The first right singular vectors of a gradient, (rank, I), orthogonal to the rows above."""
-    if above:
-        rows_RI = torch.linalg.svd(torch.cat(list(above)).detach(), full_matrices=False)
-        kept_RI = rows_RI[2][rows_RI[1] > 1e-4 * rows_RI[1][0]]
-        slope_OI = slope_OI - slope_OI @ kept_RI.mT @ kept_RI
-    return torch.linalg.svd(slope_OI)[2][:rank]
-
-
-def _groups(groups: int, count: int, slopes: Sequence[Tensor] | None) -> list[int]:
-    """The group of each layer.
-
-    The first groups are the larger ones, as in a pyramid; or, by gradients, the cuts for which the
-    unit gradients have the least variance in their groups.
-    """
-    if groups == 0:
-        return list(range(count))
-    if slopes is None:
-        size, larger = divmod(count, groups)
-        return [group for group in range(groups) for _ in range(size + (group < larger))]
-    units = [slope / slope.norm() for slope in slopes]
-
-    def alike(cuts: tuple[int, ...]) -> float:
-        ends = zip((0, *cuts), (*cuts, count), strict=True)
-        parts = [torch.stack(units[start:end]) for start, end in ends]
-        return sum(float(its.sum(0).square().sum()) / len(its) for its in parts)
-
-    cuts = max(combinations(range(1, count), groups - 1), key=alike)
-    return [sum(place >= cut for cut in cuts) for place in range(count)]
+FURTHER = 2
+"""How often a rate beyond those given is tried."""
 
 
 def first_gradients(trainer: Any, batches: int = 16) -> dict[str, Tensor]:
@@ -236,21 +56,6 @@ def first_gradients(trainer: Any, batches: int = 16) -> dict[str, Tensor]:
     for weight in weights.values():
         weight.grad = None
     return found
-
-
-def apart(sites: Sequence[Site]) -> Tensor:
-    """The mean squared cosine between rows of different levels' A in a layer."""
-    found = []
-    for site in sites:
-        unit = [nn.functional.normalize(a, dim=1) for a in site.a]
-        found += [(one @ two.mT).square().mean() for one, two in _pairs(unit)]
-    return torch.stack(found).mean()
-
-
-def _pairs(values: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    for place, one in enumerate(values):
-        for two in values[place + 1 :]:
-            yield one, two
 
 
 def one_run(given: argparse.Namespace, way: Way, rate: float, seed: int) -> dict[str, Any]:
@@ -295,7 +100,56 @@ def one_run(given: argparse.Namespace, way: Way, rate: float, seed: int) -> dict
         trainer.train()
         losses = [its["eval_loss"] for its in trainer.state.log_history if "eval_loss" in its]
         numbers = sum(its.numel() for its in job.adapted.model.parameters() if its.requires_grad)
-    return {"loss": min(losses), "by_epoch": losses, "trainable": numbers}
+        found = {"loss": min(losses), "by_epoch": losses, "trainable": numbers}
+        if len(way.levels) > 1:
+            found["mean_squared_cosine"] = (
+                torch.cat([cosines(site) for site in sites]).mean().item()
+            )
+    return found
+
+
+def best_rate(given: Sequence[float], loss: Callable[[float], float]) -> float:
+    """The rate with the least loss, of those given and, where it is at their end, of the next ones
+    out, as a bake-off looks for it.
+    """
+    tried = {rate: loss(rate) for rate in given}
+    for _ in range(FURTHER):
+        best = min(tried, key=lambda rate: (tried[rate], rate))
+        beyond = next_out(sorted(given), sorted(tried), best)
+        if beyond is None:
+            break
+        tried[beyond] = loss(beyond)
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
+def weights_of(model: str) -> str:
+    """The fingerprints of a model's weights, joined.
+
+    Raises:
+        SystemExit: the folder has none.
+    """
+    files = sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("pytorch_model*.bin")])
+    if not files:
+        raise SystemExit(f"--model {model} is no folder with a model's weights: name one.")
+    return "-".join(map(fingerprint, files))
+
+
+def check_same(rows: Sequence[dict[str, Any]], about: dict[str, Any], file: Path) -> None:
+    """Refuse to add to runs of other data or of another model. Rows that do not say which model,
+    as the first ones do, are of this one.
+
+    Raises:
+        SystemExit: there are some.
+    """
+    for what in ("data", "model"):
+        key = f"{what}_sha256"
+        other = next((row[key] for row in rows if row.get(key, about[key]) != about[key]), None)
+        if other is not None:
+            raise SystemExit(
+                f"{file} has runs of another {what} (SHA-256 {other}, and --{what} has "
+                f"{about[key]}), which cannot be compared with new ones: give --{what} what they "
+                f"are of, or another --output."
+            )
 
 
 def main() -> None:
@@ -310,9 +164,11 @@ def main() -> None:
     given = parser.parse_args()
     about = provenance("cpu")  # before the results change what is tracked
     about |= {"data": given.data.name, "data_sha256": fingerprint(given.data)}
+    about["model_sha256"] = weights_of(given.model)
     file = given.output / "results.jsonl"
     given.output.mkdir(parents=True, exist_ok=True)
     rows = read(file)
+    check_same(rows, about, file)
 
     def loss(name: str, rate: float, seed: int) -> float:
         for row in rows:
@@ -325,14 +181,13 @@ def main() -> None:
             results.write(json.dumps(rows[-1]) + "\n")
         return row["loss"]
 
-    for name in given.ways:
-        best = min(given.rates, key=lambda rate, name=name: loss(name, rate, given.seeds[0]))
+    for name in dict.fromkeys([BASELINE, *given.ways]):
+        rate = best_rate(given.rates, lambda rate, name=name: loss(name, rate, given.seeds[0]))
         for seed in given.seeds:
-            loss(name, best, seed)
+            loss(name, rate, seed)
         print(name, flush=True)
     # Other processes may have run other ways meanwhile.
-    report = ["# Ways to share", "", "## How they stand", "", *table(read(file))]
-    (given.output / "report.md").write_text("\n".join(report) + "\n", encoding="utf-8")
+    (given.output / "report.md").write_text(report(read(file)), encoding="utf-8")
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -342,8 +197,13 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def report(rows: list[dict[str, Any]]) -> str:
+    """The page that says how the ways stand."""
+    return "\n".join(["# Ways to share", "", "## How they stand", "", *table(rows)]) + "\n"
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The ways by their mean, each at its best rate, beside the baseline with the same seeds."""
+    """The ways by their mean, each at its best rate, beside the baseline where it has the seed."""
     found = {}
     for name in dict.fromkeys(row["way"] for row in rows):
         its = [row for row in rows if row["way"] == name]
@@ -354,15 +214,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "| way | trainable | rate | loss | above LoRA, r = 6 |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    baseline = found[BASELINE]
+    baseline = found.get(BASELINE, {})
     for name, by_seed in sorted(found.items(), key=lambda its: mean(_losses(its[1]))):
         losses, row = _losses(by_seed), next(iter(by_seed.values()))
-        above = [its["loss"] - baseline[seed]["loss"] for seed, its in by_seed.items()]
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        against = f"{mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})"
+        above = [
+            its["loss"] - baseline[seed]["loss"]
+            for seed, its in by_seed.items()
+            if seed in baseline and name != BASELINE
+        ]
+        against = f"{mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})" if above else "–"
         lines.append(
             f"| {name} | {row['trainable']:,} | {row['learning_rate']:g} | "
-            f"{mean(losses):.4f}{spread} | {'–' if name == BASELINE else against} |"
+            f"{mean(losses):.4f}{spread} | {against} |"
         )
     return lines
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from bake_offs import (
 )
 from msplora.bakeoff import running
 from msplora.bakeoff.bake_off import _Running, outcome_so_far, run_bake_off
+from msplora.bakeoff.engines import OnRay
 from msplora.bakeoff.reading import Run, make_bake_off
 from msplora.bakeoff.rejecting import Rejecting
 from msplora.bakeoff.report import NOT_OVER, draw, markdown, page, write_report
@@ -166,17 +169,6 @@ def test_a_method_of_which_no_rate_came_to_its_end_runs_those_given_up(made_up: 
     assert made_up.ran.count(two.format(1e-4)) == 2  # given up, then run to its end
     assert rates_of(outcome) == {"lora": 1e-4}
     assert all(row and row.status == "complete" for row in outcome.finals.values())
-
-
-def test_a_rule_that_was_changed_is_applied_anew(made_up: MadeUp) -> None:
-    run_bake_off(prepared(reject={"after": 0.5, "behind": 0.05}))
-    given_up = {row["name"] for row in rows_in("out") if row["status"] == "rejected"}
-    made_up.ran.clear()
-    run_bake_off(prepared(reject={"after": 0.5, "behind": 0.04}))
-    assert made_up.ran == []
-    run_bake_off(prepared(reject={"after": 0.5, "behind": 1.0}))
-    tried_beyond = "one,pyramid,learning_rate=0.1,seed=0"
-    assert set(made_up.ran) == given_up - {tried_beyond}
 
 
 def test_a_row_that_another_process_wrote_meanwhile_is_kept(made_up: MadeUp) -> None:
@@ -347,6 +339,19 @@ def test_what_only_ray_takes_is_refused_without_it(bake_off_folder: Path) -> Non
     done = msplora("bake-off", write_config(bake_off_folder / "spec.yaml", SPEC), "--gpus", "1")
     assert done.code == 2
     assert "--cpus, --gpus: for --ray only" in done.err
+
+
+def test_ray_here_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a cluster that happens to run: Ray looks for one where it is given no address."""
+    asked = []
+    ray = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda address=None, **_: asked.append(address),
+        cluster_resources=lambda: {"CPU": 2},
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    OnRay("local", 1, 0)._connect()
+    assert asked == ["local"]
 
 
 @pytest.mark.thorough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import transformers as hf
 
 from bake_offs import SPEC, spec
+from msplora.bakeoff import sizes
 from msplora.bakeoff.sizes import Prepared, prepare
 from msplora.errors import ConfigError, MSPLoraError
+from msplora.train.methods import adapt
 from msplora.train.run import prepare_job
 from runs import answered_rows, labelled_rows, save_decoder, write_jsonl
 
@@ -105,6 +108,46 @@ def test_a_budget_that_no_rank_reaches_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=error):
         _sizes(other=method)
+
+
+def test_what_is_wrong_with_a_method_at_any_rank_is_said_at_once(
+    bake_off_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def counted(base: Any, settings: Any) -> Any:
+        built.append(settings.adapter.r)
+        return adapt(base, settings)
+
+    monkeypatch.setattr(sizes, "adapt", counted)
+    blocks = {"method": "gralora", "gralora": {"gralora_k": 3}, "budget": 1000}
+    with pytest.raises(ConfigError, match=r"\(blocks on one\).*in_features should be divisible"):
+        _sizes(blocks=blocks)
+    typo = {"method": "lora", "adapter": {"target_modules": ["qeury"]}, "budget": 1000}
+    with pytest.raises(ConfigError, match=r"\(typo on one\).*qeury"):
+        _sizes(typo=typo)
+    assert len(built) <= 4
+
+
+def test_a_budget_reads_no_weights(bake_off_folder: Path) -> None:
+    """VeRA's neither, which PEFT does not put on a model without storage."""
+    shutil.copytree(bake_off_folder / "encoder", bake_off_folder / "bare")
+    for file in (bake_off_folder / "bare").glob("*.safetensors"):
+        file.unlink()
+    methods = {"vera": {"method": "vera", "budget": 300}}
+    found = prepare(spec(base={**SPEC["base"], "model": "bare"}, methods=methods))
+    assert found.ranks == {"vera": "vera.r = 22"}
+    assert found.sizes["vera"] == 4 * 2 * (22 + 16)  # layers, sites, rank and out
+
+
+def test_a_budget_counts_adaloras_ranks_at_the_start(bake_off_folder: Path) -> None:
+    found = _sizes(pruned={"method": "adalora", "budget": 1300})
+    assert found.ranks == {"pruned": "adapter.r = 3"}
+    assert found.sizes["pruned"] == 4 * 2 * 5 * (16 + 16 + 1)
+    fixed: dict[str, Any] = {"method": "adalora", "adalora": {"init_r": 12}, "budget": 1300}
+    with pytest.raises(ConfigError, match=r"adalora\.init_r gives its size already"):
+        _sizes(pruned=fixed)
+    _sizes(plain=fixed | {"method": "lora"})  # which does not read that section
 
 
 def test_data_is_read_once_per_task_and_a_size_is_without_the_head_of_the_task(

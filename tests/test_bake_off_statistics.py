@@ -1,4 +1,4 @@
-"""The statistics of a bake-off against scipy, hand-counted cases and brute force."""
+"""A bake-off's statistics, and its search, against scipy, hand-counted cases and brute force."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
+from msplora.bakeoff.budgets import LARGEST, Ranks
 from msplora.bakeoff.rejecting import Rejecting
 from msplora.bakeoff.settings import RejectSettings
-from msplora.bakeoff.statistics import Paired, _adjusted, _is_on_front, least_p, sign_flip_p
+from msplora.bakeoff.statistics import Paired, _is_on_front, holm, least_p, sign_flip_p
+from msplora.errors import ConfigError
 from msplora.page.plotting import mark_of
 
 VALUES = st.lists(st.floats(-1, 1).map(lambda its: round(its, 3)), min_size=2, max_size=9)
@@ -55,7 +57,7 @@ def test_no_two_of_many_series_look_alike() -> None:
 def test_holm_by_hand() -> None:
     given_p = {"a": 0.01, "b": 0.04, "c": 0.03}
     pairs = {name: Paired((0.1,), {"t": 0.1}, p) for name, p in given_p.items()}
-    adjusted = {name: its.adjusted for name, its in _adjusted(pairs).items()}
+    adjusted = {name: its.adjusted for name, its in holm(pairs).items()}
     # 3 × 0.01; 2 × 0.03; then 1 × 0.04, raised to the one before.
     assert adjusted == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
@@ -113,3 +115,40 @@ def test_of_a_loss_less_is_better() -> None:
     rejecting = Rejecting(RejectSettings(after=0.5, behind=0.1), "loss", [losses(2.0, 1.0)])
     assert rejecting.until_hopeless(losses(2.0, 1.5), 4)
     assert not rejecting.until_hopeless(losses(2.0, 1.05), 4)
+
+
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 3000))
+@settings(max_examples=60, deadline=None)
+def test_the_rank_of_a_budget_is_the_smallest_that_is_taken(
+    every: int, offset: int, budget: int
+) -> None:
+    """Against looking at all ranks, of a method that takes multiples only."""
+    looked = []
+
+    def size(rank: int) -> int:
+        looked.append(rank)
+        if rank % every:
+            raise ConfigError(f"{rank} is no multiple of {every}")
+        return offset + 7 * rank
+
+    ranks = Ranks(size, patience=every)
+    found = ranks.smallest(budget)
+    multiples = [(its, offset + 7 * its) for its in range(every, 3001, every)]
+    assert found == next(its for its in multiples if its[1] >= budget)
+    assert ranks.below(found[0]) == max((its for its in multiples if its < found), default=None)
+    assert len(looked) == len(set(looked)) < 200
+
+
+def test_a_method_that_takes_no_rank_says_why_and_soon() -> None:
+    looked = []
+
+    def size(rank: int) -> int:
+        looked.append(rank)
+        if rank > 5:
+            raise ConfigError(f"rank {rank} is too large")
+        return rank
+
+    with pytest.raises(ConfigError, match="rank 17 is too large"):
+        Ranks(size, patience=10).smallest(100)
+    assert max(looked) == 17  # 1, 2, 4, then from 8 on
+    assert Ranks(lambda rank: rank, patience=10).smallest(10**6) == (LARGEST, LARGEST)

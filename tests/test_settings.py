@@ -224,6 +224,11 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
         (MINIMAL.replace("{train:", "{path: a, train:"), "path = 'a' is read with data.glue"),
         (f"{MINIMAL}training: {{scheduler: constant, warmup_ratio: 0.5}}", "constant_with_warmup"),
         (f"{MINIMAL}training: {{scheduler: polynomial, learning_rate: 1e-7}}", "falls to 1e-07"),
+        (
+            f"{CLASSIFIER}training: {{head_learning_rate: 1e-3, head_learning_rate_factor: 0.5}}",
+            "training.head_learning_rate = 0.001 is the head's rate itself",
+        ),
+        (f"{MINIMAL}training: {{head_learning_rate: 1e-3}}", "is for task 'classification'"),
         (CLASSIFIER.replace("{train:", "{validation_fraction: 0, train:"), "needs held-out rows"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b], regression: true, train:"), "is set"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b, a], train:"), "names 'a' more than once"),

@@ -177,6 +177,29 @@ def test_the_optimizer_gives_the_head_its_own_rate_and_biases_no_decay(place: Pl
     assert seen == {name for name, its in model.named_parameters() if its.requires_grad}
 
 
+@pytest.mark.parametrize(
+    "method", ["msplora", "lora", "vera", "adalora", "hydra", "full", "frozen"]
+)
+def test_the_head_may_have_a_rate_that_no_method_changes(place: Place, method: str) -> None:
+    settings = place.settings(
+        method=method,
+        adapter={"target_modules": ["query", "value"]},
+        training={"head_learning_rate": 2e-3, "learning_rate": 0.1},
+    )
+    base = load_base(settings, CLASSES)
+    model = adapt(base, settings).model
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {
+        names[id(parameter)]: group["lr"]
+        for group in settings_groups(model, settings, base.head)
+        for parameter in group["params"]
+    }
+    heads = {name for name in rates if in_base({name}) <= HEAD}
+    assert len(heads) == len(HEAD)
+    for name, rate in rates.items():
+        assert rate == pytest.approx(2e-3 if name in heads else 0.1), name
+
+
 def test_all_methods_start_from_the_same_model_and_rows(runs: dict[str, Path]) -> None:
     before = [metrics_of(runs[method])["before"] for method in METHODS]
     assert all(entry == pytest.approx(before[0], abs=1e-6) for entry in before)

@@ -196,8 +196,9 @@ def test_what_a_method_cannot_do_is_refused(
     assert "one process" in error
     error = refused(tmp_path, content(bases, "adalora", "dpo"))
     assert "AdaLoRA allows one" in error
-    error = refused(tmp_path, content(bases, "adalora", adalora={"init_r": 2}))
-    assert "adalora.init_r = 2 is below adapter.r = 4" in error
+    for rank in (2, 4):
+        error = refused(tmp_path, content(bases, "adalora", adalora={"init_r": rank}))
+        assert f"adalora.init_r = {rank} is not above adapter.r = 4" in error
     excluding = content(bases, "vera")
     excluding["adapter"] |= {"exclude_modules": ["value"]}
     assert "cannot leave modules out" in refused(tmp_path, excluding)
@@ -277,3 +278,13 @@ def test_b_has_the_rate_of_a_where_the_factor_is_not_read(bases: Path) -> None:
         groups = settings_groups(adapted.model, settings, base.head)
         rates[method] = {group["lr"] / settings.training.learning_rate for group in groups}
     assert rates == {"adalora": {1.0}, "lora": {1.0, 16.0}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_that_trains_of_adalora_is_saved(bases: Path, tmp_path: Path, dtype: str) -> None:
+    settings = make_settings(content(bases, "adalora", "sft", dtype=dtype), "a test")
+    adapted = adapt(load_base(settings, None), settings)
+    trains = {name: its for name, its in adapted.model.named_parameters() if its.requires_grad}
+    assert adapted.trainable.total == sum(its.numel() for its in trains.values())
+    adapted.model.save_pretrained(str(tmp_path))
+    assert {name.replace(".default", "") for name in trains} == tensors(tmp_path).keys()

@@ -107,6 +107,8 @@ class _Running:
         self.console, self.engine, self.retry_failed = console, engine, retry_failed
         self.folder = BakeOffFolder(self.bake_off)
         self.stop = SweepSignals()
+        self.looked_at: set[tuple[str, float]] = set()
+        """Entrants with rates beyond those given that this start has seen to."""
 
     def run(self) -> Outcome:
         folder, stop = self.folder, self.stop
@@ -152,26 +154,33 @@ class _Running:
             engine.work_off([single(its) for its in _finals(folder, choices)], self, self.stop)
 
     def _also(self) -> Iterator[Chain]:
-        """Where an entrant's best rate is at an end of what was tried: the next one out. Where none
-        came to its end everywhere: those that were given up only, to their ends.
+        """Beyond the rates that were given, where an entrant's best was at an end: the next rate
+        out, and before it those that an earlier start reached. Each is looked at once per start: it
+        may have been stopped, have failed, or have been given up under another rule. Where no rate
+        of an entrant came to its end everywhere: those that were given up only, to their ends.
         """
         bake_off = self.bake_off
-        for name in bake_off.entrants:
+        for name, entrant in bake_off.entrants.items():
             choice = choose(bake_off, self.folder, name)
             if choice.best is None:
                 yield from (single(Run.of(row.parameters)) for row in choice.given_up)
-            if choice.beyond is None:
+            further = [*choice.reached, *([choice.beyond] if choice.beyond is not None else [])]
+            rate = next((its for its in further if (name, its) not in self.looked_at), None)
+            if rate is None:
                 continue
+            self.looked_at.add((name, rate))
+            before = {*entrant.rates, *further[: further.index(rate)]}
             for task in bake_off.choose_tasks:
                 for seed in bake_off.choose_seeds:
                     rivals = [
                         row
                         for its in choice.tried
+                        if its.rate in before
                         for row in its.rows
                         if (row.parameters["task"], row.seed) == (task, seed)
                         and row.status in ("complete", "rejected")
                     ]
-                    yield ladder(name, task, seed, [choice.beyond], rivals)
+                    yield ladder(name, task, seed, [rate], rivals)
 
     def job(self, run: Run, rivals: Rivals | None) -> Job | Row:
         row, rejecting = self.folder.row(run), self._rejecting(run, rivals)

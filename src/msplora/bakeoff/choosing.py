@@ -26,6 +26,11 @@ class Tried:
     rows: Sequence[Row]
 
     @property
+    def is_settled(self) -> bool:
+        """Whether something came of every run, be it that it failed."""
+        return all(row.status != "unfinished" for row in self.rows)
+
+    @property
     def is_whole(self) -> bool:
         """Whether every run came to its end."""
         return all(row.status == "complete" for row in self.rows)
@@ -46,7 +51,9 @@ class Choice:
     best: Tried | None
     """None where no rate came to its end on all that it is chosen on."""
     beyond: float | None
-    """The rate to try next, where the best one is at an end of what was tried."""
+    """The rate to try next, or to finish, where the best one is at an end of what was tried."""
+    reached: Sequence[float] = ()
+    """The rates of `tried` beyond those that the file gives, in the order of their trial."""
 
     @property
     def given_up(self) -> list[Row]:
@@ -81,17 +88,20 @@ def choose(bake_off: BakeOff, folder: BakeOffFolder, entrant: str) -> Choice:
         if its["method"] == entrant and (its["task"], its["seed"]) in wanted:
             rows.setdefault(its["learning_rate"], []).append(row)
     whole = {rate: Tried(rate, its) for rate, its in rows.items() if len(its) == len(wanted)}
+    settled = {rate: its for rate, its in whole.items() if its.is_settled}
     given = sorted(bake_off.entrants[entrant].rates)
     tried = [whole[rate] for rate in given if rate in whole]
     best, beyond = _best(tried), None
-    if len(tried) == len(given):
+    reached: list[float] = []
+    if settled.keys() >= set(given):
         for _ in range(bake_off.settings.choose.extend):
-            beyond = _beyond(given, tried, best)
-            if beyond not in whole:
+            beyond = next_out(given, [its.rate for its in tried], best.rate) if best else None
+            if beyond not in settled:
                 break
-            tried = sorted([*tried, whole[beyond]], key=lambda its: its.rate)
+            reached.append(beyond)
+            tried = sorted([*tried, settled[beyond]], key=lambda its: its.rate)
             best, beyond = _best(tried), None
-    return Choice(tried, best, beyond)
+    return Choice(tried, best, beyond, reached)
 
 
 def _best(tried: Sequence[Tried]) -> Tried | None:
@@ -100,12 +110,18 @@ def _best(tried: Sequence[Tried]) -> Tried | None:
     return max(whole, key=lambda its: (its.score, -its.rate), default=None)
 
 
-def _beyond(given: Sequence[float], tried: Sequence[Tried], best: Tried | None) -> float | None:
-    """The next rate out, in the steps of the rates that were given; None where there is no need."""
-    if best is None or len(given) < 2:
+def next_out(given: Sequence[float], tried: Sequence[float], best: float) -> float | None:
+    """The next rate out, in the steps of the rates that were given; None where there is no need.
+
+    Args:
+        given: in rising order.
+        tried: all that were, in rising order.
+        best: of these.
+    """
+    if len(given) < 2:
         return None
-    if best is tried[-1]:
-        return rounded(best.rate * given[-1] / given[-2])
-    if best is tried[0]:
-        return rounded(best.rate * given[0] / given[1])
+    if best == tried[-1]:
+        return rounded(best * given[-1] / given[-2])
+    if best == tried[0]:
+        return rounded(best * given[0] / given[1])
     return None

@@ -129,10 +129,10 @@ class OnRay:
             ) from None
         if ray.is_initialized():
             return ray
-        address = None if self.address == "local" else self.address
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            # "local" is Ray's own word for one that is started here, whatever runs already.
+            ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
             signal.signal(signal.SIGTERM, on_sigterm)  # it has put one of its own there
         except (ConnectionError, ValueError) as error:
             raise MSPLoraError(

@@ -52,7 +52,7 @@ def draw_front(outcome: Outcome, found: Sequence[Standing]) -> bytes:
 
 
 def draw_differences(outcome: Outcome, found: Sequence[Standing]) -> bytes:
-    """Each entrant against the baseline: a mark per task, and the mean over all pairs."""
+    """Each entrant against the baseline: a mark per task, and the mean of these."""
     title = "Difference from the baseline"
     tasks = list(outcome.prepared.bake_off.settings.tasks)
     with matplotlib.style.context(["default", SETTINGS]):

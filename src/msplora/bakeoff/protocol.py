@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from msplora.sweep.rows import Row
+
 from .bake_off import Outcome
 from .folder import HAVE_RESULTS
+from .reading import BakeOff, Run
+from .rejecting import Rejecting
+from .settings import RejectSettings
 from .statistics import least_p, standings
 
 
@@ -34,6 +39,7 @@ def protocol(outcome: Outcome) -> list[str]:
             f"where its best value so far is worse by more than {settings.reject.behind:g} than "
             f"what another rate of the same method, tried before it, had reached on the task with "
             f"the same seed by then. A rate of which a run was given up is not chosen."
+            f"{_spared(outcome, settings.reject)}"
         )
     budgets = [its for its in bake_off.entrants.values() if its.budget is not None]
     said += [
@@ -43,12 +49,58 @@ def protocol(outcome: Outcome) -> list[str]:
         for its in budgets
         if its.budget is not None
     ]
+    drawn = _drawn_by_the_seed(bake_off)
     said.append(
-        "The p-values take the tasks and their held-out rows as given: they say whether a "
-        "difference is more than the luck of the seeds, not whether it would be found on other "
-        "tasks." + _least_p(outcome)
+        f"The p-values take the tasks{'' if drawn else ' and their held-out rows'} as given: they "
+        f"say whether a difference is more than the luck of the seeds, not whether it would be "
+        f"found on other tasks."
+        + (
+            f" Of {', '.join(drawn)} a seed also draws which rows are held out: the ± and the "
+            f"p-values are of other splits too."
+            if drawn
+            else ""
+        )
+        + _least_p(outcome)
     )
     return said
+
+
+def _spared(outcome: Outcome, reject: RejectSettings) -> str:
+    """How many complete runs the present rule would have given up."""
+    count = 0
+    for name, choice in outcome.choices.items():
+        rows = {its.rate: its.rows for its in choice.tried}
+        before: dict[tuple[str, int | None], list[Row]] = {}
+        for rate in (*outcome.prepared.bake_off.entrants[name].rates, *choice.reached):
+            for row in rows.get(rate, ()):
+                task = row.parameters["task"]
+                rivals = before.setdefault((task, row.seed), [])
+                rule = Rejecting(
+                    reject, outcome.prepared.metrics[task], [its.evaluations for its in rivals]
+                )
+                # Older rows do not say how many steps the run was to have.
+                steps = row.steps or max((its["step"] for its in row.evaluations), default=0)
+                hopeless = bool(rule.until_hopeless(row.evaluations, steps))
+                count += row.status == "complete" and hopeless
+                if row.status in ("complete", "rejected"):
+                    rivals.append(row)
+    if not count:
+        return ""
+    return (
+        f" {count} of the complete runs would have been given up so and count all the same: they "
+        f"were made under another rule, or to their end since no rate of their method had come "
+        f"to it."
+    )
+
+
+def _drawn_by_the_seed(bake_off: BakeOff) -> list[str]:
+    """The tasks whose held-out rows are a share of the training rows, drawn by each run's seed."""
+    found = []
+    for task in bake_off.settings.tasks:
+        data = bake_off.settings_of(Run(bake_off.baseline, task, 1.0, 0)).data
+        if not (data.glue or data.validation or data.validation_split):
+            found.append(task)
+    return found
 
 
 def _extended(times: int, rates: int) -> str:

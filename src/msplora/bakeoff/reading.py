@@ -122,6 +122,11 @@ class BakeOff:
         content |= {"seed": run.seed, "output": str(self.output / "runs" / run.name)}
         return make_settings(content, source)
 
+    def method_of(self, name: str) -> str:
+        """The `method` of an entrant's runs."""
+        task, seed = next(iter(self.settings.tasks)), self.settings.seeds[0]
+        return self.settings_of(Run(name, task, self.entrants[name].rates[0], seed)).method
+
     def sized(self, name: str, key: str, rank: int) -> BakeOff:
         """The same bake-off, in which an entrant has the rank that its budget asks for."""
         entrant = self.entrants[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +13,7 @@ import transformers
 from msplora.errors import ConfigError, MSPLoraError
 from msplora.sweep.same_measure import OF_THE_LOSS, changes_the_loss
 from msplora.train.absolute_paths import with_absolute_paths
-from msplora.train.base_model import Base, base_without_weights, load_base
+from msplora.train.base_model import Base, base_without_weights
 from msplora.train.job import Job
 from msplora.train.methods import Adapted, adapt
 from msplora.train.metric_order import PAIRS_IN_ORDER
@@ -24,6 +23,7 @@ from msplora.train.scored_on import ScoredOn, difference
 from msplora.train.settings import Settings
 from msplora.train.settings_methods import METHOD_SECTIONS
 
+from .budgets import Ranks
 from .reading import BakeOff, Run
 
 _RANKS = {"vera": "vera.r", "lily": "lily.r"}
@@ -37,8 +37,9 @@ _WITHOUT = {
 """The methods whose size is not a matter of one rank, and what to do instead."""
 _OF_A_METHOD = {"method", "adapter", *METHOD_SECTIONS}
 """A method that sets these keys alone reads a task's data as all others do."""
-_LARGEST = 4096
-_ON_META_IN_VAIN = "vera"
+_PATIENCE = 64
+"""So many ranks in a row that a method refuses are no matter of the rank."""
+_NEEDS_STORAGE = "vera"
 """PEFT draws its frozen factors when it is put on a model, which needs storage."""
 
 
@@ -122,10 +123,8 @@ class _Looks:
         self._sizes[same] = size
         return size
 
-    def classes(self, bake_off: BakeOff, name: str, task: str) -> Any:
-        """The classes of a task, None where it has none."""
-        if task not in self._classes:
-            self.size(bake_off, name, task)
+    def classes(self, task: str) -> Any:
+        """The classes of a task whose data was read, None where it has none."""
         return self._classes[task]
 
     def _read(self, settings: Settings, task: str) -> int:
@@ -180,10 +179,11 @@ def _without_weights(settings: Settings) -> tuple[Job, Any]:
 
 
 def _base(settings: Settings, classes: Any) -> Any:
-    if settings.method == _ON_META_IN_VAIN:
-        return load_base(settings, classes)
     with torch.device("meta"):
-        return base_without_weights(settings, classes)
+        base = base_without_weights(settings, classes)
+    if settings.method == _NEEDS_STORAGE:
+        base.model.to_empty(device="cpu")  # room that is never written to, and so takes none
+    return base
 
 
 def _size(adapted: Adapted, base: Base, settings: Settings) -> int:
@@ -209,75 +209,47 @@ def _within_budget(
             f"{_WITHOUT[settings.method]} and leave budget out."
         )
     key = _RANKS.get(settings.method, "adapter.r")
-    if settings.adapter.ranks is not None:
+    decided = "adapter.ranks" if settings.adapter.ranks is not None else ""
+    if settings.method == "adalora" and settings.adalora.init_r is not None:
+        decided = "adalora.init_r"
+    if decided:
         raise ConfigError(
-            f"{where}: adapter.ranks gives its size already. Leave ranks or budget out."
+            f"{where}: {decided} gives its size already. Leave {decided} or budget out."
         )
-    classes = looks.classes(bake_off.sized(name, key, _some_rank(settings)), name, task)
+    some = _some_rank(settings)
+    # What is wrong with the method at any rank is said here, and not looked for at every rank.
+    looks.size(bake_off.sized(name, key, some), name, task)
+    classes = looks.classes(task)
 
-    @cache
-    def size(rank: int) -> int | None:
-        """Numbers that train; None where the method does not take the rank."""
-        try:
-            its = _settings_of(bake_off.sized(name, key, rank), name, task)
-            with quiet_libraries():
-                return adapt(_base(its, classes), its).trainable.adapter
-        except MSPLoraError:
-            return None
+    def size(rank: int) -> int:
+        its = _settings_of(bake_off.sized(name, key, rank), name, task)
+        with quiet_libraries():
+            return adapt(_base(its, classes), its).trainable.adapter
 
-    rank = _smallest(size, budget)
-    if rank is None or (size(rank) or 0) > budget * (1 + bake_off.settings.budget_within):
-        raise ConfigError(f"{where}: {_nearest_sizes(size, budget, rank, key)}")
+    ranks = Ranks(size, patience=max(_PATIENCE, some))
+    try:
+        rank, found = ranks.smallest(budget)
+    except MSPLoraError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if found < budget:
+        raise ConfigError(
+            f"{where}: no {key} up to {rank:,} trains as much; {key} = {rank:,} trains {found:,}. "
+            f"Give a smaller budget."
+        )
+    if found > budget * (1 + bake_off.settings.budget_within):
+        said = f"{key} = {rank} trains {found:,}"
+        if below := ranks.below(rank):
+            said = f"{key} = {below[0]} trains {below[1]:,} and {said}"
+        raise ConfigError(
+            f"{where}: no rank comes near it: {said}, the nearest there are. Give one of these as "
+            f"the budget, or a larger budget_within."
+        )
     return key, rank
 
 
 def _some_rank(settings: Settings) -> int:
     """A rank that the method takes whatever else is set."""
     return settings.gralora.gralora_k * 4 if settings.method == "gralora" else 8
-
-
-def _smallest(size: Callable[[int], int | None], budget: int) -> int | None:
-    """The smallest rank whose size is not below the budget; sizes grow with the rank."""
-
-    def next_taken(rank: int) -> int:
-        while size(rank) is None and rank < _LARGEST:
-            rank += 1
-        return rank
-
-    high = next_taken(1)
-    while (size(high) or 0) < budget:
-        if high >= _LARGEST:
-            return None
-        high = next_taken(min(2 * high, _LARGEST))
-    best, low, top = high, 0, high  # the answer so far; too small; not to be looked at again
-    while top - low > 1:
-        middle = (low + top) // 2
-        taken = next_taken(middle)
-        if taken >= top:
-            top = middle
-        elif (size(taken) or 0) < budget:
-            low = taken
-        else:
-            best, top = taken, middle
-    return best
-
-
-def _nearest_sizes(
-    size: Callable[[int], int | None], budget: int, rank: int | None, key: str
-) -> str:
-    if rank is None:
-        return (
-            f"no {key} up to {_LARGEST:,} trains as much; {key} = {_LARGEST:,} trains "
-            f"{size(_LARGEST) or 0:,}. Give a smaller budget."
-        )
-    below = next((its for its in reversed(range(1, rank)) if size(its)), None)
-    said = f"{key} = {rank} trains {size(rank) or 0:,}"
-    if below:
-        said = f"{key} = {below} trains {size(below) or 0:,} and {said}"
-    return (
-        f"no rank comes near it: {said}, the nearest there are. Give one of these as the budget, "
-        f"or a larger budget_within."
-    )
 
 
 def _check_metrics(metrics: dict[str, str], source: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from statistics import mean, stdev
 
@@ -16,6 +16,8 @@ from .bake_off import Outcome
 
 _EXACT = 16
 """Up to so many pairs, all ways to flip their signs are counted; of more, 2^16 are drawn."""
+Values = Mapping[tuple[str, str, int], float]
+"""Entrant, task and seed -> the metric of the checkpoint that was kept."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """An entrant against the baseline, on the same tasks with the same seeds."""
+    """An entrant against another one, on the same tasks with the same seeds."""
 
     differences: tuple[float, ...]
     """By task and seed, turned so that above 0 the entrant is better."""
@@ -50,8 +52,8 @@ class Paired:
 
     @property
     def mean(self) -> float:
-        """The mean difference."""
-        return mean(self.differences)
+        """The mean difference: over the seeds of each task, then over the tasks."""
+        return mean(self.by_task.values())
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ class Standing:
     overall: Spread | None
     """By seed, the mean over the tasks, of the seeds that have them all."""
     against: Paired | None
-    """Against the baseline; None of itself, and where they have no pair."""
+    """Against the baseline; None of itself, and where they have no pair on some task."""
     on_front: bool
-    """Whether no entrant of this size or smaller is as good or better."""
+    """Whether no entrant of this size or smaller is as good or better, of those that lack no run;
+    False of one that does."""
     seconds: float | None
-    """The mean time of training, of the runs that were made in one go."""
+    """The mean time of training and the evaluations in it: over each task's runs that were made in
+    one go, then over the tasks; None where a task has no such run."""
     memory: int | None
     """The most that a run took: of the GPU where there is one, else of its process."""
     missing: Mapping[str, int]
@@ -80,38 +84,50 @@ class Standing:
 
 
 def standings(outcome: Outcome) -> list[Standing]:
-    """All entrants, the best first; those without a whole seed last."""
+    """All entrants, the best first; those that lack runs after them, for what they lack may be what
+    is hard: first those with the most whole seeds.
+    """
     bake_off, sizes = outcome.prepared.bake_off, outcome.prepared.sizes
-    sign = sign_of(next(iter(outcome.prepared.metrics.values())))
-    seeds = bake_off.settings.seeds
-    values = _values(outcome)
+    sign, values = sign_of_all(outcome), values_of(outcome)
+    seeds, all_tasks = bake_off.settings.seeds, list(bake_off.settings.tasks)
     overall = {
         name: [
-            mean(values[name, task, seed] for task in bake_off.settings.tasks)
+            mean(values[name, task, seed] for task in all_tasks)
             for seed in seeds
-            if all((name, task, seed) in values for task in bake_off.settings.tasks)
+            if all((name, task, seed) in values for task in all_tasks)
         ]
         for name in bake_off.entrants
     }
     scores = {name: sign * mean(its) for name, its in overall.items() if its}
-    pairs = _adjusted(
+    runs = {
+        name: {run: row for run, row in outcome.finals.items() if run.entrant == name}
+        for name in bake_off.entrants
+    }
+    wanted = len(seeds) * len(all_tasks)
+    missing = {name: _missing(its.values(), wanted) for name, its in runs.items()}
+    comparable = {name: its for name, its in scores.items() if not missing[name]}
+    pairs = holm(
         {
             name: found
             for name in bake_off.entrants
-            if name != bake_off.baseline and (found := _paired(name, outcome, values, sign))
+            if name != bake_off.baseline
+            and (found := pair(name, bake_off.baseline, values, all_tasks, sign))
         }
     )
     found = []
     for name in bake_off.entrants:
         best = outcome.choices[name].best
-        runs = {run: row for run, row in outcome.finals.items() if run.entrant == name}
-        complete = [row for row in runs.values() if row and row.status == "complete"]
-        times = [row.train_seconds for row in complete if row.train_seconds is not None]
+        complete = {run: its for run, its in runs[name].items() if its and its.status == "complete"}
         tasks = {
             task: Spread(its)
-            for task in bake_off.settings.tasks
+            for task in all_tasks
             if (its := tuple(values[name, task, s] for s in seeds if (name, task, s) in values))
         }
+        times = [
+            [row.train_seconds for run, row in complete.items() if run.task == task]
+            for task in all_tasks
+        ]
+        memory = (row.gpu_bytes or row.resident_bytes for row in complete.values())
         found.append(
             Standing(
                 name,
@@ -120,17 +136,27 @@ def standings(outcome: Outcome) -> list[Standing]:
                 tasks,
                 Spread(tuple(overall[name])) if overall[name] else None,
                 pairs.get(name),
-                name in scores and _is_on_front(name, scores, sizes),
-                mean(times) if times else None,
-                max((its for row in complete if (its := _memory(row))), default=None),
-                _missing(runs.values(), len(seeds) * len(bake_off.settings.tasks)),
+                name in comparable and _is_on_front(name, comparable, sizes),
+                _mean_of_means(times),
+                max(filter(None, memory), default=None),
+                missing[name],
             )
         )
-    return sorted(found, key=lambda its: -scores.get(its.name, -np.inf))
+
+    def place(its: Standing) -> tuple[bool, int, float]:
+        whole_seeds = len(its.overall.values) if its.overall else 0
+        return bool(its.missing), -whole_seeds, -scores.get(its.name, -np.inf)
+
+    return sorted(found, key=place)
 
 
-def _values(outcome: Outcome) -> dict[tuple[str, str, int], float]:
-    """Entrant, task and seed -> the metric of the checkpoint that was kept."""
+def sign_of_all(outcome: Outcome) -> int:
+    """What turns the metrics of the tasks, which agree in this, so that more is better."""
+    return sign_of(next(iter(outcome.prepared.metrics.values())))
+
+
+def values_of(outcome: Outcome) -> Values:
+    """What the complete runs that count came to."""
     return {
         (run.entrant, run.task, run.seed): row.value
         for run, row in outcome.finals.items()
@@ -138,20 +164,23 @@ def _values(outcome: Outcome) -> dict[tuple[str, str, int], float]:
     }
 
 
-def _paired(
-    name: str, outcome: Outcome, values: Mapping[tuple[str, str, int], float], sign: int
-) -> Paired | None:
-    baseline = outcome.prepared.bake_off.baseline
-    by_task: dict[str, list[float]] = {}
-    for (entrant, task, seed), value in values.items():
-        other = values.get((baseline, task, seed))
-        if entrant == name and other is not None:
-            by_task.setdefault(task, []).append(sign * (value - other))
-    if not by_task:
+def pair(name: str, other: str, values: Values, tasks: Sequence[str], sign: int) -> Paired | None:
+    """An entrant against another, of the seeds that both have; None where a task has none."""
+    by_task = {
+        task: [
+            sign * (value - values[other, task, seed])
+            for (entrant, its, seed), value in values.items()
+            if (entrant, its) == (name, task) and (other, task, seed) in values
+        ]
+        for task in tasks
+    }
+    if not all(by_task.values()):
         return None
     differences = tuple(its for one in by_task.values() for its in one)
+    # Every task weighs as much as another, whatever runs it lacks: as in the mean.
+    weighted = [its / len(one) for one in by_task.values() for its in one]
     means = {task: mean(its) for task, its in by_task.items()}
-    return Paired(differences, means, sign_flip_p(differences))
+    return Paired(differences, means, sign_flip_p(weighted))
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -177,14 +206,14 @@ def least_p(pairs: int) -> float:
     return 2 / 2**pairs if pairs <= _EXACT else 1 / 2**_EXACT
 
 
-def _adjusted(pairs: Mapping[str, Paired]) -> dict[str, Paired]:
+def holm(pairs: Mapping[str, Paired]) -> dict[str, Paired]:
     """Holm's step-down adjustment: several comparisons give several chances of a false one."""
     found: dict[str, Paired] = {}
     highest = 0.0
     for place, name in enumerate(sorted(pairs, key=lambda its: pairs[its].p)):
         its = pairs[name]
         highest = max(highest, min(1.0, (len(pairs) - place) * its.p))
-        found[name] = Paired(its.differences, its.by_task, its.p, highest)
+        found[name] = replace(its, adjusted=highest)
     return found
 
 
@@ -199,8 +228,10 @@ def _is_on_front(name: str, scores: Mapping[str, float], sizes: Mapping[str, int
     )
 
 
-def _memory(row: Row) -> int | None:
-    return row.gpu_bytes or row.resident_bytes
+def _mean_of_means(groups: Sequence[Sequence[float | None]]) -> float | None:
+    """The mean over groups of the mean of what each has; None where one has nothing."""
+    found = [[its for its in group if its is not None] for group in groups]
+    return mean(map(mean, found)) if all(found) else None
 
 
 def _missing(rows: Iterable[Row | None], wanted: int) -> dict[str, int]:

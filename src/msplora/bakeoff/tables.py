@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .bake_off import Outcome
+from .equal_size import at_equal_size
 from .statistics import Paired, Spread, Standing, standings
+
+_SIZE_AT_THE_START = ("adalora", "elalora")
+"""Methods that prune ranks, or move them between layers of other widths."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +28,31 @@ class Table:
 
 
 def tables(outcome: Outcome) -> list[Table]:
-    """How the entrants stand, task by task, what the rates did, and what went wrong."""
+    """How the entrants stand, also beside those of their size, task by task, what the rates did,
+    and what went wrong.
+    """
     found = standings(outcome)
-    made = [_standing(outcome, found), _by_task(outcome, found), _rates(outcome)]
-    wrong = _wrong(outcome)
-    return [*made, wrong] if wrong.lines else made
+    equal, wrong = _at_equal_size(outcome), _wrong(outcome)
+    return [
+        _standing(outcome, found),
+        *([equal] if equal.lines else []),
+        _by_task(outcome, found),
+        _rates(outcome),
+        *([wrong] if wrong.lines else []),
+    ]
 
 
 def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
     bake_off = outcome.prepared.bake_off
     size, seeds = outcome.prepared.sizes[bake_off.baseline], len(bake_off.settings.seeds)
+    changing = {its.name for its in found if bake_off.method_of(its.name) in _SIZE_AT_THE_START}
     lines = []
     for its in found:
         against = its.against
         lines.append(
             (
                 its.name + (" *" if its.on_front else ""),
-                f"{its.size:,}",
+                f"{its.size:,}" + (" †" if its.name in changing else ""),
                 f"{its.size / size:.1%}",
                 f"{its.rate:g}" if its.rate else "–",
                 _spread(its.overall, seeds),
@@ -55,15 +67,46 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         "method", "trainable", f"of {bake_off.baseline}", "rate", "mean score", "difference",
         "p", "p (Holm)", "seconds", "MiB",
     )  # fmt: skip
-    note = (
-        f"Trainable: numbers of the adapter, a classifier's head apart. "
+    notes = [
+        "Trainable: numbers of the adapter, a classifier's head apart.",
         f"Mean score: over {_of(len(bake_off.settings.tasks), 'task')}, then over "
-        f"{_of(seeds, 'seed')} (± their standard deviation). Difference: from {bake_off.baseline} "
-        f"on the same task with the same seed, mean (lowest to highest task); p by flipping signs, "
-        f"and after Holm's correction. Seconds of training and the most memory that a run took are "
-        f"those of the machine it ran on. * no other of this size or smaller is as good."
+        f"{_of(seeds, 'seed')} (± their standard deviation).",
+        f"Difference: from {bake_off.baseline} on the same task with the same seed, mean (lowest "
+        f"to highest task); p by flipping signs, and after Holm's correction.",
+        "Seconds: of training and the evaluations in it, on the machine of the run.",
+        "MiB: the most that a run took of the GPU; where there was none, of its whole process, "
+        "which compares nothing.",
+        "* no other of this size or smaller is as good.",
+    ]
+    if changing:
+        notes.append(
+            "† at the start: ranks are pruned or move, and what is kept may have another size."
+        )
+    if any(its.missing for its in found):
+        notes.append("Methods that lack runs come last, and have no part in *.")
+    brief = (0, 1, 3, 4, 5, 7)
+    return Table("How they stand", headers, tuple(lines), note=" ".join(notes), brief=brief)
+
+
+def _at_equal_size(outcome: Outcome) -> Table:
+    sizes = outcome.prepared.sizes
+    lines = tuple(
+        (
+            its.name,
+            its.other,
+            f"{sizes[its.name] / sizes[its.other]:.1%}",
+            _difference(its.paired),
+            f"{its.paired.p:.3g}",
+            f"{its.paired.adjusted:.3g}",
+        )
+        for its in at_equal_size(outcome)
     )
-    return Table("How they stand", headers, tuple(lines), note=note, brief=(0, 1, 3, 4, 5, 7))
+    headers = ("method", "beside", "of its size", "difference", "p", "p (Holm)")
+    note = (
+        "Each method of a size that a budget asks for, beside one of that size: the baseline, else "
+        "one of the baseline's kind. Holm's correction is for this table."
+    )
+    return Table("At equal size", headers, lines, words=2, note=note)
 
 
 def _by_task(outcome: Outcome, found: Sequence[Standing]) -> Table:

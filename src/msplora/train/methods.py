@@ -16,7 +16,7 @@ import msplora
 from msplora.errors import ConfigError, MSPLoraError, TargetError, nearest
 from msplora.loading import read_config
 
-from .adalora import is_adalora, leave_penalty_out
+from .adalora import freeze_rank_numbers, is_adalora, leave_penalty_out
 from .base_model import Base
 from .init_from import notes_on_start, start_folder
 from .levels import check_level_names, check_some_train, freeze_levels
@@ -87,6 +87,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
             raise _explain(error, base.model, config, settings.method) from error
     if is_adalora(model):
         leave_penalty_out(model)
+        freeze_rank_numbers(model)
     to_float32(model)
     if plan:
         freeze_levels(model, settings.training.frozen_levels or ())

@@ -51,12 +51,15 @@ def settings_groups(
     """The parameter groups that a run's settings ask for."""
     training = settings.training
     pyramid = settings.method == "msplora"
+    head_factor = training.head_learning_rate_factor
+    if training.head_learning_rate is not None:
+        head_factor = training.head_learning_rate / training.learning_rate
     return parameter_groups(
         model,
         training.learning_rate,
         weight_decay=training.weight_decay,
         level_factors=training.level_learning_rate_factors if pyramid else None,
         b_factor=1.0 if settings.method in WITHOUT_B else training.b_learning_rate_factor,
-        head_factor=training.head_learning_rate_factor,
+        head_factor=head_factor,
         head=head,
     )

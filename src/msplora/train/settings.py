@@ -119,6 +119,12 @@ class TrainingSettings(Section):
     head_learning_rate_factor: float = Field(
         1.0, gt=0, description="The classification head's learning rate over the adapter's."
     )
+    head_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="The classification head's learning rate itself, whatever the adapter's, in "
+        "place of `head_learning_rate_factor`.",
+    )
     level_learning_rate_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Level -> its learning rate over the adapter's, as in `{local: 2}`.",
@@ -241,6 +247,7 @@ TASKS_OF_KEY: dict[str, tuple[Task, ...]] = {
     "data.too_long": ("classification", "sft", "dpo"),
     "data.bad_rows": ("classification", "sft", "dpo"),
     "training.head_learning_rate_factor": ("classification", "image-classification"),
+    "training.head_learning_rate": ("classification", "image-classification"),
     "training.completion_only_loss": ("sft",),
     "training.packing": ("sft",),
     "training.group_by_length": ("classification", "sft", "dpo"),

@@ -135,6 +135,12 @@ def _check_training(settings: Settings, source: str) -> None:
             f"in {source}: training.early_stopping_patience needs held-out rows to judge by: set "
             f"data.validation, data.validation_split or data.validation_fraction above 0."
         )
+    if training.head_learning_rate is not None and training.head_learning_rate_factor != 1:
+        raise ConfigError(
+            f"in {source}: training.head_learning_rate = {training.head_learning_rate:g} is the "
+            f"head's rate itself, and training.head_learning_rate_factor = "
+            f"{training.head_learning_rate_factor:g} makes one of the adapter's. Leave one out."
+        )
 
     usual = type(training).model_fields["warmup_ratio"].default
     if training.scheduler == "constant" and training.warmup_ratio not in (0, usual):

@@ -72,7 +72,9 @@ class AdaLoraSettings(Section):
     """AdaLoRA, PEFT's: starts with more ranks than `adapter.r` and prunes them."""
 
     init_r: int | None = Field(
-        None, ge=1, description="Rank of every layer at the start; 1.5 times `adapter.r` if unset."
+        None,
+        ge=1,
+        description="Rank of every layer at the start, above `adapter.r`; 1.5 times that if unset.",
     )
     tinit: int | None = Field(
         None, ge=0, description="Steps before pruning begins; a tenth of the run's if unset."

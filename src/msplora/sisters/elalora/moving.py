@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
+from msplora.errors import MSPLoraError, UnsupportedError
+from msplora.sisters.steps import counts, refuse_scaled
 
 from .layer import RANK_DIMENSION, ElaLoraLayer
 from .ranks import (
@@ -125,7 +126,7 @@ class RankMover:
             MSPLoraError: there are no gradients.
             UnsupportedError: the optimiser keeps something that cannot follow.
         """
-        if step >= self.phases.end or not self._gradients_are_finite():
+        if step >= self.phases.end or not counts(self.optimizer):
             return None
         self._update_importance()
         if not self.phases.due(step):
@@ -162,12 +163,6 @@ class RankMover:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [its for group in self.optimizer.param_groups for its in group["params"]]
-
-    def _gradients_are_finite(self) -> bool:
-        # All of the optimiser's: for any one of them GradScaler leaves out the whole step.
-        gradients = [its.grad for its in self._parameters() if its.grad is not None]
-        found = [torch.isfinite(its).all() for its in gradients]
-        return not found or bool(torch.stack([its.to(found[0].device) for its in found]).all())
 
     def _update_importance(self) -> None:
         factors = [its.factors(self.adapter_name) for its in self.layers.values()]
@@ -273,11 +268,7 @@ class MoveRanks(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
     ) -> None:
         """Check that ranks can move in this run."""
-        if args.fp16 and not args.max_grad_norm:
-            raise ConfigError(
-                "in float16 gradients are scaled until they are clipped, and ElaLoRA adds to them "
-                "what is not. Set max_grad_norm above 0, or train in bfloat16."
-            )
+        refuse_scaled(args, "ElaLoRA")
         self.mover = RankMover(
             model, others["optimizer"], state.max_steps, self.adapter_name, args.seed
         )
@@ -290,8 +281,6 @@ class MoveRanks(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take in the step's gradients, and move ranks where that is due."""
         assert self.mover is not None
-        if getattr(self.mover.optimizer, "step_was_skipped", False):  # accelerate's, in float16
-            return
         step = state.global_step + 1
         moves = self.mover.after_step(step)
         if moves is not None and moves.count:

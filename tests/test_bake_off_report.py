@@ -1,0 +1,146 @@
+"""What a bake-off says where runs are missing, sizes agree, or a seed draws the rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bake_offs import SPEC, MadeUp, prepared
+from msplora.bakeoff.bake_off import Outcome, run_bake_off
+from msplora.bakeoff.report import markdown, page
+from msplora.bakeoff.statistics import standings
+from msplora.bakeoff.terminal import rich_tables
+
+
+def row_of(outcome: Outcome, entrant: str, task: str, seed: int) -> Any:
+    return next(
+        row
+        for run, row in outcome.finals.items()
+        if (run.entrant, run.task, run.seed) == (entrant, task, seed)
+    )
+
+
+def shifted(outcome: Outcome, by: dict[str, float]) -> Outcome:
+    """With so much added to all values of each method."""
+    for run, row in outcome.finals.items():
+        assert row
+        row.value = (row.value or 0.0) + by.get(run.entrant, 0.0)
+    return outcome
+
+
+@pytest.mark.parametrize("status", ["fails", "diverges"])
+def test_a_method_that_is_lost_with_a_hard_seed_is_not_ranked_by_the_easy_one(
+    made_up: MadeUp, status: str
+) -> None:
+    """All three do alike, and worse with the second seed; the smallest lacks it on one task."""
+    methods = {name: SPEC["methods"][name] for name in ("small", "lora", "pyramid")}
+    getattr(made_up, status).add("one,small,learning_rate=0.001,seed=1")
+    outcome = run_bake_off(prepared(methods=methods))
+    found = {its.name: its for its in standings(outcome)}
+    assert list(found) == ["lora", "pyramid", "small"]
+    assert found["small"].overall.mean > found["lora"].overall.mean  # of the easy seed alone
+    assert [name for name, its in found.items() if its.on_front] == ["lora"]
+    text = markdown(outcome, {})
+    assert "Methods that lack runs come last, and have no part in *." in text
+    made_up.fails, made_up.diverges = set(), set()
+    whole = run_bake_off(prepared(output="whole", methods=methods))
+    assert [its.name for its in standings(whole) if its.on_front] == ["small"]
+    assert "Methods that lack runs" not in markdown(whole, {})
+
+
+def test_each_task_weighs_as_much_whatever_runs_are_missing(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared())
+    for task, difference in (("one", 0.3), ("two", -0.2)):
+        for seed in (0, 1):
+            row_of(outcome, "pyramid", task, seed).value += difference
+    row_of(outcome, "pyramid", "two", 1).status = "failed"
+    its = next(its for its in standings(outcome) if its.name == "pyramid").against
+    assert its is not None
+    assert its.mean == pytest.approx((0.3 - 0.2) / 2)
+    assert its.p == 1  # no flip of 0.15, 0.15 and -0.2 has a sum nearer to 0
+    row_of(outcome, "pyramid", "two", 0).status = "failed"
+    assert next(its for its in standings(outcome) if its.name == "pyramid").against is None
+
+
+def test_seconds_are_of_every_task(made_up: MadeUp) -> None:
+    """Resumed runs do not know theirs."""
+    outcome = run_bake_off(prepared())
+    for (task, seed), seconds in {
+        ("one", 0): 1.0, ("one", 1): None, ("two", 0): 3.0, ("two", 1): 5.0,
+    }.items():  # fmt: skip
+        row_of(outcome, "lora", task, seed).train_seconds = seconds
+        row_of(outcome, "small", task, seed).train_seconds = None if task == "one" else seconds
+    found = {its.name: its.seconds for its in standings(outcome)}
+    assert found == {"lora": 2.5, "pyramid": 1.0, "small": None}
+
+
+BUDGETS: dict[str, Any] = {
+    "twin": {"method": "lora", "adapter": {"lora_alpha": 8}},
+    "lora": {"method": "lora"},
+    "pyramid": {"method": "msplora", "adapter": {"r": 8}},
+    "small": {"method": "lora", "budget": "pyramid"},
+    "dora": {"method": "dora", "budget": "lora"},
+    "big": {"method": "msplora", "adapter": {"r": 12}},
+    "other": {"method": "hydra"},
+}
+SIZES = {"twin": 2000, "lora": 2000, "big": 2000, "dora": 2064, "pyramid": 1500, "small": 1536}
+SIZES["other"] = SIZES["dora"]  # by chance: no budget asks for it
+
+
+def test_methods_stand_beside_those_of_their_size(made_up: MadeUp) -> None:
+    found = replace(prepared(methods=BUDGETS, baseline="lora"), sizes=SIZES)
+    outcome = shifted(run_bake_off(found), {"pyramid": 0.02, "big": 0.01})
+    text = markdown(outcome, {})
+    section = text.partition("## At equal size\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    # Four pairs that agree have p = 2 / 16; Holm's correction counts these four alone.
+    assert lines == [
+        "| pyramid | small | 97.7% | +0.0200 (+0.0200 to +0.0200) | 0.125 | 0.5 |",
+        "| twin | lora | 100.0% | +0.0000 (+0.0000 to +0.0000) | 1 | 1 |",
+        "| dora | lora | 103.2% | +0.0000 (+0.0000 to +0.0000) | 1 | 1 |",
+        "| big | lora | 100.0% | +0.0100 (+0.0100 to +0.0100) | 0.125 | 0.5 |",
+    ]
+    assert "<h2>At equal size</h2>" in page(outcome, {})
+    assert "At equal size" in [its.title for its in rich_tables(outcome)]
+
+
+def test_without_a_budget_nothing_is_beside_anything(made_up: MadeUp) -> None:
+    assert "At equal size" not in markdown(run_bake_off(prepared()), {})
+
+
+def test_a_number_as_a_budget_makes_a_size(made_up: MadeUp) -> None:
+    methods: dict[str, Any] = {
+        "full": {"method": "full"},
+        "pyramid": {"method": "msplora", "budget": [1000, 1500]},
+        "lora": {"method": "lora", "budget": 1500},
+    }
+    outcome = run_bake_off(prepared(methods=methods))
+    section = markdown(outcome, {}).partition("## At equal size\n")[2].partition("\n## ")[0]
+    assert "| lora | pyramid@1500 |" in section  # neither is of the baseline's method
+    assert "pyramid@1000" not in section
+
+
+def test_whether_a_seed_draws_the_held_out_rows_is_said(made_up: MadeUp) -> None:
+    given = "The p-values take the tasks and their held-out rows as given"
+    drawn = markdown(run_bake_off(prepared(output="drawn")), {})
+    assert given not in drawn
+    assert "The p-values take the tasks as given" in drawn
+    assert "Of one, two a seed also draws which rows are held out" in drawn
+    base = {**SPEC["base"], "data": {"validation": "held-out.jsonl"}}
+    named = markdown(run_bake_off(prepared(output="named", base=base)), {})
+    assert given in named
+    assert "a seed also draws" not in named
+    tasks = {**SPEC["tasks"], "two": {"data": {"train": "a.jsonl", "validation": "b.jsonl"}}}
+    mixed = markdown(run_bake_off(prepared(output="mixed", tasks=tasks)), {})
+    assert "Of one a seed also draws which rows are held out" in mixed
+
+
+def test_sizes_that_do_not_last_are_marked(made_up: MadeUp) -> None:
+    methods: dict[str, Any] = {**SPEC["methods"], "pruned": {"method": "adalora"}}
+    text = markdown(run_bake_off(prepared(methods=methods)), {})
+    assert "| 5,000 † |" in text
+    assert "† at the start" in text
+    assert text.count("†") == 2
+    assert "†" not in markdown(run_bake_off(prepared(output="others")), {})
