@@ -8,8 +8,8 @@ msplora="${BIN:-.venv/bin}/msplora"
 roberta="--shape roberta-base --append"
 llama="--shape llama-3.2-1b --layers 2 --append"
 
-# One layer by itself.
-"$msplora" bench sites --dtype float32 --dtype bfloat16 --output $out/sites-cpu.json --append
+# One layer by itself: milliseconds, so more rounds.
+"$msplora" bench sites --dtype float32 --dtype bfloat16 --rounds 240 --output $out/sites-cpu.json --append
 
 # The main point; then every method at a smaller one.
 both="--targets all-linear --targets qv"

@@ -95,7 +95,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.fixture(params=["few tokens", "many tokens"])
 def either_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the batches of a test for small ones, then for large ones."""
-    monkeypatch.setattr(layer, "FEW_TOKENS", 10**6 if request.param == "few tokens" else 0)
+    many = request.param == "many tokens"
+    monkeypatch.setattr(layer, "FEW_TOKENS", 0 if many else 10**6)
+    monkeypatch.setattr(fused, "BLOCKED", 0 if many else 10**6)
+    monkeypatch.setattr(fused, "HALVED", 0 if many else 10**6)
 
 
 def values_and_gradients(model: Any, x: Tensor, seed: int = 7) -> dict[str, Tensor]:
@@ -173,6 +176,42 @@ def test_its_first_and_second_derivatives(shape: tuple[int, ...], options: dict[
 
     assert torch.autograd.gradcheck(node, (x, weight, bias, *factors))
     assert torch.autograd.gradgradcheck(node, (x, weight, bias, *factors), fast_mode=True)
+
+
+def test_its_derivatives_where_products_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "BLOCKED", 0)
+    blocks: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (blocks.append(len(a)), bmm(a, b))[1])
+    weight, bias, factors, mix = pieces()
+    x = torch.randn(4, 35, IN, dtype=torch.float64, requires_grad=True)
+
+    def node(x: Tensor, weight: Tensor, bias: Any, *factors: Tensor) -> Tensor:
+        return linear_with_pairs(x, weight, bias, factors[:3], factors[3:], mix)
+
+    inputs = (x, weight, bias, *factors)
+    found = torch.autograd.grad(node(*inputs).sin().sum(), inputs)
+    assert set(blocks) == {4}  # as many as divide 140
+    monkeypatch.setattr(fused, "BLOCKED", 10**6)
+    expected = torch.autograd.grad(node(*inputs).sin().sum(), inputs)
+    torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(fused, "BLOCKED", 0)
+    assert torch.autograd.gradcheck(node, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(node, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("columns", [128, 129, 130, 1000], ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_product_in_blocks_is_the_product(
+    columns: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "BLOCKED", 0)
+    left, right = torch.randn(14, 70), torch.randn(70, columns)
+    right = right.t().contiguous().t() if transposed else right
+    found = fused._product_of_few_rows(left, right)
+    exact = left.double() @ right.double()
+    assert found.is_contiguous()
+    assert (found - exact).norm() <= 1.5 * ((left @ right) - exact).norm()
 
 
 def stacks(**options: Any) -> tuple[Any, ...]:

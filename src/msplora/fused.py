@@ -17,6 +17,7 @@ Shapes as in `product.py`: N any leading dimensions, I in, O out, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +31,13 @@ NARROW = 1024
 """Up to this width of the input, A x is made again in backward where LoRA keeps no more than x and
 its own A x, which has a smaller rank. The wider the input, the more time that takes, and the less
 memory it saves of what is kept."""
+
+BLOCKED = 2**18
+"""From this size of the wide matrix on, a CPU makes a narrow product in blocks of its columns."""
+
+HALVED = 128
+"""From this many tokens on, a product is added to bfloat16 in bfloat16 halves (`_in_bfloat16`):
+below, cutting the factors takes more operations than the product is worth."""
 
 
 class Mix(NamedTuple):
@@ -166,7 +174,9 @@ class _LinearWithPairs(torch.autograd.Function):
             # For a second derivative h has to depend on x and A.
             if h_MR is None or torch.is_grad_enabled():
                 h_MR = _scaled(_narrow_product(_kept(x_MI.to(mix.dtype), kept_MI), a_RI), mix)
-            grad_RO = _gained((h_MR.t() @ inner_grad_MO).to(factors[0].dtype), mix)
+            grad_RO = _gained(
+                _product_of_few_rows(h_MR.t(), inner_grad_MO).to(factors[0].dtype), mix
+            )
             # Not contiguous, so that what accumulates gradients copies a part and keeps no other;
             # of rank 1 a part would be.
             parts = grad_RO.split(mix.ranks)
@@ -176,7 +186,9 @@ class _LinearWithPairs(torch.autograd.Function):
             del inner_grad_MO
             if any(wants_factors[:levels]):
                 inner_MI = _kept(x_MI.to(mix.dtype), kept_MI)
-                grad_RI = _gained((grad_h_MR.t() @ inner_MI).to(factors[0].dtype), mix)
+                grad_RI = _gained(
+                    _product_of_few_rows(grad_h_MR.t(), inner_MI).to(factors[0].dtype), mix
+                )
                 # Copies: a part that is a view would keep the others alive.
                 grad_a = cast(Any, torch.split_with_sizes_copy(grad_RI, mix.ranks))
                 del inner_MI
@@ -208,7 +220,7 @@ def _forward_of_stacks(
         noise_MI = torch.empty_like(inner_MI).bernoulli_(1 - dropout).div_(1 - dropout)
         inner_MI = inner_MI * noise_MI
     h_MR = _narrow_product(inner_MI, a_RI)
-    _add_small_product(y_MO, h_MR, b_RO)
+    _add_product(y_MO, h_MR, b_RO)
     return _unfolded(y_MO, x_NI), h_MR, noise_MI
 
 
@@ -249,14 +261,14 @@ class _LinearWithStacks(torch.autograd.Function):
 
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
         if wants_b:
-            grad_b = torch.mm(h_MR.t(), inner_grad_MO)
+            grad_b = _product_of_few_rows(h_MR.t(), inner_grad_MO)
         if wants_x or wants_a:
             grad_h_MR = _narrow_product(inner_grad_MO, b_RO)
             if wants_a:
-                grad_a = torch.mm(grad_h_MR.t(), inner_MI)
+                grad_a = _product_of_few_rows(grad_h_MR.t(), inner_MI)
             if wants_x:
                 grad_x_MI = torch.mm(grad_MO, weight_OI)
-                _add_small_product(grad_x_MI, grad_h_MR, a_RI, noise_MI)
+                _add_product(grad_x_MI, grad_h_MR, a_RI, mask_MO=noise_MI)
                 grad_x = grad_x_MI.view(x_NI.shape)
         if wants_weight:
             grad_weight = torch.mm(grad_MO.t(), x_MI)
@@ -296,19 +308,27 @@ def _narrow_product(wide_MD: Tensor, factor_RD: Tensor) -> Tensor:
     """
     if wide_MD.dtype.itemsize < 4:
         return F.linear(wide_MD, factor_RD)
-    return torch.mm(factor_RD, wide_MD.t()).t()
+    return _product_of_few_rows(factor_RD, wide_MD.t()).t()
 
 
-def _add_small_product(
-    out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, noise_MO: Tensor | None = None
-) -> None:
-    """Add a product, times the noise, into `out`; only the sum is rounded to its dtype."""
-    if noise_MO is not None:
-        out_MO.add_(torch.mm(left_MR, right_RO).mul_(noise_MO))
-    elif out_MO.dtype == left_MR.dtype:
-        out_MO.addmm_(left_MR, right_RO)
-    else:
-        out_MO.add_(torch.mm(left_MR, right_RO))
+def _product_of_few_rows(left_RK: Tensor, right_KN: Tensor) -> Tensor:
+    """``left @ right``, (R, N), for R much smaller than N.
+
+    In float32 on a CPU in blocks of N: MKL, whose products are cut for square matrices, takes about
+    twice as long for the whole. The blocks are as many as divide N, so that a batch of 8 rows of
+    any length has them.
+    """
+    blocks = math.gcd(right_KN.shape[1], 8) if _blocked(right_KN) else 1
+    if blocks == 1:
+        return torch.mm(left_RK, right_KN)
+    right_nKb = right_KN.unflatten(1, (blocks, -1)).transpose(0, 1)
+    return torch.bmm(left_RK.expand(blocks, -1, -1), right_nKb).transpose(0, 1).flatten(1)
+
+
+def _blocked(wide_KN: Tensor) -> bool:
+    on_cpu = wide_KN.device.type == "cpu" and not torch.compiler.is_compiling()
+    large = wide_KN.numel() >= BLOCKED and wide_KN.shape[1] >= 128
+    return on_cpu and large and wide_KN.dtype.itemsize >= 4
 
 
 def _stacked(
@@ -331,16 +351,30 @@ def _gained(grad: Tensor, mix: Mix) -> Tensor:
 
 
 def _add_product(
-    out_MO: Tensor, left_MR: Tensor, right_RO: Tensor, gain: float, kept_MO: Tensor | None = None
+    out_MO: Tensor,
+    left_MR: Tensor,
+    right_RO: Tensor,
+    gain: float = 1,
+    mask_MO: Tensor | None = None,
 ) -> None:
-    """Add a product into `out`, which may be less precise than the factors; only the sum rounds."""
-    halves = out_MO.dtype == torch.bfloat16 != left_MR.dtype and not torch.compiler.is_compiling()
-    if kept_MO is None and halves:
+    """Add a product into `out`, which may be less precise than the factors; only the sum rounds.
+
+    Args:
+        gain: multiplies the product.
+        mask_MO: multiplies it, too.
+    """
+    if mask_MO is None and _worth_halves(out_MO, left_MR):
         left_MR, right_RO = _in_bfloat16(left_MR, right_RO)
-    if kept_MO is None and out_MO.dtype == left_MR.dtype:
+    if mask_MO is None and out_MO.dtype == left_MR.dtype:
         out_MO.addmm_(left_MR, right_RO, alpha=gain)
     else:
-        out_MO.add_(_kept(left_MR @ right_RO, kept_MO), alpha=gain)
+        product_MO = left_MR @ right_RO
+        out_MO.add_(product_MO if mask_MO is None else product_MO.mul_(mask_MO), alpha=gain)
+
+
+def _worth_halves(out_MO: Tensor, left_MR: Tensor) -> bool:
+    mixed = out_MO.dtype == torch.bfloat16 != left_MR.dtype
+    return mixed and len(out_MO) >= HALVED and not torch.compiler.is_compiling()
 
 
 def _in_bfloat16(left_MR: Tensor, right_RO: Tensor) -> tuple[Tensor, Tensor]:

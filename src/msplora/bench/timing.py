@@ -18,13 +18,18 @@ Seconds = dict[str, list[float]]
 
 
 def order(names: Sequence[str], round_number: int) -> list[str]:
-    """Who steps when in a round: over 2n rounds, every one of n methods is in each place twice.
+    """Who steps when in a round: a Latin square balanced for what one method leaves to the next.
 
-    Every other round runs backwards, so that a method does not always follow the same one.
+    Over n rounds (2n for an odd n) each of n methods is in every place equally often, and follows
+    every other within its round equally often: what a step leaves in the caches and in the
+    allocator is shared out.
+    Source: E. J. Williams, Australian Journal of Scientific Research A 2 (1949), 149-168.
     """
-    start = round_number // 2 % len(names)
-    turned = [*names[start:], *names[:start]]
-    return turned[::-1] if round_number % 2 else turned
+    count = len(names)
+    # 0, 1, n - 1, 2, n - 2, ...: every distance between neighbours is there once.
+    row = [-(place // 2) if place % 2 == 0 else place // 2 + 1 for place in range(count)]
+    found = [names[(place + round_number) % count] for place in row]
+    return found[::-1] if count % 2 and round_number // count % 2 else found
 
 
 def run_rounds(
