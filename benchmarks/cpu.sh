@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything docs/benchmarks.md shows of a CPU, with two threads. Wants an idle machine and about an hour;
+# Everything docs/benchmarks.md shows of a CPU, with two threads. Wants an idle machine and about two hours;
 # started again, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."

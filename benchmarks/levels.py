@@ -39,6 +39,7 @@ from msplora.analysis.results import AdapterResult, KindResult, mean
 from msplora.bench.provenance import provenance, short
 from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, read_config
 from msplora.spectrum import singular_values_of
+from msplora.train.settings import Settings
 from msplora.train.task_record import TaskRecord
 
 LEADING = 2
@@ -54,10 +55,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="The result file, replaced.")
     parser.add_argument("--draws", type=int, default=20, help="Adapters of chance for each run.")
     given = parser.parse_args()
-    runs = chosen([described(run) for run in given.runs if (run / "metrics.json").is_file()])
+    runs = chosen(described(run) for run in given.runs if (run / "metrics.json").is_file())
     content = {**provenance("cpu"), "draws": given.draws, "leading": LEADING}
     content["command"] = f"python benchmarks/levels.py RUN … --draws {given.draws}"
-    content["runs"] = [row | measured(folder, given.draws) for folder, row in runs]
+    content["runs"] = [row | measured(folder, given.draws, row["seed"]) for folder, row in runs]
     given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -73,6 +74,7 @@ def described(run: Path) -> tuple[Path, Row]:
     name = f"{'MSPLoRA' if levels else 'LoRA'}, {' + '.join(map(str, ranks))}"
     data = settings.data.glue or Path(str(settings.data.train)).stem
     return folder, {
+        "setup": _setup(settings),
         "task": data,
         "model": short(settings.model),
         "name": name + (", split alpha" if getattr(config, "split_alpha", False) else ""),
@@ -84,12 +86,38 @@ def described(run: Path) -> tuple[Path, Row]:
     }
 
 
+def _setup(settings: Settings) -> Row:
+    """All that a run was told but its rate and seed, and where its files are."""
+    told = settings.to_dict()
+    for name in ("model", "seed", "output", "report_to"):
+        told.pop(name, None)
+    told["training"].pop("learning_rate")
+    for name in ("path", "train", "validation"):
+        told["data"].pop(name, None)
+    return told
+
+
 def chosen(runs: Iterable[tuple[Path, Row]]) -> list[tuple[Path, Row]]:
-    """Of every task, base and adapter the runs of its best rate, among those with most seeds."""
+    """Of every task, base and adapter the runs of its best rate, among those with most seeds.
+
+    Raises:
+        SystemExit: adapters of one name differ in more than that, or two runs are of one seed.
+    """
     groups: dict[tuple[str, ...], dict[float, list[tuple[Path, Row]]]] = {}
+    setups: dict[tuple[str, ...], Row] = {}
     for folder, row in runs:
+        row = dict(row)
+        setup = row.pop("setup")
+        if setups.setdefault(_group(row), setup) != setup:
+            raise SystemExit(
+                f"{folder} is a run of {row['name']} on {row['task']}, as another one is, and was "
+                f"told something else than that: they are not seeds of one. Leave out either."
+            )
         by_rate = groups.setdefault(_group(row), {})
-        by_rate.setdefault(row["learning_rate"], []).append((folder, row))
+        others = by_rate.setdefault(row["learning_rate"], [])
+        if row["seed"] in [its["seed"] for _, its in others]:
+            raise SystemExit(f"{folder} has the seed and rate of another run. Leave out either.")
+        others.append((folder, row))
     found = []
     for by_rate in groups.values():
         most = max(map(len, by_rate.values()))
@@ -109,10 +137,10 @@ def _goodness(runs: Sequence[tuple[Path, Row]]) -> float:
     return -value if runs[0][1]["metric"] == "loss" else value
 
 
-def measured(folder: Path, draws: int) -> Row:
-    """One run's figures, each beside those of chance."""
+def measured(folder: Path, draws: int, seed: int = 0) -> Row:
+    """One run's figures, each beside those of chance, which has the seed of the run."""
     print(folder, flush=True)
-    found, generator = _analysed(folder), torch.Generator().manual_seed(0)
+    found, generator = _analysed(folder), torch.Generator().manual_seed(seed)
     random = [_of_chance(folder, random_pair, generator) for _ in range(draws)]
     turned = [_of_chance(folder, turned_pair, generator) for _ in range(draws)]
     return {

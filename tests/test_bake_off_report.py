@@ -9,7 +9,7 @@ import pytest
 
 from bake_offs import SPEC, MadeUp, prepared
 from msplora.bakeoff.bake_off import Outcome, run_bake_off
-from msplora.bakeoff.report import markdown, page
+from msplora.bakeoff.report import draw, markdown, page
 from msplora.bakeoff.statistics import standings
 from msplora.bakeoff.terminal import rich_tables
 
@@ -97,10 +97,10 @@ def test_methods_stand_beside_those_of_their_size(made_up: MadeUp) -> None:
     lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
     # Four pairs that agree have p = 2 / 16; Holm's correction counts these four alone.
     assert lines == [
-        "| pyramid | small | 97.7% | +0.0200 (+0.0200 to +0.0200) | 0.125 | 0.5 |",
-        "| twin | lora | 100.0% | +0.0000 (+0.0000 to +0.0000) | 1 | 1 |",
-        "| dora | lora | 103.2% | +0.0000 (+0.0000 to +0.0000) | 1 | 1 |",
-        "| big | lora | 100.0% | +0.0100 (+0.0100 to +0.0100) | 0.125 | 0.5 |",
+        "| pyramid | small | 97.7% | +0.0200 (+0.0200 to +0.0200) | 4 | 0.125 | 0.5 |",
+        "| twin | lora | 100.0% | +0.0000 (+0.0000 to +0.0000) | 4 | 1 | 1 |",
+        "| dora | lora | 103.2% | +0.0000 (+0.0000 to +0.0000) | 4 | 1 | 1 |",
+        "| big | lora | 100.0% | +0.0100 (+0.0100 to +0.0100) | 4 | 0.125 | 0.5 |",
     ]
     assert "<h2>At equal size</h2>" in page(outcome, {})
     assert "At equal size" in [its.title for its in rich_tables(outcome)]
@@ -144,3 +144,67 @@ def test_sizes_that_do_not_last_are_marked(made_up: MadeUp) -> None:
     assert "† at the start" in text
     assert text.count("†") == 2
     assert "†" not in markdown(run_bake_off(prepared(output="others")), {})
+
+
+def section_of(text: str, title: str) -> list[str]:
+    """The lines of a table, without its head."""
+    section = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("| ")][2:]
+
+
+def test_a_comparison_of_fewer_pairs_says_of_how_many(made_up: MadeUp) -> None:
+    methods = {"lora": {"method": "lora"}, "pyramid": {"method": "msplora"}}
+    methods["small"] = {"method": "lora", "budget": "pyramid"}  # pyright: ignore[reportArgumentType]
+    outcome = run_bake_off(prepared(methods=methods, baseline="lora"))
+    text = markdown(outcome, {})
+    assert "above 0 where the method is better; pairs: of how many" in text
+    standing = {line.split()[1]: line for line in section_of(text, "How they stand")}
+    assert [cell.strip() for cell in standing["pyramid"].split("|")][7] == "4"
+    row_of(outcome, "lora", "one", 1).status = "failed"
+    row_of(outcome, "small", "two", 0).status = "failed"
+    row_of(outcome, "small", "two", 1).status = "failed"
+    text = markdown(outcome, {})
+    standing = {line.split()[1]: line for line in section_of(text, "How they stand")}
+    assert [cell.strip() for cell in standing["pyramid"].split("|")][7] == "3 of 4"
+    # What cannot be compared is there, and says so.
+    (beside,) = [line for line in section_of(text, "At equal size") if "small" in line]
+    assert beside.count("–") == 4
+
+
+def test_what_is_not_known_of_the_rates_around_the_best_is_said(made_up: MadeUp) -> None:
+    made_up.fails = {"one,lora,learning_rate=0.01,seed=0"}
+    lines = section_of(markdown(run_bake_off(prepared()), {}), "Learning rates")
+    chosen = {line.split()[1]: line.split("|")[4].strip() for line in lines if "chosen" in line}
+    assert chosen == {
+        "lora": "chosen, though runs of 0.01 failed",
+        "pyramid": "chosen, at an end of what was tried",
+        "small": "chosen",
+    }
+    one = run_bake_off(prepared(output="one", learning_rates=[1e-3]))
+    lines = section_of(markdown(one, {}), "Learning rates")
+    assert {line.split("|")[4].strip() for line in lines} == {"chosen, the only one"}
+
+
+def test_hollow_marks_are_explained_whoever_has_them(made_up: MadeUp) -> None:
+    """The first method has none."""
+    methods = {name: SPEC["methods"][name] for name in ("pyramid", "lora")}
+    outcome = run_bake_off(
+        prepared(
+            methods=methods, learning_rates=[1e-3, 1e-2], reject={"after": 0.5, "behind": 0.05}
+        )
+    )
+    rejected = {row.parameters["method"] for row in outcome.rows if row.status == "rejected"}
+    assert rejected == {"lora"}
+    plots = draw(outcome)
+    assert b"given up early" in plots["rates"]
+    assert b"better than pyramid by" in plots["differences"]
+    assert "rejected (best until then" in markdown(outcome, plots)
+    whole = run_bake_off(prepared(output="whole", methods=methods, learning_rates=[1e-3, 1e-2]))
+    assert b"given up early" not in draw(whole)["rates"]
+
+
+def test_that_runs_of_a_seed_are_taken_for_independent_is_said(made_up: MadeUp) -> None:
+    said = "take the runs of a seed on several tasks for independent"
+    assert said in markdown(run_bake_off(prepared()), {})
+    one = {"one": SPEC["tasks"]["one"]}
+    assert said not in markdown(run_bake_off(prepared(output="one", tasks=one)), {})

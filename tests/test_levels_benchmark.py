@@ -69,7 +69,7 @@ def test_the_best_rate_of_those_with_the_most_seeds_is_taken(
     levels = script("levels", monkeypatch)
     rows = [
         {"task": task, "model": "base", "name": "LoRA, 8", "metric": metric, "seed": seed}
-        | {"learning_rate": rate, "value": value}
+        | {"learning_rate": rate, "value": value, "setup": {"epochs": 3}}
         for task, metric in (("mrpc", "accuracy"), ("instruction-data", "loss"))
         for rate, seed, value in ((1, 0, 2.0), (1, 1, 4.0), (2, 1, 3.1), (2, 0, 3.2), (3, 0, 9.0))
     ]
@@ -90,6 +90,17 @@ def test_the_best_rate_of_those_with_the_most_seeds_is_taken(
         *[("mrpc", "base", 2)] * 2,
         *[("mrpc", "other", 1)] * 2,
     ]
+
+
+def test_runs_that_are_not_seeds_of_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = script("levels", monkeypatch)
+    row = {"task": "mrpc", "model": "base", "name": "LoRA, 8", "metric": "accuracy", "seed": 0}
+    row |= {"learning_rate": 1, "value": 0.5, "setup": {"adapter": {"use_rslora": False}}}
+    other = row | {"seed": 1, "setup": {"adapter": {"use_rslora": True}}}
+    with pytest.raises(SystemExit, match="they are not seeds of one"):
+        levels.chosen([(Path("a"), row), (Path("b"), other)])
+    with pytest.raises(SystemExit, match="b has the seed and rate of another run"):
+        levels.chosen([(Path("a"), row), (Path("b"), dict(row))])
 
 
 def test_bases_are_told_apart_and_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

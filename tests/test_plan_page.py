@@ -49,6 +49,7 @@ CASES: dict[str, Any] = {
     "gemma": lambda **its: plan_of("gemma", **its),
     "llava": lambda **its: plan_of("llava", **its),
     "vit": lambda **its: plan_of("vit", target_modules=".*projection|.*query", **its),
+    "pattern": lambda **its: plan_of("llama", rank_pattern={"v_proj": 16}, **its),
     "dora": lambda **its: plan_of("gpt2", use_dora=True, **its),
     "convolution": lambda **its: grouped_convolution(its["ranks"], its["groups"]),
 }
@@ -67,29 +68,31 @@ def content(plan: Plan) -> dict[str, Any]:
 
 def setting(ranks: list[int], groups: list[int], on: list[bool] | None = None) -> dict[str, Any]:
     its = zip(ranks, groups, on or [True] * 3, strict=True)
-    return {
-        "r": ranks[0],
-        "levels": [{"on": on, "rank": rank, "groups": groups} for rank, groups, on in its],
-    }
+    return {"levels": [{"on": on, "rank": rank, "groups": groups} for rank, groups, on in its]}
 
 
 def counted(found: dict[str, Any], asked: dict[str, Any]) -> tuple[list[int], list[int], int, int]:
     """The formula of embedded.py, on what is embedded: levels, kinds, all, LoRA's."""
     of_levels, of_kinds = [0] * len(asked["levels"]), []
     lora = found["magnitudes"]
+    on = [level["rank"] for level in asked["levels"] if level["on"]]
 
     def numbers(kind: Any, rank: int) -> int:
         return kind["a"] * rank + kind["b"] * (rank // kind["splits"])
 
     for kind in found["kinds"]:
-        layers, own = len(kind["blocks"]), kind["ranks"]
+        layers, own = len(kind["blocks"]), kind["rank"] or on[0]
+        if on == [on[0], on[0] // 2, on[0] // 4]:
+            ranks = iter([own, own // 2, own // 4])
+        else:
+            ranks = iter([rank * own // on[0] for rank in on])
         of_kinds.append(0)
         for place, level in enumerate(asked["levels"]):
             pairs = min(level["groups"], layers) if level["groups"] else layers
-            rank = own[place] if own else level["rank"]
+            rank = next(ranks) if level["on"] else 0
             of_levels[place] += level["on"] * pairs * numbers(kind, rank)
             of_kinds[-1] += level["on"] * pairs * numbers(kind, rank)
-        lora += layers * numbers(kind, own[0] if own else asked["r"])
+        lora += layers * numbers(kind, own)
     return of_levels, of_kinds, sum(of_kinds) + found["magnitudes"], lora
 
 
@@ -116,25 +119,44 @@ def test_what_is_embedded_counts_as_the_plan(case: str) -> None:
     off = counted(found, setting([8, 4, 2], [1, 3, 0], [True, False, True]))
     smaller = CASES[case](ranks=[8, 2], groups=[1, 0], **same_names(case, "global", "local"))
     assert off[2:] == expected(smaller)[2:]
+    # Without the first level LoRA has the rank of the second, as in the plan of the others.
+    off = counted(found, setting([8, 4, 2], [1, 3, 0], [False, True, True]))
+    smaller = CASES[case](ranks=[4, 2], groups=[3, 0], **same_names(case, "mid", "local"))
+    assert off[2:] == expected(smaller)[2:]
 
 
 def same_names(case: str, *names: str) -> dict[str, Any]:
     return {} if case == "convolution" else {"levels": list(names or NAMES), "r": None}
 
 
-def test_a_pattern_keeps_its_ranks() -> None:
-    patterns = {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 8}}
+@pytest.mark.parametrize(
+    ("rank", "ranks"),
+    [(4, [16, 8, 4]), (4, [8, 6, 2]), (4, [3, 1, 1]), (8, [16, 8, 4]), (8, [8, 4, 2])],
+    ids=str,
+)
+def test_a_pattern_keeps_its_rank_and_the_others_follow(rank: int, ranks: list[int]) -> None:
+    """As the planner has it, for a pattern of the rank that all had, too."""
+    patterns = {"rank_pattern": {"v_proj": rank}, "alpha_pattern": {"v_proj": 8}}
     found = content(plan_of("llama", **patterns))
-    assert [kind["ranks"] for kind in found["kinds"]] == [None, [4, 2, 1]]
+    assert [kind["rank"] for kind in found["kinds"]] == [None, rank]
     assert [kind["alphas"] for kind in found["kinds"]] == [None, [8.0, 8.0, 8.0]]
-    plan = plan_of("llama", r=16, **patterns)
-    assert counted(found, setting([16, 8, 4], [1, 3, 0])) == expected(plan)
-    # An alpha of its own leaves the ranks to the sliders.
+    plan = plan_of("llama", r=None, ranks=ranks, groups=[1, 3, 0], **patterns)
+    assert counted(found, setting(ranks, [1, 3, 0])) == expected(plan)
+
+
+def test_an_alpha_of_its_own_leaves_the_rank_to_the_sliders() -> None:
     patterns = {"alpha_pattern": {"v_proj": 8}}
     found = content(plan_of("llama", **patterns))
+    assert [kind["rank"] for kind in found["kinds"]] == [None, None]
     assert [kind["alphas"] for kind in found["kinds"]] == [None, [8.0, 8.0, 8.0]]
     plan = plan_of("llama", r=16, **patterns)
     assert counted(found, setting([16, 8, 4], [1, 3, 0])) == expected(plan)
+
+
+def test_what_trains_beside_the_pairs_is_said() -> None:
+    said = "Trained too, and not counted here: modules_to_save = ['lm_head']."
+    assert said in render(plan_of("llama", modules_to_save=["lm_head"])).replace("&#39;", "'")
+    assert "Trained too" not in render(plan_of("llama"))
 
 
 def test_the_page_is_whole_and_needs_nothing_else() -> None:
@@ -246,12 +268,15 @@ const said = (id) => document.getElementById(id).textContent;
 const labels = (which) =>
   [...document.querySelectorAll(which)].map((its) => its.getAttribute("aria-label"));
 const seen = {};
+seen.planned = document.getElementById("notes-of").hidden;
 slide("rank-0", 16); slide("groups-1", 2); slide("groups-2", 3);
 seen.moved = ["parameters", "lora", "config", "said", "level-2-groups"].map(said);
+seen.unplanned = document.getElementById("notes-of").hidden;
 document.getElementById("on-1").click();
 seen.off = [said("parameters"), said("level-1-parameters")];
 seen.rows = document.querySelectorAll("#grid-0 .level").length;
 document.getElementById("on-2").click();
+seen.share = [[1, 320], [100, 320], [180, 320], [55, 200]].map(([part, all]) => share(part, all));
 seen.last = document.getElementById("on-0").disabled;
 document.getElementById("reset").click();
 seen.reset = [said("parameters"), said("lora"), document.getElementById("rank-0").value];
@@ -291,6 +316,8 @@ def test_it_works_in_a_browser(scheme: int, ground: str, width: int, tmp_path: P
     assert seen["off"] == [f"{without.parameters:,}", "0"]
     assert seen["rows"] == 2
     assert seen["last"] is True
+    assert (seen["planned"], seen["unplanned"]) == (True, False)
+    assert seen["share"] == [f"{part / 320:.1%}" for part in (1, 100, 180, 88)]
     assert seen["reset"] == [f"{made.parameters:,}", f"{made.lora_parameters:,}", "8"]
     pair = next(its for its in made.pairs if its.address == "mid/1/self_attn.q_proj")
     scale = 8 if scheme else 4

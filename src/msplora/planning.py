@@ -115,9 +115,12 @@ def make_plan(model: nn.Module, config: MSPLoraConfig) -> Plan:
         sites,
         config.pyramid,
         levels_of=_levels_of(config, sites),
+        own_rank=[
+            its.key for its in sites if _pattern_value(config.rank_pattern, its.key) is not None
+        ],
         use_dora=config.use_dora,
         tied=tied,
-        notes=[*_notes(sites, tied), *_unadapted_experts(modules, config)],
+        notes=[*_notes(sites, tied), *_unadapted_experts(modules, config), *_not_counted(config)],
     )
 
 
@@ -244,6 +247,17 @@ def _unadapted_experts(modules: Mapping[str, nn.Module], config: MSPLoraConfig) 
         f"target_modules = {pattern!r} matches {some(found, 3)} too: parameters, no modules, and "
         f"not adapted. Name them in target_parameters to adapt them."
     ]
+
+
+def _not_counted(config: MSPLoraConfig) -> list[str]:
+    """What trains beside the pairs, which alone the plan counts."""
+    its = {
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias if config.bias != "none" else None,
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+    }
+    named = [f"{name} = {value!r}" for name, value in its.items() if value]
+    return [f"Trained too, and not counted here: {', '.join(named)}."] if named else []
 
 
 def _gaps(sites: list[Site]) -> list[str]:

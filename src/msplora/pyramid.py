@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -136,6 +136,8 @@ class Kind:
     levels: tuple[Level, ...]
     sites: tuple[Site, ...]
     """In depth order."""
+    own_rank: bool = field(default=False, compare=False)
+    """Whether a rank pattern says its first rank, be it that of all."""
 
     @property
     def layers(self) -> int:
@@ -240,6 +242,7 @@ def arrange(
     levels: Sequence[Level],
     *,
     levels_of: Mapping[str, tuple[Level, ...]] | None = None,
+    own_rank: Collection[str] = (),
     use_dora: bool = False,
     tied: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
@@ -250,6 +253,7 @@ def arrange(
         sites: the adapted weights.
         levels: the storeys, first to last.
         levels_of: site key -> its own levels, where a rank or alpha pattern asks for others.
+        own_rank: keys of sites for which a rank pattern says the rank.
         use_dora: count one magnitude per output feature of every site.
         tied: key of a tied head -> key of the embedding whose pairs it borrows.
         notes: sentences to print under the plan.
@@ -259,7 +263,7 @@ def arrange(
             convolution's groups do not divide a rank.
     """
     levels = tuple(levels)
-    kinds = _kinds(sites, levels, levels_of or {})
+    kinds = _kinds(sites, levels, levels_of or {}, own_rank)
     pairs: dict[str, list[Pair]] = {level.name: [] for level in levels}
     for kind in kinds:
         for level in kind.levels:
@@ -292,7 +296,10 @@ def arrange(
 
 
 def _kinds(
-    sites: Iterable[Site], levels: tuple[Level, ...], levels_of: Mapping[str, tuple[Level, ...]]
+    sites: Iterable[Site],
+    levels: tuple[Level, ...],
+    levels_of: Mapping[str, tuple[Level, ...]],
+    own_rank: Collection[str],
 ) -> tuple[Kind, ...]:
     members: dict[tuple[str, str, Shape], list[Site]] = defaultdict(list)
     for site in sites:
@@ -321,6 +328,7 @@ def _kinds(
                 shape=shape,
                 levels=_levels_of_kind(name, found, levels, levels_of),
                 sites=tuple(found),
+                own_rank=any(site.key in own_rank for site in found),
             )
         )
     return tuple(sorted(kinds, key=lambda kind: (kind.stack, kind.path, str(kind.shape))))

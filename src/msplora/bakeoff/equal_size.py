@@ -17,8 +17,8 @@ class Beside:
 
     name: str
     other: str
-    paired: Paired
-    """`adjusted` after Holm, for all that are compared so."""
+    paired: Paired | None
+    """`adjusted` after Holm, for all that are compared so; None without a pair on some task."""
 
 
 def at_equal_size(outcome: Outcome) -> list[Beside]:
@@ -26,7 +26,7 @@ def at_equal_size(outcome: Outcome) -> list[Beside]:
 
     That one is the baseline if it is among them, else the first that is of the baseline's method,
     else the first. Entrants of a size without a budget's help are among them where they have it
-    exactly. Those are left out that have no pair on some task.
+    exactly.
     """
     prepared, values, sign = outcome.prepared, values_of(outcome), sign_of_all(outcome)
     tasks = list(prepared.bake_off.settings.tasks)
@@ -35,11 +35,13 @@ def at_equal_size(outcome: Outcome) -> list[Beside]:
     for names in _of_one_size(prepared):
         standard = _standard(names, prepared.bake_off)
         for name in names:
-            paired = pair(name, standard, values, tasks, sign) if name != standard else None
-            if paired:
-                beside[name], found[name] = standard, paired
+            if name == standard:
+                continue
+            beside[name] = standard
+            if paired := pair(name, standard, values, tasks, sign):
+                found[name] = paired
     adjusted = holm(found)
-    return [Beside(name, other, adjusted[name]) for name, other in beside.items()]
+    return [Beside(name, other, adjusted.get(name)) for name, other in beside.items()]
 
 
 def _of_one_size(prepared: Prepared) -> list[list[str]]:

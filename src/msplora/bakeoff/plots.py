@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from msplora.page.plotting import DARK, MIDDLE, SETTINGS, mark_of, svg
-from msplora.train.metric_order import sign_of
 
 from .bake_off import Outcome
+from .rejecting import best_until_then
 from .statistics import Standing
 
 
@@ -84,7 +84,7 @@ def draw_differences(outcome: Outcome, found: Sequence[Standing]) -> bytes:
         axes.set_yticks(range(len(pairs)), [name for name, _ in pairs])
         axes.set_ylim(len(pairs) - 0.4, -0.6)
         baseline = outcome.prepared.bake_off.baseline
-        axes.set_xlabel(f"{_score_label(outcome)}, less {baseline}'s (right is better)")
+        axes.set_xlabel(f"better than {baseline} by ({_score_label(outcome)})")
         axes.grid(axis="x")
         figure.legend(loc="outside upper left", ncols=4, fontsize=9)
         return svg(figure, title)
@@ -100,6 +100,17 @@ def draw_rates(outcome: Outcome) -> bytes:
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]
         for axes, task in zip(panels, tasks, strict=True):
             _draw_task(axes, outcome, task)
+        tried = [its for choice in outcome.choices.values() for its in choice.tried]
+        if any(row.status == "rejected" for its in tried for row in its.rows):
+            panels[0].plot(
+                [],
+                [],
+                linestyle="",
+                marker="o",
+                color=MIDDLE,
+                markerfacecolor="white",
+                label="given up early, best until then",
+            )
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)
         return svg(figure, title)
@@ -118,9 +129,7 @@ def _draw_task(axes: Axes, outcome: Outcome, task: str) -> None:
                 if row.status == "complete":
                     whole.append((tried.rate, row.value))
                 elif row.status == "rejected":
-                    sign = sign_of(metric)
-                    best = sign * max(sign * its[metric] for its in row.evaluations)
-                    given_up.append((tried.rate, best))
+                    given_up.append((tried.rate, best_until_then(row, metric)))
         mark = mark_of(place)
         axes.plot(*_columns(sorted(whole)), label=name, markersize=5, linewidth=1.2, **mark)
         axes.plot(
@@ -128,7 +137,6 @@ def _draw_task(axes: Axes, outcome: Outcome, task: str) -> None:
             linestyle="",
             markersize=5,
             markerfacecolor="white",
-            label="given up early, best until then" if place == 0 and given_up else None,
             **mark,
         )
         if choice.best:

@@ -61,6 +61,12 @@ def protocol(outcome: Outcome) -> list[str]:
             else ""
         )
         + _least_p(outcome)
+        + (
+            " They take the runs of a seed on several tasks for independent. These start from the "
+            "same random numbers: as far as that makes them alike, p is too small."
+            if len(prepared.metrics) > 1
+            else ""
+        )
     )
     return said
 

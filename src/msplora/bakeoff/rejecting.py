@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msplora.sweep.rows import Row
 from msplora.train.metric_order import sign_of
 from msplora.train.progress import plain_metrics
 
@@ -50,6 +51,12 @@ class Rejecting:
         sign = sign_of(self.metric)
         values = (sign * its[self.metric] for its in evaluations if its["step"] <= step)
         return max(values, default=-math.inf)
+
+
+def best_until_then(row: Row, metric: str) -> float:
+    """The best value of a run that was given up."""
+    sign = sign_of(metric)
+    return sign * max(sign * its[metric] for its in row.evaluations)
 
 
 def evaluations_so_far(working: Path) -> tuple[list[dict[str, Any]], int]:

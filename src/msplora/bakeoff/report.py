@@ -61,6 +61,15 @@ _CAPTIONS = {
 }
 
 
+_IN_WORDS = {
+    "front": "The table has the numbers.",
+    "differences": "The table has the mean and the lowest and highest task; the file of results "
+    "has each seed's.",
+    "rates": "The table has the numbers.",
+}
+"""Where those who do not see a plot find what it shows."""
+
+
 def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
     """The HTML page.
 
@@ -76,6 +85,7 @@ def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
             # As images: their identifiers would clash in one document.
             plots={name: base64.b64encode(its).decode() for name, its in plots.items()},
             captions=_CAPTIONS,
+            in_words=_IN_WORDS,
             not_over="" if outcome.is_over else NOT_OVER,
             protocol=protocol(outcome),
             origins=origins(outcome),

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .bake_off import Outcome
+from .choosing import Choice, Tried
 from .equal_size import at_equal_size
+from .rejecting import best_until_then
 from .statistics import Paired, Spread, Standing, standings
 
 _SIZE_AT_THE_START = ("adalora", "elalora")
@@ -46,6 +48,7 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
     bake_off = outcome.prepared.bake_off
     size, seeds = outcome.prepared.sizes[bake_off.baseline], len(bake_off.settings.seeds)
     changing = {its.name for its in found if bake_off.method_of(its.name) in _SIZE_AT_THE_START}
+    most = seeds * len(bake_off.settings.tasks)
     lines = []
     for its in found:
         against = its.against
@@ -57,6 +60,7 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
                 f"{its.rate:g}" if its.rate else "–",
                 _spread(its.overall, seeds),
                 "baseline" if its.name == bake_off.baseline else _difference(against),
+                _pairs(against, most),
                 f"{against.p:.3g}" if against else "–",
                 f"{against.adjusted:.3g}" if against else "–",
                 f"{its.seconds:,.0f}" if its.seconds is not None else "–",
@@ -65,14 +69,15 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         )
     headers = (
         "method", "trainable", f"of {bake_off.baseline}", "rate", "mean score", "difference",
-        "p", "p (Holm)", "seconds", "MiB",
+        "pairs", "p", "p (Holm)", "seconds", "MiB",
     )  # fmt: skip
     notes = [
         "Trainable: numbers of the adapter, a classifier's head apart.",
         f"Mean score: over {_of(len(bake_off.settings.tasks), 'task')}, then over "
         f"{_of(seeds, 'seed')} (± their standard deviation).",
         f"Difference: from {bake_off.baseline} on the same task with the same seed, mean (lowest "
-        f"to highest task); p by flipping signs, and after Holm's correction.",
+        f"to highest task), above 0 where the method is better; pairs: of how many; p by flipping "
+        f"signs, and after Holm's correction.",
         "Seconds: of training and the evaluations in it, on the machine of the run.",
         "MiB: the most that a run took of the GPU; where there was none, of its whole process, "
         "which compares nothing.",
@@ -84,27 +89,30 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         )
     if any(its.missing for its in found):
         notes.append("Methods that lack runs come last, and have no part in *.")
-    brief = (0, 1, 3, 4, 5, 7)
+    brief = (0, 1, 3, 4, 5, 8)
     return Table("How they stand", headers, tuple(lines), note=" ".join(notes), brief=brief)
 
 
 def _at_equal_size(outcome: Outcome) -> Table:
-    sizes = outcome.prepared.sizes
+    sizes, settings = outcome.prepared.sizes, outcome.prepared.bake_off.settings
+    most = len(settings.seeds) * len(settings.tasks)
     lines = tuple(
         (
             its.name,
             its.other,
             f"{sizes[its.name] / sizes[its.other]:.1%}",
             _difference(its.paired),
-            f"{its.paired.p:.3g}",
-            f"{its.paired.adjusted:.3g}",
+            _pairs(its.paired, most),
+            f"{its.paired.p:.3g}" if its.paired else "–",
+            f"{its.paired.adjusted:.3g}" if its.paired else "–",
         )
         for its in at_equal_size(outcome)
     )
-    headers = ("method", "beside", "of its size", "difference", "p", "p (Holm)")
+    headers = ("method", "beside", "of its size", "difference", "pairs", "p", "p (Holm)")
     note = (
         "Each method of a size that a budget asks for, beside one of that size: the baseline, else "
-        "one of the baseline's kind. Holm's correction is for this table."
+        "one of the baseline's kind; above 0 where the method is better. Where one of the two has "
+        "no run on some task, there is nothing to compare. Holm's correction is for this table."
     )
     return Table("At equal size", headers, lines, words=2, note=note)
 
@@ -128,17 +136,33 @@ def _rates(outcome: Outcome) -> Table:
             cells = []
             for row in tried.rows:
                 if row.status == "complete":
-                    cells.append(f"{row.parameters['task']} {row.value:.4f}")
+                    gave = f"{row.value:.4f}"
+                elif row.status == "rejected":
+                    metric = outcome.prepared.metrics[row.parameters["task"]]
+                    gave = f"rejected (best until then {best_until_then(row, metric):.4f})"
                 else:
-                    cells.append(f"{row.parameters['task']} {row.status}")
-            ends = (choice.tried[0], choice.tried[-1])
-            said = "chosen" if is_best else "–"
-            if is_best and len(choice.tried) > 1 and tried in ends:
-                said = "chosen, at an end of what was tried"
+                    gave = row.status
+                cells.append(f"{row.parameters['task']} {gave}")
+            said = _chosen(choice, tried) if is_best else "–"
             lines.append((name, f"{tried.rate:g}", "; ".join(cells), said))
     note = "What each learning rate gave on what rates are chosen on."
     headers = ("method", "rate", "gave", "chosen")
     return Table("Learning rates", headers, tuple(lines), words=4, note=note)
+
+
+def _chosen(choice: Choice, best: Tried) -> str:
+    """That a rate was chosen, and what is not known of the rates around it."""
+    if len(choice.tried) == 1:
+        return "chosen, the only one"
+    if best in (choice.tried[0], choice.tried[-1]):
+        return "chosen, at an end of what was tried"
+    # A machine's failure says nothing of a rate.
+    place = choice.tried.index(best)
+    beside = (choice.tried[place - 1], choice.tried[place + 1])
+    failed = [its.rate for its in beside if any(row.status == "failed" for row in its.rows)]
+    if failed:
+        return f"chosen, though runs of {' and '.join(f'{rate:g}' for rate in failed)} failed"
+    return "chosen"
 
 
 def _wrong(outcome: Outcome) -> Table:
@@ -166,6 +190,13 @@ def _difference(paired: Paired | None) -> str:
     low, high = min(paired.by_task.values()), max(paired.by_task.values())
     said = f"{paired.mean:+.4f}"
     return f"{said} ({low:+.4f} to {high:+.4f})" if len(paired.by_task) > 1 else said
+
+
+def _pairs(paired: Paired | None, most: int) -> str:
+    if paired is None:
+        return "–"
+    found = len(paired.differences)
+    return f"{found}" if found == most else f"{found} of {most}"
 
 
 def _missing(standing: Standing) -> str:

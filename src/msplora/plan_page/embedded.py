@@ -53,9 +53,9 @@ def _kind(kind: Kind, plan: Plan) -> dict[str, Any]:
         "a": math.prod(shape.a(splits)) // splits,
         "b": math.prod(shape.b(splits)),
         "splits": splits,
-        # A pattern's ranks and alphas stay as they are, each without the other.
-        "ranks": _own("rank", kind, plan),
-        "alphas": _own("alpha", kind, plan),
+        # A pattern's rank and alphas stay as they are, each without the other.
+        "rank": kind.levels[0].rank if kind.own_rank else None,
+        "alphas": _own_alphas(kind, plan),
         "blocks": [0 if site.block is None else site.block for site in kind.sites],
         "inBlocks": kind.sites[0].block is not None,
         "shown": ranges([site.block for site in kind.sites]),
@@ -63,7 +63,7 @@ def _kind(kind: Kind, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _own(name: str, kind: Kind, plan: Plan) -> list[float] | None:
-    """A kind's values, level by level, where they are not the plan's."""
-    its = [getattr(level, name) for level in kind.levels]
-    return None if its == [getattr(level, name) for level in plan.levels] else its
+def _own_alphas(kind: Kind, plan: Plan) -> list[float] | None:
+    """A kind's alphas, level by level, where they are not the plan's."""
+    its = [level.alpha for level in kind.levels]
+    return None if its == [level.alpha for level in plan.levels] else its

@@ -1,12 +1,17 @@
 // Draws the pyramid, and counts anew whenever a slider moves. Without it the tables show the plan as it was made.
 const plan = JSON.parse(document.getElementById("plan").textContent);
 const setting = {
-  r: plan.levels[0].rank,
   levels: plan.levels.map(({ rank, groups }) => ({ on: true, rank, groups })),
 };
 const asMade = JSON.stringify(setting);
 const whole = (number) => number.toLocaleString("en-US");
-const share = (part, all) => `${((100 * part) / all).toFixed(1)}%`;
+// As Python rounds: a half to the even digit.
+const share = (part, all) => {
+  const tenths = (1000 * part) / all;
+  const down = Math.floor(tenths);
+  const up = tenths - down > 0.5 || (tenths - down === 0.5 && down % 2 === 1);
+  return `${((down + up) / 10).toFixed(1)}%`;
+};
 const bytes = (count) => {
   const units = ["bytes", "KiB", "MiB", "GiB"];
   let unit = 0;
@@ -93,6 +98,7 @@ function draw(kind, place) {
     const from = blocks[0] - first + 1;
     made.style.gridColumn = `${from + 1} / span ${blocks[blocks.length - 1] - blocks[0] + 1}`;
     made.ariaColIndex = from + 1;
+    made.ariaColSpan = blocks[blocks.length - 1] - blocks[0] + 1;
     made.style.gridTemplateColumns = `repeat(${blocks[blocks.length - 1] - blocks[0] + 1}, minmax(0, 1fr))`;
     for (const [a, b] of ranges(blocks)) {
       const part = make("i", "");
@@ -143,7 +149,7 @@ function light(chosen) {
 // Arrow keys go along a row and between rows, to the nearest bar.
 function move(event) {
   const from = event.target.closest(".cell");
-  if (!from) return;
+  if (!from || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
   const row = from.parentElement;
   const cells = [...row.querySelectorAll(".cell")];
   const rows = [...row.parentElement.children];
@@ -167,7 +173,7 @@ function show() {
   const found = Pyramid.count(plan, setting);
   put("parameters", whole(found.parameters));
   put("lora", whole(found.lora));
-  put("lora-rank", setting.r);
+  put("lora-rank", setting.levels.find(({ on }) => on).rank);
   put("share", share(found.parameters, found.lora));
   put("bytes", `${bytes(4 * found.parameters)} in float32, ${bytes(2 * found.parameters)} in bfloat16`);
   put("lora-bytes", `${bytes(4 * found.lora)} in float32, ${bytes(2 * found.lora)} in bfloat16`);
@@ -194,21 +200,30 @@ function show() {
   });
   plan.kinds.forEach((kind, place) => {
     const { parameters, lora } = found.kinds[place];
-    const ranks = setting.levels.map((level, its) => (level.on ? Pyramid.rank(kind, setting, its) : null));
-    put(`kind-${place}-ranks`, ranks.filter((rank) => rank !== null).join("+"));
+    const ranks = Pyramid.ranks(kind, setting).filter((_, its) => setting.levels[its].on);
+    put(`kind-${place}-ranks`, ranks.join("+"));
     put(`kind-${place}-parameters`, whole(parameters));
     put(`kind-${place}-lora`, whole(lora));
     put(`kind-${place}-share`, share(parameters, lora));
     draw(kind, place);
   });
-  const wrong = plan.kinds.filter((kind) => setting.levels.some((level, its) => level.on && Pyramid.rank(kind, setting, its) % kind.splits));
-  at("refused").hidden = wrong.length === 0;
-  put("refused", wrong.map(({ name, splits }) => `${name}: its ${splits} groups of channels must divide every rank; msplora refuses this.`).join(" "));
+  const refused = plan.kinds.map(refusal).filter(Boolean).join(" ");
+  at("refused").hidden = !refused;
+  put("refused", refused);
+  at("notes-of").hidden = JSON.stringify(setting) === asMade;
   spell();
-  put("said", `${whole(found.parameters)} parameters, ${share(found.parameters, found.lora)} of LoRA's ${whole(found.lora)}.`);
+  put("said", `${whole(found.parameters)} parameters, ${share(found.parameters, found.lora)} of LoRA's ${whole(found.lora)}. ${refused}`.trim());
 }
 
-// The setting as a config and as a command.
+// Why msplora would not take the setting at a kind; empty where it does.
+function refusal(kind) {
+  const ranks = Pyramid.ranks(kind, setting).filter((_, level) => setting.levels[level].on);
+  if (ranks.includes(0)) return `${kind.name}: its own rank of ${kind.rank} gives it the ranks ${ranks.join(", ")}; each must be at least 1, and msplora refuses this.`;
+  if (ranks.some((rank) => rank % kind.splits)) return `${kind.name}: its ${kind.splits} groups of channels must divide every rank; msplora refuses this.`;
+  return "";
+}
+
+// The setting as a config.
 function spell() {
   const used = setting.levels.map((level, place) => ({ ...plan.levels[place], ...level })).filter(({ on }) => on);
   const list = (name) => used.map((level) => level[name]).join(", ");
@@ -223,10 +238,7 @@ plan.levels.forEach((_, place) => {
   at(`rank-${place}`).addEventListener("input", (event) => {
     const rank = Number(event.target.value);
     setting.levels[place].rank = rank;
-    if (place === 0) {
-      setting.r = rank;
-      Pyramid.ranksFrom(plan, setting.r).forEach((rank, its) => (setting.levels[its].rank = rank));
-    }
+    if (place === 0) Pyramid.ranksFrom(plan, rank).forEach((rank, its) => (setting.levels[its].rank = rank));
     show();
   });
   at(`groups-${place}`).addEventListener("input", (event) => {

@@ -26,5 +26,5 @@ def render(plan: Plan, model: str | None = None) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    """As the page's script writes it."""
+    """As the page's script writes it, and the terminal."""
     return f"{100 * part / whole:.1f}%"
