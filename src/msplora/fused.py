@@ -6,7 +6,7 @@ As separate operations the product costs a tensor of the output's size forward a
 input's size backward, each written, read back and added; and autograd keeps the assembled factors
 and, under a half-precision base or with dropout, a converted copy of the input. Here both products
 add into what the frozen layer has just computed, and backward keeps the input itself (which layers
-that share it keep once), s A d(x), unless that is cheap to make again, and the dropout's mask.
+that share it keep once), s A d(x), and the dropout's mask.
 
 The scales multiply A d(x), a few numbers per token, and not B, as everywhere else (`product.py`):
 in small batches the copy of B would be a good part of the cost. For a scale that is a power of two,
@@ -26,11 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # each look-up costs as much as the call
-
-NARROW = 1024
-"""Up to this width of the input, A x is made again in backward where LoRA keeps no more than x and
-its own A x, which has a smaller rank. The wider the input, the more time that takes, and the less
-memory it saves of what is kept."""
 
 BLOCKED = 2**18
 """From this size of the wide matrix on, a CPU makes a narrow product in blocks of its columns."""
@@ -148,8 +143,7 @@ class _LinearWithPairs(torch.autograd.Function):
             x_NI, weight_OI, bias_O, mix, factors[:levels], factors[levels:]
         )
         ctx.mix = mix
-        kept_h_MR = None if _made_again(x_NI, mix) else h_MR
-        ctx.save_for_backward(x_NI, weight_OI, kept_h_MR, kept_MI, *factors)
+        ctx.save_for_backward(x_NI, weight_OI, h_MR, kept_MI, *factors)
         return y_NO
 
     @staticmethod
@@ -171,8 +165,7 @@ class _LinearWithPairs(torch.autograd.Function):
         grad_b: Sequence[Tensor | None] = [None] * levels
         inner_grad_MO = grad_MO if grad_MO.dtype == mix.dtype else grad_MO.to(mix.dtype)
         if any(wants_factors[levels:]):
-            # For a second derivative h has to depend on x and A.
-            if h_MR is None or torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # for a second derivative h has to depend on x and A
                 h_MR = _scaled(_narrow_product(_kept(x_MI.to(mix.dtype), kept_MI), a_RI), mix)
             grad_RO = _gained(
                 _product_of_few_rows(h_MR.t(), inner_grad_MO).to(factors[0].dtype), mix
@@ -294,12 +287,6 @@ def _without_autocast(gradients: Callable[..., Any], ctx: Any, grad_NO: Tensor) 
         return gradients(ctx, grad_NO)
 
 
-def _made_again(x_NI: Tensor, mix: Mix) -> bool:
-    """Whether backward makes A x again, and does not keep it."""
-    as_lora = x_NI.dtype == mix.dtype and mix.dtype.itemsize >= 4 and not mix.dropout
-    return as_lora and x_NI.shape[-1] <= NARROW
-
-
 def _narrow_product(wide_MD: Tensor, factor_RD: Tensor) -> Tensor:
     """``wide @ factor.t()``, (M, R).
 
@@ -318,17 +305,17 @@ def _product_of_few_rows(left_RK: Tensor, right_KN: Tensor) -> Tensor:
     twice as long for the whole. The blocks are as many as divide N, so that a batch of 8 rows of
     any length has them.
     """
-    blocks = math.gcd(right_KN.shape[1], 8) if _blocked(right_KN) else 1
-    if blocks == 1:
+    if right_KN.numel() < BLOCKED or not _takes_blocks(right_KN):
         return torch.mm(left_RK, right_KN)
+    blocks = math.gcd(right_KN.shape[1], 8)
     right_nKb = right_KN.unflatten(1, (blocks, -1)).transpose(0, 1)
     return torch.bmm(left_RK.expand(blocks, -1, -1), right_nKb).transpose(0, 1).flatten(1)
 
 
-def _blocked(wide_KN: Tensor) -> bool:
+def _takes_blocks(wide_KN: Tensor) -> bool:
     on_cpu = wide_KN.device.type == "cpu" and not torch.compiler.is_compiling()
-    large = wide_KN.numel() >= BLOCKED and wide_KN.shape[1] >= 128
-    return on_cpu and large and wide_KN.dtype.itemsize >= 4
+    columns = wide_KN.shape[1]
+    return on_cpu and columns >= 128 and columns % 2 == 0 and wide_KN.dtype.itemsize >= 4
 
 
 def _stacked(
@@ -373,8 +360,9 @@ def _add_product(
 
 
 def _worth_halves(out_MO: Tensor, left_MR: Tensor) -> bool:
-    mixed = out_MO.dtype == torch.bfloat16 != left_MR.dtype
-    return mixed and len(out_MO) >= HALVED and not torch.compiler.is_compiling()
+    if out_MO.dtype == left_MR.dtype or out_MO.dtype != torch.bfloat16:
+        return False
+    return len(out_MO) >= HALVED and not torch.compiler.is_compiling()
 
 
 def _in_bfloat16(left_MR: Tensor, right_RO: Tensor) -> tuple[Tensor, Tensor]:
