@@ -9,7 +9,7 @@ roberta="--shape roberta-base --append"
 llama="--shape llama-3.2-1b --layers 2 --append"
 
 # One layer by itself: milliseconds, so more rounds.
-"$msplora" bench sites --dtype float32 --dtype bfloat16 --rounds 240 --output $out/sites-cpu.json --append
+"$msplora" bench sites --dtype float32 --dtype bfloat16 --rounds 120 --output $out/sites-cpu.json --append
 
 # The main point; then every method at a smaller one.
 both="--targets all-linear --targets qv"
