@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from adapted_llama import BATCH, LLAMA, logits
-from msplora.errors import ConfigError, MSPLoraError, UnsupportedError
+from msplora.errors import ConfigError, MSPLoraError, TargetError, UnsupportedError
 from msplora.sisters import ElaLoraConfig, MoveRanks, RankMover
 from msplora.sisters.elalora.ranks import (
     Moves,
@@ -207,7 +207,7 @@ def test_a_rank_pattern_means_what_it_means_in_peft(tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path)
     again: Any = peft.PeftModel.from_pretrained(base, tmp_path)
     assert ranks(again) == ranks(adapted) == [3, 1]
-    with pytest.raises(ConfigError, match=r"matches none of the 2 layers.*Did you mean 'first'"):
+    with pytest.raises(TargetError, match=r"none of the adapted modules.*Did you mean 'first'"):
         small(rank_pattern={"frist": 2})
 
 
@@ -367,7 +367,7 @@ def test_the_penalty_pulls_towards_orthogonal_factors() -> None:
         adapted = model(orthogonal_penalty=penalty)
         train(adapted)
         layers = [its for its in adapted.modules() if hasattr(its, "elalora_E")]
-        factors = [its.elalora_A["default"] for its in layers]
+        factors = [its.factors("default")["elalora_A"] for its in layers]
         found.append(orthogonality(factors).item())
     assert found[1] < 0.9 * found[0]
 

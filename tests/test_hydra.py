@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,16 @@ def test_dropout_is_between_the_factors() -> None:
     assert close(model(x), base)  # all of it dropped: biases there are none
     model.eval()
     assert not close(model(x), base)
+
+
+def test_a_config_made_of_another_has_the_ranks_it_asks_for() -> None:
+    config = replace(HydraConfig(), r_parallel=8, scale=0.5)
+    assert (config.r, config.lora_alpha) == (16, 8.0)
+    loaded = HydraConfig(**json.loads(json.dumps(config.to_dict())))
+    assert replace(loaded, r_sequential=1).r == 9
+    with pytest.raises(ConfigError, match="r = 3: "):
+        replace(config, r=3)
+    assert {type(config.to_dict()[name]) for name in ("r", "lora_alpha")} == {int, float}
 
 
 def test_what_makes_no_sense_is_refused() -> None:

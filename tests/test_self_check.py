@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import msplora
 from adapted_llama import LLAMA, TARGETS, adapted
+from msplora.sisters import HydraConfig
 from msplora.train import results
 from msplora.train.self_check import untrained
 from runs import Result, config_on, save_bases, write_config
@@ -151,8 +152,43 @@ def test_untrained_finds_zeros_and_nothing_else() -> None:
     assert untrained(model) == {"mid": ["model.layers.3.self_attn.v_proj"]}
     assert untrained(adapted(random=False)).keys() == {"global", "mid", "local"}
     lora: Any = get_peft_model(LLAMA.model(), LoraConfig(target_modules=TARGETS))
-    assert len(untrained(lora)["lora"]) == 8
+    assert len(untrained(lora)["adapter"]) == 8
     for layer in lora.modules():
         if hasattr(layer, "lora_B") and "default" in getattr(layer, "lora_B"):  # noqa: B009
             torch.nn.init.ones_(layer.lora_B["default"].weight)
     assert untrained(lora) == {}
+
+
+def test_untrained_finds_a_diagonal_of_zeros() -> None:
+    """AdaLoRA's A and B are random from the start."""
+    options: dict[str, Any] = {"target_modules": TARGETS, "total_step": 10}
+    model: Any = get_peft_model(LLAMA.model(), AdaLoraConfig(**options))
+    assert len(untrained(model)["adapter"]) == 8
+    diagonals = {name: its for name, its in model.named_parameters() if ".lora_E." in name}
+    for its in diagonals.values():
+        torch.nn.init.ones_(its)
+    assert untrained(model) == {}
+    name, pruned = next(iter(diagonals.items()))
+    torch.nn.init.zeros_(pruned)
+    assert untrained(model) == {"adapter": [name.removesuffix(".lora_E.default")]}
+    # Without a rank, and so meant: the keys are PEFT's, before it has saved and after.
+    key = name.removeprefix("base_model.model.")
+    for its in (key, key.removesuffix(".default")):
+        model.peft_config["default"].rank_pattern = {its: [False] * len(pruned)}
+        assert untrained(model) == {}
+
+
+def test_untrained_finds_a_branch_that_stands_still() -> None:
+    model: Any = get_peft_model(LLAMA.model(), HydraConfig(target_modules=TARGETS))
+    found = untrained(model)
+    assert {name: len(its) for name, its in found.items()} == {
+        "parallel branch": 8,
+        "sequential branch": 8,
+    }
+    for name, its in model.named_parameters():
+        if "_B." in name:
+            torch.nn.init.ones_(its)
+    assert untrained(model) == {}
+    path = found["sequential branch"][3]
+    torch.nn.init.zeros_(model.get_submodule(path).hydra_sequential_B["default"].weight)
+    assert untrained(model) == {"sequential branch": [path]}

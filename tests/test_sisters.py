@@ -143,6 +143,21 @@ def test_a_half_precision_base_trains_in_float32(config_of: Any) -> None:
     assert torch.allclose(found.float(), expected, atol=0.05)
 
 
+def test_on_a_half_precision_base_only_the_active_adapter_trains(
+    config_of: Any, tmp_path: Path
+) -> None:
+    def base() -> Any:
+        return LLAMA.model(dtype=torch.bfloat16)
+
+    model = get_peft_model(base(), config_of(target_modules=TARGETS))
+    model.add_adapter("second", config_of(target_modules=TARGETS))
+    trains = {name for name, its in model.named_parameters() if its.requires_grad}
+    assert trains
+    assert all(".default." in name for name in trains)
+    model.save_pretrained(tmp_path)
+    assert trainable(peft.PeftModel.from_pretrained(base(), tmp_path)) == 0
+
+
 def test_a_file_that_lacks_a_tensor_is_refused(config_of: Any, tmp_path: Path) -> None:
     adapted(config_of).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

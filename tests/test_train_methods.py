@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 
+from msplora.errors import TargetError
 from msplora.train.base_model import load_base
 from msplora.train.data_classification import Classes
 from msplora.train.methods import adapt
@@ -190,6 +191,9 @@ def test_what_a_method_cannot_do_is_refused(
     assert "hydra.r_parallel = 0: it should be greater than or equal to 1" in error
     error = refused(tmp_path, content(bases, "elalora", elalora={"warmup_steps": 500}))
     assert "never move" in error
+    flat = content(bases, "elalora")
+    flat["adapter"]["r"] = 1
+    assert "never move: the adapted layers" in refused(tmp_path, flat)
     error = refused(tmp_path, content(bases, "adalora", adalora={"tfinal": 500}))
     assert "never prune" in error
     error = refused(tmp_path, content(bases, "elalora", devices={"processes": 2}))
@@ -278,6 +282,28 @@ def test_b_has_the_rate_of_a_where_the_factor_is_not_read(bases: Path) -> None:
         groups = settings_groups(adapted.model, settings, base.head)
         rates[method] = {group["lr"] / settings.training.learning_rate for group in groups}
     assert rates == {"adalora": {1.0}, "lora": {1.0, 16.0}}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "gralora", "adalora", "vera", "elalora"])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("target_modules", ["query", "vlaue"], "'vlaue'.*Did you mean 'value'"),
+        ("layers_to_transform", [0, 99], r"\[99\], which no list of blocks has"),
+    ],
+)
+def test_a_name_of_nothing_is_refused_of_every_method(
+    bases: Path, method: str, key: str, value: Any, said: str
+) -> None:
+    """As of a pyramid: else runs that differ in their method would differ in what they adapt."""
+    if method == "gralora" and not hasattr(peft, "GraloraConfig"):
+        return
+    asked = content(bases, method)
+    asked["adapter"][key] = value
+    settings = make_settings(asked, "a test")
+    base = load_base(settings, Classes(("text",), "label", ("bad", "good")))
+    with pytest.raises(TargetError, match=said):
+        adapt(base, settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

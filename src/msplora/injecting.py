@@ -160,15 +160,20 @@ def check_every_site_borrows(layers: Iterable[PyramidLayer], plan: Plan, adapter
         )
 
 
-def roll_back(
-    model: nn.Module, before: Mapping[str, nn.Module], store: Store, adapter_name: str
-) -> None:
-    """Put the modules back that a failed injection replaced, and forget its pairs."""
+def put_back(before: Mapping[str, nn.Module]) -> None:
+    """Put the modules back that something replaced; `before` holds all there were, by path."""
     for path, module in before.items():
         parent_path, _, name = path.rpartition(".")
         parent = before.get(parent_path)
         if path and parent is not None and parent._modules.get(name) is not module:
             parent._modules[name] = module
+
+
+def roll_back(
+    model: nn.Module, before: Mapping[str, nn.Module], store: Store, adapter_name: str
+) -> None:
+    """Put the modules back that a failed injection replaced, and forget its pairs."""
+    put_back(before)
     for module in before.values():
         if isinstance(module, PyramidLayer) and adapter_name in module.borrowed:
             module.delete_adapter(adapter_name)

@@ -190,21 +190,25 @@ def pattern_matches(pattern: str, key: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", key) is not None
 
 
-def check_everything_matched(
-    modules: Mapping[str, nn.Module], config: MSPLoraConfig, targets: list[Target]
-) -> None:
-    """Refuse every entry of the config that selects nothing, naming the nearest that would."""
+def check_names(modules: Mapping[str, nn.Module], config: Any) -> None:
+    """Refuse what the config of any method names in vain; the nearest there is is told."""
     paths = [path for path in modules if path]
     _check_layers(modules[""], config, paths)
-    _check_names("target_modules", config.target_modules, modules)
-    _check_names("exclude_modules", config.exclude_modules, modules)
-    _check_names("target_parameters", config.target_parameters, modules)
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
+        _check_names(field, getattr(config, field, None), modules)
     for name in config.modules_to_save or ():
         if name not in HEADS and not any(path.endswith(name) for path in paths):
             raise TargetError(
                 f"modules_to_save names {name!r}, but this model has nothing of that name."
                 f"{nearest(name, [*_leaves(paths), *paths])}"
             )
+
+
+def check_everything_matched(
+    modules: Mapping[str, nn.Module], config: MSPLoraConfig, targets: list[Target]
+) -> None:
+    """Refuse every entry of the config that selects nothing, naming the nearest that would."""
+    check_names(modules, config)
     _check_tokens(modules, config)
     if not targets and not config.target_modules and not config.target_parameters:
         raise NoMatchError(
@@ -246,7 +250,7 @@ def _names(modules: Mapping[str, nn.Module], of_parameters: bool) -> list[str]:
 
 def _check_names(field: str, wanted: Any, modules: Mapping[str, nn.Module]) -> None:
     """Refuse what `field` names in vain."""
-    if not wanted:
+    if not wanted or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
         return
     names = _names(modules, field == "target_parameters")
     if isinstance(wanted, str):

@@ -63,14 +63,21 @@ class SisterLayer(_peft.OwnLayer):
     """
 
     containers: tuple[str, ...]
-    """The attributes that hold its tensors by adapter, each with the method's prefix."""
+    """The attributes that hold its factors by adapter, each with the method's prefix.
+
+    They are `ModuleDict`s of modules with a `weight`. TRL copies an adapter to its reference by
+    names with more after the adapter's, and PEFT, which casts the parameters of a `ParameterDict`
+    by putting others in their place, lets those train.
+    """
     method: str
     made_of: tuple[type[SisterLayer], type]
     """The mixin and PEFT's class that a layer's class was made of."""
 
     def make_containers(self) -> None:
-        """Register the empty `containers`."""
-        raise NotImplementedError
+        """Register the empty `containers`, and what else a layer keeps by adapter."""
+        layer: Any = self
+        for name in self.containers:
+            layer.add_module(name, nn.ModuleDict())
 
     def add(self, adapter_name: str, config: Any, key: str) -> None:
         """Make an adapter's tensors; `key` is the layer's path in the model."""
@@ -116,13 +123,9 @@ class SisterLayer(_peft.OwnLayer):
         for container in self.containers:
             held = getattr(self, container)
             if adapter_name in held:
-                tensor = held[adapter_name]
-                inside = (
-                    [f".{name}" for name in tensor.state_dict()]
-                    if isinstance(tensor, nn.Module)
-                    else [""]
-                )
-                names += [f"{container}.{adapter_name}{name}" for name in inside]
+                names += [
+                    f"{container}.{adapter_name}.{name}" for name in held[adapter_name].state_dict()
+                ]
         return names
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from msplora import _peft
 from msplora.errors import AdapterFileError, ConfigError, UnsupportedError
+from msplora.injecting import put_back
+from msplora.matching import check_everything_matched, find_targets, own_modules
+from msplora.planning import prepared
 
 from .layer import SisterLayer, change_class
 
@@ -21,8 +24,44 @@ class SisterModel(LoraModel):
     layer_mixin: type[SisterLayer]
     config_class: type[LoraConfig]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Check what is asked for, then let PEFT replace the layers."""
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Check what is asked for, then let PEFT replace the layers; undo all of it on an error."""
+        before = dict(model.named_modules())
+        without_it: list[Any] = [
+            its
+            for its in before.values()
+            if isinstance(its, SisterLayer) and not its.tensor_names(adapter_name)
+        ]
+        trainable = [(its, its.requires_grad) for its in model.parameters()]
+        try:
+            self._check_request(adapter_name)
+            if state_dict is None:  # else PEFT goes by the names in it
+                self._check_names(model, self.peft_config[adapter_name])
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except BaseException:
+            put_back(before)
+            for layer in without_it:
+                layer.delete_adapter(adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            # The model may have had other adapters: then this is the dictionary it keeps.
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _check_request(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         if not isinstance(config, self.config_class):
             raise UnsupportedError(
@@ -35,7 +74,12 @@ class SisterModel(LoraModel):
                 f"{self.prefix!r}, which marks its tensors: PEFT would not find them again. Choose "
                 f"another name."
             )
-        return super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check_names(self, model: nn.Module, config: Any) -> None:
+        spelled_out = prepared(model, config)
+        modules = dict(own_modules(model))
+        check_everything_matched(modules, spelled_out, find_targets(modules, spelled_out))
+        config.target_modules = spelled_out.target_modules
 
     @property
     def _method(self) -> str:
@@ -80,6 +124,16 @@ class SisterModel(LoraModel):
                 f"{self._method} adapts linear layers, and {key!r} is a {type(target).__name__}. "
                 f"Leave it out of target_modules."
             )
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: Any, name: str) -> None:
+        # PEFT goes by its own methods, and a sister is a LoRA: where the model reads a layer's
+        # weight past the layer, as Mamba does, it would not act either.
+        try:
+            super()._check_target_module_compatiblity(LoraConfig(), model, name)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{self._method} is a LoRA in each layer, and PEFT says of that: {error}"
+            ) from error
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:

@@ -158,6 +158,17 @@ def take_ranks_of(model: Any, checkpoint: Path) -> None:
     model.peft_config["default"].rank_pattern = saved.rank_pattern
 
 
+def pruned_whole(model: Any) -> set[str]:
+    """The paths of the layers that have no rank left, which is for their ranks to say."""
+    pattern = model.peft_config["default"].rank_pattern or {}
+    return {
+        # PEFT takes the adapter's name out of the keys when it saves.
+        f"base_model.model.{name.removesuffix('.default').removesuffix('.lora_E')}"
+        for name, stay in pattern.items()
+        if not any(stay)
+    }
+
+
 def is_adalora(model: Any) -> bool:
     """Whether a model's adapter is PEFT's AdaLoRA."""
     return str(getattr(model, "peft_type", "")).rpartition(".")[2] == "ADALORA"

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import msplora
 from msplora.errors import ConfigError, MSPLoraError, TargetError, nearest
 from msplora.loading import read_config
+from msplora.matching import check_names, own_modules
+from msplora.sisters.elalora.moving import check_ranks_can_move
 
 from .adalora import freeze_rank_numbers, is_adalora, leave_penalty_out
 from .base_model import Base
@@ -81,10 +83,14 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if folder:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
+        if plan is None:  # a plan has looked for all that its config names
+            check_names(dict(own_modules(base.model)), config)
         try:
             model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=on_meta(base.model))
         except ValueError as error:
             raise _explain(error, base.model, config, settings.method) from error
+    if settings.method == "elalora":
+        check_ranks_can_move(model)
     if is_adalora(model):
         leave_penalty_out(model)
         freeze_rank_numbers(model)

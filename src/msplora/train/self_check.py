@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from msplora.errors import MSPLoraError
+from msplora.sisters.hydra.layer import HydraLayer
 from msplora.store import factors, plan_of
 
+from .adalora import is_adalora, pruned_whole
 from .devices import is_sharded
 from .job import Job
 from .levels import have_numbers
@@ -25,9 +28,9 @@ _RELOADED = "reloaded"
 _TOLERANCE = 1e-3
 _NO_GRADIENT = "They got no gradient, or too little to see, or only steps at a learning rate of 0."
 _KEPT = (
-    "What was kept is of step {kept} of the {done} that were trained, the best evaluation, and its "
-    "B was zero there still: its stage was to come, the learning rate was warming up from 0, or "
-    "they got no gradient."
+    "What was kept is of step {kept} of the {done} that were trained, the best evaluation, and the "
+    "update was zero there still: its stage was to come, the learning rate was warming up from 0, "
+    "or they got no gradient."
 )
 _FROZEN = (
     "training.frozen_levels names it, and in a new adapter every B is zero: start from an adapter "
@@ -58,35 +61,48 @@ def check_trained(trainer: Any, job: Job, weights: Path, metrics: dict[str, Any]
         return []  # the pairs lie in pieces on the processes
     kept, done = metrics["best"]["step"], trainer.state.global_step
     why = _NO_GRADIENT if kept == done else _KEPT.format(kept=kept, done=done)
+    found = untrained(trainer.model)
+    if job.adapted.plan is None:
+        return [_told(part, sites, why) for part, sites in found.items()]
     meant, frozen = _meant_to_train(settings), settings.training.frozen_levels or ()
     return [
-        f"the level {level} adds nothing at {len(sites)} of the adapted layers, its B is zero "
-        f"there: {_some(sites)}. {_FROZEN if level in frozen else why}"
-        for level, sites in untrained(trainer.model).items()
+        _told(f"level {level}", sites, _FROZEN if level in frozen else why)
+        for level, sites in found.items()
         if meant is None or level in meant
     ]
+
+
+def _told(part: str, sites: list[str], why: str) -> str:
+    return (
+        f"the {part} adds nothing at {len(sites)} of the adapted layers, its update is zero "
+        f"there: {_some(sites)}. {why}"
+    )
 
 
 @torch.no_grad()
 def untrained(model: nn.Module) -> dict[str, list[str]]:
     """Level → the adapted layers to whose weights it adds nothing; only levels with such layers.
 
-    Of a plain LoRA, which has no levels, the key is `lora`.
+    Where there are no levels, the key is `adapter`; of Hydra, a branch.
     """
-    if str(getattr(model, "peft_type", "")).rpartition(".")[2] != "MSPLORA":
-        layers = [
-            (path, pair)
-            for path, layer in model.named_modules()
-            if isinstance(layer, LoraLayer) and (pair := _pair_of(layer))
-        ]
-        learnt = _learnt([pair for _, pair in layers])
-        sites = [path for (path, _), adds in zip(layers, learnt, strict=True) if not adds]
-        return {"lora": sites} if sites else {}
     found: dict[str, list[str]] = {}
-    learnt = _learnt([(a, b) for a, b, _ in factors(model).values()])
-    for pair, adds in zip(plan_of(model).pairs, learnt, strict=True):
+    if str(getattr(model, "peft_type", "")).rpartition(".")[2] == "MSPLORA":
+        learnt = _learnt([(a, b) for a, b, _ in factors(model).values()])
+        for pair, adds in zip(plan_of(model).pairs, learnt, strict=True):
+            if not adds:
+                found.setdefault(pair.level, []).extend(pair.sites)
+        return found
+    pruned = pruned_whole(model) if is_adalora(model) else ()
+    parts = [
+        (path, part, pair)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and path not in pruned
+        for part, pair in _pairs_of(layer).items()
+    ]
+    learnt = _learnt([pair for _, _, pair in parts])
+    for (path, part, _), adds in zip(parts, learnt, strict=True):
         if not adds:
-            found.setdefault(pair.level, []).extend(pair.sites)
+            found.setdefault(part, []).append(path)
     return found
 
 
@@ -154,17 +170,19 @@ def _is_as_trained(model: nn.Module, name: str) -> bool:
     return torch.equal(reloaded, trained.to(reloaded))
 
 
-def _pair_of(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """The A and the B that a layer of LoRA has for the trained adapter."""
-    owner = layer.lora_embedding_A if "default" in layer.lora_embedding_A else layer.lora_A
-    if "default" not in owner:
-        return None
-    if owner is layer.lora_embedding_A:
-        return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    a, b = (
-        getattr(its["default"], "weight", its["default"]) for its in (layer.lora_A, layer.lora_B)
-    )
-    return a, b
+def _pairs_of(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """The A and the B of each part that a layer of LoRA has for the trained adapter."""
+    if "default" not in layer.scaling:
+        return {}
+    if isinstance(layer, HydraLayer):  # a branch may stand still beside one that learns
+        parts = zip(("parallel", "sequential"), layer.branches("default"), strict=True)
+        return {f"{name} branch": (branch.a_RI, branch.b_OR) for name, branch in parts}
+    if "default" in layer.lora_embedding_A:
+        return {"adapter": (layer.lora_embedding_A["default"], layer.lora_embedding_B["default"])}
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    if isinstance(layer, AdaLoraLayer):  # its diagonal starts at zero, and B does not
+        return {"adapter": (layer.lora_E["default"] * a, b)}
+    return {"adapter": (a.weight, b.weight)}
 
 
 def _learnt(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:

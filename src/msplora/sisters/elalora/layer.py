@@ -18,6 +18,14 @@ RANK_DIMENSION = {"elalora_A": 0, "elalora_E": 0, "elalora_B": 1}
 """Container -> the dimension of its tensors that counts ranks."""
 
 
+class Weight(nn.Module):
+    """One factor of one adapter."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor)
+
+
 @dataclass
 class Record:
     """Where a layer's rank is written down; the layers of an adapter share `ranks`."""
@@ -54,10 +62,8 @@ class ElaLoraLayer(SisterLayer):
     """Adapter -> where its rank is written down."""
 
     def make_containers(self) -> None:
-        layer: Any = self
-        for name in self.containers:
-            layer.add_module(name, nn.ParameterDict())
-        layer.records = {}
+        super().make_containers()
+        self.records = {}
 
     def add(self, adapter_name: str, config: Any, key: str) -> None:
         layer: Any = self
@@ -66,21 +72,20 @@ class ElaLoraLayer(SisterLayer):
         b = torch.randn(layer.out_features, rank) * 0.02
         e = torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1)
         for name, tensor in zip(self.containers, (a, e, b), strict=True):
-            getattr(layer, name)[adapter_name] = nn.Parameter(tensor)
+            getattr(layer, name)[adapter_name] = Weight(tensor)
         self.records[adapter_name] = Record(config, key)
         self.settle(adapter_name, rank, scaling_of(config), config)
 
     def a_RI(self, adapter_name: str) -> Tensor:
-        layer: Any = self
-        return layer.elalora_E[adapter_name] * layer.elalora_A[adapter_name]
+        factors = self.factors(adapter_name)
+        return factors["elalora_E"] * factors["elalora_A"]
 
     def b_OR(self, adapter_name: str) -> Tensor:
-        layer: Any = self
-        return layer.elalora_B[adapter_name]
+        return self.factors(adapter_name)["elalora_B"]
 
     def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Container -> this adapter's parameter in it."""
-        return {name: getattr(self, name)[adapter_name] for name in self.containers}
+        return {name: getattr(self, name)[adapter_name].weight for name in self.containers}
 
     def replace(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
         """Put tensors of another rank in the places of an adapter's. The parameters stay, so that
@@ -109,7 +114,11 @@ class ElaLoraLayer(SisterLayer):
         # Before the containers load: take on the ranks of what is loaded, such as a checkpoint of
         # an earlier step.
         for adapter_name in self.records:
-            saved = state_dict.get(f"{prefix}elalora_E.{adapter_name}")
+            for name in self.containers:  # what was saved when a factor was a bare parameter
+                older = f"{prefix}{name}.{adapter_name}"
+                if older in state_dict:
+                    state_dict[f"{older}.weight"] = state_dict.pop(older)
+            saved = state_dict.get(f"{prefix}elalora_E.{adapter_name}.weight")
             factors = self.factors(adapter_name)
             if saved is None or len(saved) == len(factors["elalora_E"]):
                 continue

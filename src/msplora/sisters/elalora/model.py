@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from msplora import _peft
-from msplora.errors import ConfigError, nearest
+from msplora.errors import AdapterFileError
 from msplora.sisters.model import SisterModel
 
 from .config import ElaLoraConfig
@@ -21,27 +21,46 @@ class ElaLoraModel(SisterModel):
     layer_mixin = ElaLoraLayer
     config_class = ElaLoraConfig
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Let PEFT replace the layers, and let those share the table of their ranks."""
-        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
-        records = [
-            its.records[adapter_name]
-            for its in model.modules()
-            if isinstance(its, ElaLoraLayer) and adapter_name in its.records
-        ]
-        config: Any = self.peft_config[adapter_name]
-        _check_pattern(config, [its.key for its in records])
+        # Moves write the ranks into it, and the caller's may be another adapter's as well.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        records = [its.records[adapter_name] for its in _layers(model, adapter_name)]
         ranks = {its.key: rank_of(its.config, its.key) for its in records}
         for its in records:
             its.ranks = ranks
-        return result
 
-
-def _check_pattern(config: ElaLoraConfig, keys: list[str]) -> None:
-    for entry in config.rank_pattern or {}:
-        if not any(key == entry or _peft.get_pattern_key([entry], key) != key for key in keys):
-            raise ConfigError(
-                f"rank_pattern[{entry!r}] matches none of the {len(keys)} layers that are adapted."
-                f"{nearest(entry, keys, count=1)} Name the end of a layer's path, or a regular "
-                f"expression for it, as for PEFT's LoRA."
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # Files of earlier versions name the factors without a weight in them.
+        named = {
+            f"{key}.weight" if key.rpartition(".")[2] in ElaLoraLayer.containers else key: its
+            for key, its in state_dict.items()
+        }
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
+        # Loading into an adapter that is there reads no config, so the layers would take on the
+        # ranks of an adapter of another r, and keep a scale that is not its own.
+        wanted = sum(its.r[adapter_name] for its in _layers(model, adapter_name))
+        ending = f".elalora_E.{adapter_name}.weight"
+        found = sum(len(its) for name, its in remapped.items() if name.endswith(ending))
+        if found != wanted:
+            raise AdapterFileError(
+                f"the adapter's file has {found} ranks in all, and the adapter {adapter_name!r} "
+                f"that it is loaded into has {wanted}. Moves keep the sum, so it was made with "
+                f"another r, and its scale (lora_alpha / r) is another. Load it under a new name, "
+                f"with its own config."
             )
+        return remapped
+
+
+def _layers(model: nn.Module, adapter_name: str) -> list[Any]:
+    return [
+        its
+        for its in model.modules()
+        if isinstance(its, ElaLoraLayer) and adapter_name in its.records
+    ]

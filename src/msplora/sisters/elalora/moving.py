@@ -23,6 +23,7 @@ from .layer import RANK_DIMENSION, ElaLoraLayer
 from .ranks import (
     Moves,
     Phases,
+    check_some_can_move,
     choose_moves,
     new_direction,
     orthogonality,
@@ -34,6 +35,44 @@ _logger = logging.getLogger(__name__)
 
 IMPORTANCE, UNCERTAINTY = "elalora_importance", "elalora_uncertainty"
 """The names of the two averages in the optimiser's state."""
+
+_BEGIN_AT_ZERO = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # Adam and its kin
+    "momentum_buffer",  # SGD, RMSprop
+    *("square_avg", "grad_avg", "acc_delta", "sum"),  # RMSprop, Adadelta, Adagrad
+}
+"""What optimisers keep of a parameter's shape that is zero before the first step. Elsewhere, as in
+Rprop's step sizes, a new rank that began at zero would stay there."""
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Path -> layer, of an ElaLoRA adapter.
+
+    Raises:
+        MSPLoraError: the model has no such adapter.
+    """
+    found = {
+        path: its
+        for path, its in model.named_modules()
+        if isinstance(its, ElaLoraLayer) and adapter_name in its.records
+    }
+    if not found:
+        raise MSPLoraError(f"the model has no ElaLoRA adapter {adapter_name!r}.")
+    return found
+
+
+def check_ranks_can_move(model: nn.Module, adapter_name: str = "default") -> None:
+    """Refuse an adapter whose ranks cannot move, however long it trains.
+
+    Raises:
+        ConfigError: none can.
+        MSPLoraError: the model has no such adapter.
+    """
+    layers = list(adapted_layers(model, adapter_name).values())
+    check_some_can_move(
+        [its.r[adapter_name] for its in layers],
+        layers[0].records[adapter_name].config.pool_per_site,
+    )
 
 
 class RankMover:
@@ -69,18 +108,13 @@ class RankMover:
         adapter_name: str = "default",
         seed: int = 0,
     ) -> None:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if _processes() > 1:
             raise UnsupportedError(
                 "ElaLoRA's moves change the shapes of parameters, which no process group can take "
                 "over from its first step to the next. Train in one process."
             )
-        self.layers = {
-            path: its
-            for path, its in model.named_modules()
-            if isinstance(its, ElaLoraLayer) and adapter_name in its.records
-        }
-        if not self.layers:
-            raise MSPLoraError(f"the model has no ElaLoRA adapter {adapter_name!r}.")
+        self.layers = adapted_layers(model, adapter_name)
+        check_ranks_can_move(model, adapter_name)
         self.optimizer, self.adapter_name, self.seed = optimizer, adapter_name, seed
         self._check_factors()
         self.config = next(iter(self.layers.values())).records[adapter_name].config
@@ -191,13 +225,15 @@ class RankMover:
 
     def _check_state(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or _follows(value, parameter):
+            if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
-            raise UnsupportedError(
-                f"the optimiser keeps {name!r} of shape {tuple(value.shape)} and type "
-                f"{value.dtype} beside a parameter of shape {tuple(parameter.shape)}, and cannot "
-                f"follow it when ranks move. Use AdamW (adamw_torch), or SGD."
-            )
+            if name not in _BEGIN_AT_ZERO or not _follows(value, parameter):
+                raise UnsupportedError(
+                    f"the optimiser keeps {name!r} of shape {tuple(value.shape)} and type "
+                    f"{value.dtype} beside a parameter of shape {tuple(parameter.shape)}, and "
+                    f"cannot follow it when ranks move: of that shape it would have to be, and "
+                    f"known to begin at zero. Use AdamW (adamw_torch), or SGD."
+                )
 
     @torch.no_grad()
     def move(
@@ -218,6 +254,13 @@ class RankMover:
                     rows = _kept(value, dimension, stay)
                     state[key] = torch.cat([rows, _zeros(rows, dimension, grown)], dim=dimension)
         layer.replace(self.adapter_name, tensors)
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
 
 
 def _follows(value: Tensor, parameter: Tensor) -> bool:

@@ -95,6 +95,28 @@ def choose_moves(
     return Moves(pruned, {site: its for site, its in grown.items() if its})
 
 
+def check_some_can_move(ranks: Sequence[int], pool_per_site: int) -> None:
+    """Refuse sites whose pool is too small for a move, however their ranks are spread.
+
+    Of that alone, for a run that is resumed begins with the ranks that it has reached.
+
+    Args:
+        ranks: of each site.
+        pool_per_site: as in `choose_moves`.
+
+    Raises:
+        ConfigError: it is.
+    """
+    spare, sites = sum(ranks) - len(ranks), len(ranks)
+    if min(spare, sites * pool_per_site) < 2:
+        option = "r" if spare < 2 else "pool_per_site"
+        raise ConfigError(
+            f"ElaLoRA's ranks would never move: the adapted layers ({sites}) have {sum(ranks)} in "
+            f"all, each keeps its last, and of those that are compared (pool_per_site = "
+            f"{pool_per_site} of a layer) at most half move. Raise {option}, or adapt more layers."
+        )
+
+
 def new_direction(existing_RI: Tensor, generator: torch.Generator) -> Tensor:
     """A random unit vector (I) at right angles to all rows of `existing_RI`; R is below I."""
     rows = existing_RI.float()
@@ -140,7 +162,16 @@ class Phases:
                 f"warmup_steps and the last {final} final_steps, and the first move would come "
                 f"{interval} (interval) after the warm-up. Train for longer, or lower them."
             )
-        return cls(warmup, interval, end)
+        phases = cls(warmup, interval, end)
+        first = warmup + interval
+        if not phases.count(first, config.prune_per_step):
+            raise ConfigError(
+                f"ElaLoRA's ranks would never move: of {steps} steps the first move would come "
+                f"after step {first}, interval = {interval} after the warm-up, and by then the "
+                f"number that moves has fallen from prune_per_step = {config.prune_per_step} to 0 "
+                f"(of {end}, the last). Lower interval, or raise prune_per_step."
+            )
+        return phases
 
     def due(self, step: int) -> bool:
         """Whether ranks move after this step, counted from 1."""

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig
 
 from msplora import _peft
 from msplora.errors import ConfigError
 from msplora.sisters.config import check_positive, check_whole, refuse_the_rest
+
+
+class _Derived:
+    """Marks a number that nobody gave. `dataclasses.replace` hands on all fields, and must not find
+    one that was derived from the old ranks at odds with the new."""
+
+
+class _DerivedRank(_Derived, int):
+    pass
+
+
+class _DerivedAlpha(_Derived, float):
+    pass
 
 
 @dataclass
@@ -48,13 +62,20 @@ class HydraConfig(LoraConfig):
         check_whole("r_sequential", self.r_sequential)
         check_positive("scale", self.scale)
         rank = self.r_parallel + self.r_sequential
-        for name, meant in (("r", rank), ("lora_alpha", self.scale * rank)):
-            if getattr(self, name) not in (None, meant):
+        derived = {"r": _DerivedRank(rank), "lora_alpha": _DerivedAlpha(self.scale * rank)}
+        for name, meant in derived.items():
+            found = getattr(self, name)
+            if found not in (None, meant) and not isinstance(found, _Derived):
                 raise ConfigError(
-                    f"{name} = {getattr(self, name)!r}: Hydra's ranks are r_parallel and "
-                    f"r_sequential, and its factor is scale. Leave {name} out."
+                    f"{name} = {found!r}: Hydra's ranks are r_parallel and r_sequential, and its "
+                    f"factor is scale. Leave {name} out."
                 )
             setattr(self, name, meant)
         refuse_the_rest(self, "Hydra")
         super().__post_init__()
         self.peft_type = _peft.register_type("hydra")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, which any writer of JSON or YAML takes."""
+        fields = super().to_dict()
+        return fields | {"r": int(self.r), "lora_alpha": float(self.lora_alpha)}

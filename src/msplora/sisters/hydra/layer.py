@@ -33,10 +33,8 @@ class HydraLayer(SisterLayer):
     """Merged adapter -> what it added to the base's bias."""
 
     def make_containers(self) -> None:
-        layer: Any = self
-        for name in self.containers:
-            layer.add_module(name, nn.ModuleDict())
-        layer.projected, layer.merged_bias = {}, {}
+        super().make_containers()
+        self.projected, self.merged_bias = {}, {}
 
     def add(self, adapter_name: str, config: Any, key: str) -> None:
         layer: Any = self
