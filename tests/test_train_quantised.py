@@ -236,7 +236,7 @@ def test_a_quantised_checkpoint_is_recognised_by_its_config(tmp_path: Path) -> N
     for change, said in (
         (
             {"method": "full", "quantization": None},
-            "are quantised (gptq), so it trains",
+            "are quantised (gptq), and msplora trains on such with method msplora, lora,",
         ),
         ({}, "are quantised already (gptq)"),
     ):
@@ -247,13 +247,16 @@ def test_a_quantised_checkpoint_is_recognised_by_its_config(tmp_path: Path) -> N
         assert not list(tmp_path.glob("never*"))
 
 
-@pytest.mark.parametrize("method", ["full", "frozen"])
-def test_a_method_without_an_adapter_is_refused(folder: Path, method: str) -> None:
+@pytest.mark.parametrize("method", ["full", "frozen", "adalora", "randlora"])
+def test_a_method_that_does_not_train_in_bits_here_is_refused(folder: Path, method: str) -> None:
     changes = {"method": method, "task": "classification"}
     file = write_config(folder / "c.yaml", config(folder, "never", **changes))
     result = command("train", file)
     assert result.code == 1
-    assert "a base in 4bit trains with an adapter that has layers for it" in result.error
+    assert (
+        "msplora trains on a base in 4bit with method msplora, lora, dora, rslora, hydra, elalora, "
+        f"and the method is {method!r}" in result.error
+    )
 
 
 def test_a_missing_library_is_named_with_its_extra(

@@ -60,10 +60,15 @@ class AllocateRanks(TrainerCallback):
 
     An evaluation is of the adapter as it would be saved: without the ranks that are pruned by now.
     They are put back after it, so that evaluations change nothing of the training.
+
+    Args:
+        settings: what the run asks for.
+        steps: of the whole run, where the trainer takes only the first of them.
     """
 
-    def __init__(self, settings: AdaLoraSettings) -> None:
+    def __init__(self, settings: AdaLoraSettings, steps: int | None = None) -> None:
         self.settings = settings
+        self.steps = steps
         self.put_away: list[tuple[nn.Parameter, Tensor]] = []
         """The diagonals during an evaluation, and what they were."""
 
@@ -73,7 +78,7 @@ class AllocateRanks(TrainerCallback):
         """Tell the config how long the run is."""
         refuse_scaled(args, "AdaLoRA")
         config = model.peft_config["default"]
-        for name, value in pruning(self.settings, state.max_steps).items():
+        for name, value in pruning(self.settings, self.steps or state.max_steps).items():
             setattr(config, name, value)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -125,6 +130,13 @@ class AllocateRanks(TrainerCallback):
             if name.endswith(".lora_E.default")
         ]
         tuner.rankallocator.mask_using_rank_pattern(tuner.model, pattern)
+
+
+def averages(model: Any) -> list[Tensor]:
+    """What PEFT keeps of every number that AdaLoRA trains, to tell what its rank is worth."""
+    allocator = model.base_model.rankallocator
+    kept = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc)
+    return [its for tensors in kept for its in tensors.values()]
 
 
 def leave_penalty_out(model: Any) -> None:

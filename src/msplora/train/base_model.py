@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,13 +231,32 @@ def _arithmetic(settings: Settings, config: Any, on_gpu: bool) -> torch.dtype:
     return stored
 
 
+def encoder_of(model: Any) -> str:
+    """The name of the child that the head reads: the one that the model's class calls its base.
+
+    Some classes have no child of that name: CLIP's and SigLIP's classifiers of images hold one of
+    the two towers under the name that it has beside the other. There it is the child that holds
+    the input embeddings, or, of a model that does not say where those are, the largest one.
+    """
+    children = dict(model.named_children())
+    if (prefix := getattr(model, "base_model_prefix", "")) in children:
+        return prefix
+    with suppress(AttributeError, NotImplementedError):
+        embeddings = model.get_input_embeddings()
+        for name, child in children.items():
+            if any(its is embeddings for its in child.modules()):
+                return name
+    sizes = {name: sum(map(torch.numel, its.parameters())) for name, its in children.items()}
+    return max(sizes, key=sizes.__getitem__, default="")
+
+
 def _head(model: nn.Module) -> tuple[str, ...]:
     """The modules with weights that stand beside the encoder: classifier, score, pooler …"""
+    encoder = encoder_of(model)
     return tuple(
         name
         for name, module in model.named_children()
-        if name != getattr(model, "base_model_prefix", "")
-        and any(True for _ in module.parameters())
+        if name != encoder and any(True for _ in module.parameters())
     )
 
 

@@ -66,6 +66,19 @@ def stages_of(settings: Settings) -> list[Stage]:
     return [Stage(tuple(its.levels), its.share) for its in settings.training.stages or ()]
 
 
+def add_rank_callbacks(
+    trainer: Any, settings: Settings, tell: Callable[[str], None], steps: int | None = None
+) -> None:
+    """Attach to a trainer what moves the ranks of ElaLoRA, and prunes those of AdaLoRA.
+
+    `steps` are those of the whole run, where the trainer takes only the first of them.
+    """
+    if settings.method == "elalora":
+        trainer.add_callback(MoveRanks(tell=tell, steps=steps))
+    if settings.method == "adalora":
+        trainer.add_callback(AllocateRanks(settings.adalora, steps))
+
+
 def add_callbacks(
     trainer: Any, settings: Settings, adapted: Adapted, folder: Path, tell: Callable[[str], None]
 ) -> None:
@@ -82,10 +95,7 @@ def add_callbacks(
     if training.early_stopping_patience:
         stages = stages_of(settings) if adapted.plan else []
         stop_early(trainer, training.early_stopping_patience, stages, tell)
-    if settings.method == "elalora":
-        trainer.add_callback(MoveRanks(tell=tell))
-    if settings.method == "adalora":
-        trainer.add_callback(AllocateRanks(settings.adalora))
+    add_rank_callbacks(trainer, settings, tell)
     if adapted.plan:
         stages = stages_of(settings)
         if training.frozen_levels and not stages:

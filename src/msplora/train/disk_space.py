@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from torch import nn
+
 from msplora.errors import MSPLoraError
 
 from .job import Job
@@ -17,8 +19,7 @@ class DiskTooSmall(MSPLoraError):
 def check_space(job: Job, output: Path) -> list[str]:
     """Return a note where the checkpoints that are kept may not fit.
 
-    A checkpoint holds what is saved (the adapter, or the whole model) and AdamW's two moments of
-    what trains, in float32.
+    A checkpoint holds what is saved (the adapter, or the whole model) and what the optimiser keeps.
 
     Raises:
         DiskTooSmall: there is no room for one checkpoint and the result.
@@ -28,7 +29,7 @@ def check_space(job: Job, output: Path) -> list[str]:
     training = sum(its.nbytes for its in parameters if its.requires_grad)
     whole = settings.method in ("full", "frozen")
     result = sum(its.nbytes for its in parameters) if whole else training
-    checkpoint = result + 2 * training
+    checkpoint = result + optimiser_bytes(model)
     free = _free(output)
     if free < checkpoint + result:
         raise DiskTooSmall(
@@ -43,6 +44,18 @@ def check_space(job: Job, output: Path) -> list[str]:
             f"{free_space(output)} Lower training.save_limit, or free some space meanwhile."
         ]
     return []
+
+
+def optimiser_bytes(model: nn.Module) -> int:
+    """What AdamW keeps of all that trains: two moments, and of ElaLoRA's numbers two averages more.
+
+    AdaLoRA's averages are in no file.
+    """
+    return sum(
+        (4 if ".elalora_" in name else 2) * its.nbytes
+        for name, its in model.named_parameters()
+        if its.requires_grad
+    )
 
 
 def free_space(output: Path) -> str:

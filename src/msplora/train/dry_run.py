@@ -19,6 +19,7 @@ from msplora.errors import ConfigError
 from .absolute_paths import with_absolute_paths
 from .base_model import base_without_weights
 from .devices import planned
+from .disk_space import optimiser_bytes
 from .dry_run_devices import is_sharded, not_foreseen
 from .estimate import Estimate, estimate
 from .job import Job
@@ -262,9 +263,7 @@ def disk_use(job: Job) -> Disk:
     # Tied weights are in a file once.
     tensors = {id(its.untyped_storage()): its for its in kept.values()}.values()
     weights = sum(its.numel() * its.element_size() for its in tensors)
-    trained = (its for its in model.parameters() if its.requires_grad)
-    states = sum(2 * its.numel() * its.element_size() for its in trained)
-    checkpoint = weights + states
+    checkpoint = weights + optimiser_bytes(model)
     # A new one is whole before an old one goes, the best stays beside those that the limit names,
     # and the weights are written when the last is.
     limit = job.record.settings.training.save_limit

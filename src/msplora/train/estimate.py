@@ -16,14 +16,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import optimizer as torch_optimizer
+from transformers import TrainerCallback
 
 from .as_on_cuda import as_on_cuda, steps_at_once
 from .dry_run_devices import has_buckets
 from .job import Job
 from .memory_trace import Held, MemoryTrace, Peak
 from .quantisation import is_quantised
-from .rehearsal import Rehearsal, Rows, rehearsed, weights_of
+from .rehearsal import Rehearsal, Rows, kept_between_steps, rehearsed, weights_of
 from .weightless import taken_for_real, weightless_copy
 
 CUDA_ROUNDING = 512
@@ -89,8 +89,9 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
         trainer.args.dataloader_pin_memory = False
         if on_gpu:
             steps_at_once(trainer.create_optimizer())
+        trainer.add_callback(_OptimiserWatched(trace))  # before those that step beside it
         rehearsal = Rehearsal(trainer)
-        stack.enter_context(_purposes(trace, model))
+        stack.enter_context(_gradients_noted(trace, model))
         trace.start_anew()
         rehearsal.train()
         training = trace.start_anew()
@@ -101,32 +102,37 @@ def estimate(job: Job, on_gpu: bool, arithmetic: torch.dtype | None = None) -> E
     return Estimate(training, evaluation, rehearsal.rows)
 
 
+class _OptimiserWatched(TrainerCallback):
+    """Tells a trace when the optimiser is at work, and what is kept for its next step."""
+
+    def __init__(self, trace: MemoryTrace) -> None:
+        self.trace = trace
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin a step; what methods do beside it is part of it."""
+        self.trace.stepping = True
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
+    ) -> None:
+        """End it."""
+        self.trace.stepping = False
+        for tensor in kept_between_steps(model, others["optimizer"]):
+            self.trace.hold(tensor, Held.OPTIMISER)
+
+
 @contextmanager
-def _purposes(trace: MemoryTrace, model: nn.Module) -> Iterator[None]:
-    """Tell the trace of gradients, and of the optimiser and what it keeps."""
-
-    def before(*_: Any) -> None:
-        trace.stepping = True
-
-    def after(optimizer: Any, *_: Any) -> None:
-        trace.stepping = False
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    trace.hold(value, Held.OPTIMISER)
+def _gradients_noted(trace: MemoryTrace, model: nn.Module) -> Iterator[None]:
+    """Tell a trace which tensors are gradients."""
 
     def note_gradient(parameter: Tensor) -> None:
         if parameter.grad is not None:
             trace.hold(parameter.grad, Held.GRADIENTS)
 
     handles = [
-        torch_optimizer.register_optimizer_step_pre_hook(before),
-        torch_optimizer.register_optimizer_step_post_hook(after),
-        *(
-            parameter.register_post_accumulate_grad_hook(note_gradient)
-            for parameter in model.parameters()
-            if parameter.requires_grad
-        ),
+        parameter.register_post_accumulate_grad_hook(note_gradient)
+        for parameter in model.parameters()
+        if parameter.requires_grad
     ]
     try:
         yield

@@ -37,8 +37,11 @@ class Pixels(Dataset):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         image = self.images[place]
-        pixels = self.processor(open_image(image), return_tensors="pt")["pixel_values"][0]
-        row: dict[str, Any] = {"pixel_values": pixels}
+        found = self.processor(open_image(image), return_tensors="pt")
+        # Pixels, and of a processor that leaves images their form (SigLIP2's) also which.
+        row: dict[str, Any] = {
+            name: found[name][0] for name in self.processor.model_input_names if name in found
+        }
         return row if image.label is None else row | {"labels": image.label}
 
 
@@ -89,8 +92,7 @@ def _few(names: tuple[str, ...]) -> str:
 
 def _sample(image: LabelledImage, rows: Pixels, classes: Classes) -> Text:
     width, height = open_image(image).size
-    channels, *size = rows[0]["pixel_values"].shape
-    pixels = " × ".join(map(str, (*reversed(size), channels)))
+    pixels = " × ".join(map(str, reversed(rows[0]["pixel_values"].shape)))
     text = Text(f"{image.place}: {width} × {height}, given to the model as {pixels}")
     assert image.label is not None
     return text.append(f"\n→ {classes.label_column} = {classes.labels[image.label]}", style="green")

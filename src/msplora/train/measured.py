@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msplora.bench.memory import peak_live_bytes
 
 from .job import Job
-from .rehearsal import Rehearsal, rehearsed, weights_of
+from .rehearsal import Rehearsal, kept_between_steps, rehearsed, weights_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,7 @@ def measure(job: Job) -> Measured:
         training = weights + peak_live_bytes(rehearsal.train, device)
         if not rehearsal.evaluates:
             return Measured(training, None)
-        states = [
-            value
-            for state in trainer.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
-        kept = weights + _bytes_of(states)
+        kept = weights + _bytes_of(kept_between_steps(trainer.model, trainer.optimizer))
         return Measured(training, kept + peak_live_bytes(rehearsal.evaluate, device))
 
 

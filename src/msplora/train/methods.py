@@ -19,7 +19,7 @@ from msplora.matching import check_names, own_modules
 from msplora.sisters.elalora.moving import check_ranks_can_move
 
 from .adalora import freeze_rank_numbers, is_adalora, leave_penalty_out
-from .base_model import Base
+from .base_model import Base, encoder_of
 from .init_from import notes_on_start, start_folder
 from .levels import check_level_names, check_some_train, freeze_levels
 from .peft_methods import METHODS, config_of, is_lora, keys_read, rank_of, unread_sections
@@ -312,7 +312,7 @@ def _alike(name: str, found: Any, wanted: Any, base: Base) -> bool:
     if name == "target_modules" and wanted == "all-linear" and not isinstance(found, str):
         # Saved adapters list what "all-linear" was.
         there = {target.rpartition(".")[2] for target in found or ()}
-        encoder = getattr(base.model, base.model.base_model_prefix, base.model)
+        encoder = base.model.get_submodule(encoder_of(base.model))
         return there >= set(_linear_names(encoder))
     return _plain(found) == _plain(wanted)
 

@@ -35,7 +35,7 @@ class PeftMethod:
     since: str | None = None
     """The release of PEFT that brought it, where older ones that msplora runs with lack it."""
     quantises: bool = False
-    """It has layers for a base in 4 or 8 bits."""
+    """`msplora train` takes it on a base in 4 or 8 bits."""
     merges: bool = False
     """`msplora convert --to merged` takes it."""
     one_process: str | None = None
@@ -88,6 +88,9 @@ METHODS = {
     ),
 }
 """Method -> what it is; without msplora, LoRA's kinds, and those without an adapter."""
+
+METHODS_IN_BITS = ("msplora", *LORAS, *(name for name, its in METHODS.items() if its.quantises))
+"""The methods that train on a base in 4 or 8 bits here; PEFT has layers for it of others too."""
 
 
 def check_method(settings: Settings, source: str) -> None:
@@ -199,8 +202,3 @@ def has_adapter(method: str) -> bool:
 def is_lora(method: str) -> bool:
     """Whether PEFT's `LoraConfig` is the method's."""
     return method in LORAS
-
-
-def takes_bits(method: str) -> bool:
-    """Whether a method trains on a base in 4 or 8 bits."""
-    return method in ("msplora", *LORAS) or (method in METHODS and METHODS[method].quantises)

@@ -16,7 +16,7 @@ from torch import nn
 from msplora.errors import ConfigError
 from msplora.extras import quantised_extra
 
-from .peft_methods import takes_bits
+from .peft_methods import METHODS_IN_BITS
 from .settings import Settings
 
 
@@ -42,11 +42,11 @@ def quantisation_config(
                 f"are quantised already ({kind}). Leave quantization out, or name the checkpoint "
                 f"they were made from."
             )
-        if not takes_bits(settings.method):
+        if settings.method not in METHODS_IN_BITS:
             raise ConfigError(
-                f"the weights of {settings.model} are quantised ({kind}), so it trains with an "
-                f"adapter that has layers for them, and method {settings.method!r} has none. Use "
-                f"method msplora or lora, or the checkpoint they were made from."
+                f"the weights of {settings.model} are quantised ({kind}), and msplora trains on "
+                f"such with method {', '.join(METHODS_IN_BITS)}; the method is "
+                f"{settings.method!r}. Use one of those, or the checkpoint they were made from."
             )
     if not settings.quantization:
         return None
@@ -64,7 +64,7 @@ def quantisation_config(
 
 def can_be_quantised(settings: Settings) -> bool:
     """Whether `quantization` could be set for such a run, here."""
-    return takes_bits(settings.method) and bool(find_spec("bitsandbytes"))
+    return settings.method in METHODS_IN_BITS and bool(find_spec("bitsandbytes"))
 
 
 def quantised_by(quantisation: Any) -> str:

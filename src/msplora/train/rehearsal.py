@@ -16,11 +16,17 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, SequentialSampler, Subset
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .adalora import averages, is_adalora
+from .callbacks import add_rank_callbacks
 from .settings import Settings
 from .weightless_quantised import scales
 
 STEPS = 2
 """The optimiser makes its state in the first; the second is like all that follow."""
+
+RUN_STEPS = 10**9
+"""How long a run is, to methods that divide it into phases and refuse a short one. So the steps are
+of the first phase, in which averages are kept and ranks stay, unless their section skips it."""
 
 MICRO_BATCHES = 2
 """Batches per step, at most: gradients are held from the second on, however many there are."""
@@ -64,6 +70,7 @@ class Rehearsal:
         arguments.eval_strategy = IntervalStrategy.NO
         arguments.save_strategy = SaveStrategy.NO
         arguments.load_best_model_at_end = False
+        add_rank_callbacks(trainer, trainer.settings, lambda _: None, RUN_STEPS)
         batches = STEPS * arguments.gradient_accumulation_steps
         rows = longest_rows(trainer.train_dataset, arguments.per_device_train_batch_size)
         trainer.train_dataset = _joined([rows] * batches)
@@ -96,6 +103,14 @@ def weights_of(trainer: Any) -> list[Tensor]:
         if model is not None
         for tensor in (*model.parameters(), *model.buffers(), *scales(model))
     ]
+
+
+def kept_between_steps(model: Any, optimizer: Any) -> list[Tensor]:
+    """What stays from the first step on, beside the weights: the optimiser's state, in which are
+    ElaLoRA's averages too, and AdaLoRA's averages."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    kept = [its for its in states if isinstance(its, Tensor)]
+    return kept + averages(model) if is_adalora(model) else kept
 
 
 def lengths(rows: Any) -> list[int]:

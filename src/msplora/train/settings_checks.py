@@ -8,7 +8,7 @@ from typing import Any
 
 from msplora.errors import ConfigError, nearest
 
-from .peft_methods import check_method, takes_bits
+from .peft_methods import METHODS_IN_BITS, check_method
 from .settings import TASKS_OF_KEY, Settings
 from .settings_data import DataSettings
 from .settings_methods import LORAS
@@ -41,11 +41,11 @@ def check_together(settings: Settings, source: str) -> None:
             f"{settings.task!r} has none. Use method msplora, lora or full."
         )
     check_method(settings, source)
-    if settings.quantization and not takes_bits(settings.method):
+    if settings.quantization and settings.method not in METHODS_IN_BITS:
         raise ConfigError(
-            f"in {source}: a base in {settings.quantization} trains with an adapter that has "
-            f"layers for it, and method {settings.method!r} has none. Use method msplora or lora, "
-            f"or leave quantization out."
+            f"in {source}: msplora trains on a base in {settings.quantization} with method "
+            f"{', '.join(METHODS_IN_BITS)}, and the method is {settings.method!r}. Use one of "
+            f"those, or leave quantization out."
         )
     if settings.task == "dpo" and settings.adapter.bias != "none":
         raise ConfigError(

@@ -298,13 +298,18 @@ class MoveRanks(TrainerCallback):
     Args:
         adapter_name: the adapter.
         tell: is given a line at each move; unset, the line is logged.
+        steps: of the whole run, where the trainer takes only the first of them.
     """
 
     def __init__(
-        self, adapter_name: str = "default", tell: Callable[[str], None] = _logger.info
+        self,
+        adapter_name: str = "default",
+        tell: Callable[[str], None] = _logger.info,
+        steps: int | None = None,
     ) -> None:
         self.adapter_name = adapter_name
         self.tell = tell
+        self.steps = steps
         self.mover: RankMover | None = None
 
     def on_train_begin(
@@ -312,9 +317,8 @@ class MoveRanks(TrainerCallback):
     ) -> None:
         """Check that ranks can move in this run."""
         refuse_scaled(args, "ElaLoRA")
-        self.mover = RankMover(
-            model, others["optimizer"], state.max_steps, self.adapter_name, args.seed
-        )
+        steps = self.steps or state.max_steps
+        self.mover = RankMover(model, others["optimizer"], steps, self.adapter_name, args.seed)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Add the penalty's gradient."""
