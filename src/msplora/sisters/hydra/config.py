@@ -78,4 +78,4 @@ class HydraConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, which any writer of JSON or YAML takes."""
         fields = super().to_dict()
-        return fields | {"r": int(self.r), "lora_alpha": float(self.lora_alpha)}
+        return fields | {"r": int(fields["r"]), "lora_alpha": float(fields["lora_alpha"])}
