@@ -173,7 +173,8 @@ def test_a_comparison_of_fewer_pairs_says_of_how_many(made_up: MadeUp) -> None:
 
 def test_what_is_not_known_of_the_rates_around_the_best_is_said(made_up: MadeUp) -> None:
     made_up.fails = {"one,lora,learning_rate=0.01,seed=0"}
-    lines = section_of(markdown(run_bake_off(prepared()), {}), "Learning rates")
+    choose = {"tasks": ["one"], "extend": 0}
+    lines = section_of(markdown(run_bake_off(prepared(choose=choose)), {}), "Learning rates")
     chosen = {line.split()[1]: line.split("|")[4].strip() for line in lines if "chosen" in line}
     assert chosen == {
         "lora": "chosen, though runs of 0.01 failed",
@@ -188,18 +189,16 @@ def test_what_is_not_known_of_the_rates_around_the_best_is_said(made_up: MadeUp)
 def test_hollow_marks_are_explained_whoever_has_them(made_up: MadeUp) -> None:
     """The first method has none."""
     methods = {name: SPEC["methods"][name] for name in ("pyramid", "lora")}
-    outcome = run_bake_off(
-        prepared(
-            methods=methods, learning_rates=[1e-3, 1e-2], reject={"after": 0.5, "behind": 0.05}
-        )
-    )
+    rule: dict[str, Any] = {"reject": {"after": 0.5, "behind": 0.05}}
+    rates: dict[str, Any] = {"learning_rates": [1e-3, 1e-2], "choose": {"extend": 0}}
+    outcome = run_bake_off(prepared(methods=methods, **rates, **rule))
     rejected = {row.parameters["method"] for row in outcome.rows if row.status == "rejected"}
     assert rejected == {"lora"}
     plots = draw(outcome)
     assert b"given up early" in plots["rates"]
     assert b"better than pyramid by" in plots["differences"]
     assert "rejected (best until then" in markdown(outcome, plots)
-    whole = run_bake_off(prepared(output="whole", methods=methods, learning_rates=[1e-3, 1e-2]))
+    whole = run_bake_off(prepared(output="whole", methods=methods, **rates))
     assert b"given up early" not in draw(whole)["rates"]
 
 
