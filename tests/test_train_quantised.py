@@ -215,7 +215,10 @@ def test_a_checkpoint_that_is_quantised_already_is_trained_as_it_is(folder: Path
     assert tree(folder / "small") == before
     for change, said in (
         ({"quantization": "4bit"}, "are quantised already (bitsandbytes)"),
-        ({"method": "full"}, "are quantised (bitsandbytes), so it trains"),
+        (
+            {"method": "full"},
+            "are quantised (bitsandbytes), and msplora trains on such with method msplora, lora",
+        ),
     ):
         file = write_config(folder / "c.yaml", config(folder, "never", **changes | change))
         result = command("train", file)
