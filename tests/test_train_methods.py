@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from msplora.errors import TargetError
-from msplora.train.base_model import load_base
+from msplora.train.base_model import Base, load_base
 from msplora.train.data_classification import Classes
 from msplora.train.methods import adapt
 from msplora.train.peft_methods import METHODS
@@ -21,6 +21,7 @@ from msplora.train.run_trainer import settings_groups
 from msplora.train.settings_file import make_settings
 from runs import Result, config_on, msplora, same, save_bases, tensors, write_config
 from test_interruption import at_step, send
+from tiny import EXPERTS_ARE_PARAMETERS, MODELS
 
 # So that ranks move, or are pruned, in the fourteen steps of a run.
 OWN: dict[str, Any] = {
@@ -303,6 +304,18 @@ def test_a_name_of_nothing_is_refused_of_every_method(
     base = load_base(settings, Classes(("text",), "label", ("bad", "good")))
     with pytest.raises(TargetError, match=said):
         adapt(base, settings)
+
+
+@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="its experts are modules there")
+def test_names_that_peft_translates_are_taken(bases: Path) -> None:
+    """Of experts that transformers fused, as the checkpoint has them."""
+    asked = content(bases, "lora", "sft")
+    asked["adapter"]["target_modules"] = ["q_proj", "w1", "w2", "w3"]
+    settings = make_settings(asked, "a test")
+    adapted = adapt(Base(MODELS["mixtral"].model(), None, torch.float32), settings)
+    assert adapted.model.peft_config["default"].target_modules == {"q_proj"}
+    trained = {name for name, its in adapted.model.named_parameters() if its.requires_grad}
+    assert any(".experts." in name for name in trained)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

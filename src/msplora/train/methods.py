@@ -83,12 +83,14 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if folder:
         model = load_adapter(base.model, folder, is_trainable=True)
     else:
-        if plan is None:  # a plan has looked for all that its config names
-            check_names(dict(own_modules(base.model)), config)
+        modules = dict(own_modules(base.model))
         try:
             model = peft.get_peft_model(base.model, config, low_cpu_mem_usage=on_meta(base.model))
         except ValueError as error:
             raise _explain(error, base.model, config, settings.method) from error
+        if plan is None:  # a plan has looked for all that its config names
+            # Only now: for experts that transformers fused, PEFT has put the names they have here.
+            check_names(modules, model.peft_config["default"])
     if settings.method == "elalora":
         check_ranks_can_move(model)
     if is_adalora(model):
