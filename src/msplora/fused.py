@@ -115,14 +115,13 @@ def _forward(
     """The output, s A d(x), and which inputs the dropout kept."""
     a_RI, b_OR = _stacked(mix, a_factors, b_factors)
     x_MI = x_NI.reshape(-1, x_NI.shape[-1])
-    y_MO = F.linear(x_MI, weight_OI, bias_O)
     kept_MI = None
     inner_MI = x_MI if x_MI.dtype == mix.dtype else x_MI.to(mix.dtype)
     if mix.dropout:
         kept_MI = torch.empty_like(x_MI, dtype=torch.bool).bernoulli_(1 - mix.dropout)
         inner_MI = inner_MI * kept_MI
     h_MR = _scaled(_narrow_product(inner_MI, a_RI), mix)
-    _add_product(y_MO, h_MR, b_OR.t(), mix.gain)
+    y_MO = _both_products(x_MI, weight_OI.t(), h_MR, b_OR.t(), bias_O=bias_O, gain=mix.gain)
     return _unfolded(y_MO, x_NI), h_MR, kept_MI
 
 
@@ -186,9 +185,9 @@ class _LinearWithPairs(torch.autograd.Function):
                 grad_a = cast(Any, torch.split_with_sizes_copy(grad_RI, mix.ranks))
                 del inner_MI
             if wants_x:
-                grad_x = grad_MO @ weight_OI
-                _add_product(grad_x, grad_h_MR, a_RI, mix.gain, kept_MI)
-                grad_x = grad_x.view(x_NI.shape)
+                grad_x = _both_products(
+                    grad_MO, weight_OI, grad_h_MR, a_RI, gain=mix.gain, mask_MO=kept_MI
+                ).view(x_NI.shape)
         if wants_weight:
             grad_weight = grad_MO.t() @ x_MI
         if wants_bias:
@@ -206,14 +205,13 @@ def _forward_of_stacks(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output, A d(x), and what dropout multiplies the input by."""
     x_MI = x_NI.reshape(-1, x_NI.shape[-1])
-    y_MO = F.linear(x_MI, weight_OI, bias_O)
     inner_MI = x_MI if x_MI.dtype == a_RI.dtype else x_MI.to(a_RI.dtype)
     noise_MI = None
     if dropout:
         noise_MI = torch.empty_like(inner_MI).bernoulli_(1 - dropout).div_(1 - dropout)
         inner_MI = inner_MI * noise_MI
     h_MR = _narrow_product(inner_MI, a_RI)
-    _add_product(y_MO, h_MR, b_RO)
+    y_MO = _both_products(x_MI, weight_OI.t(), h_MR, b_RO, bias_O=bias_O)
     return _unfolded(y_MO, x_NI), h_MR, noise_MI
 
 
@@ -260,9 +258,9 @@ class _LinearWithStacks(torch.autograd.Function):
             if wants_a:
                 grad_a = _product_of_few_rows(grad_h_MR.t(), inner_MI)
             if wants_x:
-                grad_x_MI = torch.mm(grad_MO, weight_OI)
-                _add_product(grad_x_MI, grad_h_MR, a_RI, mask_MO=noise_MI)
-                grad_x = grad_x_MI.view(x_NI.shape)
+                grad_x = _both_products(grad_MO, weight_OI, grad_h_MR, a_RI, mask_MO=noise_MI).view(
+                    x_NI.shape
+                )
         if wants_weight:
             grad_weight = torch.mm(grad_MO.t(), x_MI)
         if wants_bias:
@@ -337,26 +335,41 @@ def _gained(grad: Tensor, mix: Mix) -> Tensor:
     return grad * mix.gain if mix.dropout else grad
 
 
-def _add_product(
-    out_MO: Tensor,
+def _both_products(
+    x_MI: Tensor,
+    weight_IO: Tensor,
     left_MR: Tensor,
     right_RO: Tensor,
+    *,
+    bias_O: Tensor | None = None,
     gain: float = 1,
     mask_MO: Tensor | None = None,
-) -> None:
-    """Add a product into `out`, which may be less precise than the factors; only the sum rounds.
+) -> Tensor:
+    """``x @ weight + bias + gain * mask * (left @ right)``, (M, O), in the dtype of `x`.
 
-    Args:
-        gain: multiplies the product.
-        mask_MO: multiplies it, too.
+    In float32 the narrow product comes first and the wide one is added to it: that reads what is
+    there while it multiplies, where the narrow one would read and write all of it once more. In
+    half precision it comes last, as a sum that has been rounded is not as near (`test_fused.py`).
+    `left` and `right` may be more precise than `x`; then only the sum is rounded.
     """
-    if mask_MO is None and _worth_halves(out_MO, left_MR):
+    if left_MR.dtype == x_MI.dtype and x_MI.dtype.itemsize >= 4:
+        if bias_O is not None:
+            sum_MO = torch.addmm(bias_O, left_MR, right_RO, alpha=gain)
+        else:
+            sum_MO = torch.mm(left_MR, right_RO)
+            if gain != 1:
+                sum_MO.mul_(gain)
+        if mask_MO is not None:
+            sum_MO.mul_(mask_MO)
+        return sum_MO.addmm_(x_MI, weight_IO)
+
+    sum_MO = F.linear(x_MI, weight_IO.t(), bias_O)
+    if mask_MO is None and _worth_halves(x_MI, left_MR):
         left_MR, right_RO = _in_bfloat16(left_MR, right_RO)
-    if mask_MO is None and out_MO.dtype == left_MR.dtype:
-        out_MO.addmm_(left_MR, right_RO, alpha=gain)
-    else:
-        product_MO = left_MR @ right_RO
-        out_MO.add_(product_MO if mask_MO is None else product_MO.mul_(mask_MO), alpha=gain)
+    if mask_MO is None and left_MR.dtype == sum_MO.dtype:
+        return sum_MO.addmm_(left_MR, right_RO, alpha=gain)
+    product_MO = left_MR @ right_RO
+    return sum_MO.add_(product_MO if mask_MO is None else product_MO.mul_(mask_MO), alpha=gain)
 
 
 def _worth_halves(out_MO: Tensor, left_MR: Tensor) -> bool:
