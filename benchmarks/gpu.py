@@ -3,12 +3,12 @@
     python benchmarks/gpu.py --output benchmarks/results/gpu.json
 
 Llama-3.2-3B and Llama-2-7B with random weights in bfloat16, query and value or all linear layers,
-eager and compiled; batches of 4, on which a minute is enough for a verdict, and those that fill the
+eager and compiled; batches of 2, on which a minute is enough for a verdict, and those that fill the
 card. The points come in the order of their importance, each gets as many rounds as its share of the
 time allows, and the file is written after each. What there was no time for is named at the end, and
 measured by the same command with --append; --only compiled measures the points of that name. A copy
-without its history needs the commit in $COMMIT. `--tiny` goes the same way on a CPU, with tiny
-models.
+without its history needs the commit in $COMMIT, and code that is not committed is refused. `--tiny`
+goes the same way on a CPU, with tiny models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +24,13 @@ import torch
 from rich.console import Console
 
 from msplora.bench.fits import available_bytes, need_of
-from msplora.bench.gpu_figures import TooFullError
 from msplora.bench.methods import DEFAULT, NEEDED, checked
 from msplora.bench.points import DTYPES, Point, point_of
+from msplora.bench.provenance import commit
 from msplora.bench.results import ResultFile, check
 from msplora.bench.speed import measure_speed
 from msplora.bench.sweep import is_out_of_memory
+from msplora.bench.tables import MIN_ROUNDS
 from msplora.bench.terminal import time_table
 from msplora.errors import MSPLoraError
 
@@ -39,10 +40,10 @@ class Wanted:
     """A point whose batch is still to be chosen, and the time that it takes."""
 
     point: Point
-    least: float = 25.0
-    """Seconds below which it is not begun: to build it, warm up and step a few times."""
+    least: float = 15.0
+    """Seconds to build it, compile it and warm up, which its share of the time does not pay for."""
     share: float = 1.0
-    """Of the time left, relative to the points after it."""
+    """Of the time that is left for rounds, relative to the points after it."""
     fill: bool = False
     """Take the largest batch that fits; else the point's own."""
 
@@ -68,24 +69,23 @@ class OutOfTimeError(Exception):
 
 
 def gpu_plan(dtype: str) -> Plan:
-    """The points of a GPU. Compiled ones have 8 layers, since compiling takes time per layer."""
+    """The points of a GPU. Compiled ones have 2 layers, since compiling takes time per layer."""
 
     def llama(name: str, layers: int, targets: str, batch: int, compiled: bool = False) -> Point:
         return Point(name, layers, targets, dtype, batch, 1024, compiled=compiled)
 
     small, large = ("llama-3.2-3b", 28), ("llama-2-7b", 32)
     eager = [(shape, targets) for shape in (small, large) for targets in ("all-linear", "qv")]
-    judged = [Wanted(llama(*shape, targets, 4), share=2) for shape, targets in eager]
+    judged = [Wanted(llama(*shape, targets, 2), share=4) for shape, targets in eager]
     # Where a step is short, the time to launch its kernels shows.
-    single = [Wanted(llama(*small, "qv", 1), least=15)]
-    compiled = [
-        Wanted(llama(name, 8, targets, 4, compiled=True), least=100, share=3)
-        for targets in ("all-linear", "qv")
-        for name, _ in (small, large)
-    ]
-    filling = [Wanted(llama(*shape, targets, 1), fill=True) for shape, targets in eager]
-    wanted = [*judged, *single, *compiled, *filling]
-    return Plan("cuda", wanted, most_rows=64, rounds=(5, 60), warmup=3)
+    single = [Wanted(llama(*small, "qv", 1), least=10)]
+    first, *others = (
+        Wanted(llama(shape[0], 2, targets, 2, compiled=True), least=45) for shape, targets in eager
+    )
+    filling = [Wanted(llama(*shape, targets, 1), share=2, fill=True) for shape, targets in eager]
+    # Both shapes and both targets before the other two compiled ones.
+    wanted = [*judged, *single, first, others[-1], *filling, *others[:-1]]
+    return Plan("cuda", wanted, most_rows=64, rounds=(3, MIN_ROUNDS), warmup=3)
 
 
 def tiny_plan(dtype: str) -> Plan:
@@ -120,6 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         methods = checked(given.methods, needed=NEEDED)
         check(given.output, append=given.append, force=given.force)
+        if not given.tiny and (commit() == "unknown" or commit().endswith("-dirty")):
+            raise MSPLoraError(
+                f"the commit is {commit()}, so nobody could tell what was measured: commit, or say "
+                f"it in $COMMIT where this is a copy without its history."
+            )
         if plan.device == "cuda" and not torch.cuda.is_available():
             raise MSPLoraError("there is no GPU that torch can use here; --tiny needs none.")
         file = ResultFile(
@@ -143,10 +148,9 @@ def run(
         if left < wanted.least or left <= 0:
             skipped.append(f"{wanted}: {max(left, 0):.0f} seconds are left")
             continue
-        share = wanted.share / sum(its.share for its in plan.wanted[place:])
         try:
             point = filled(wanted, methods, plan)
-            found = measure(plan, point, methods, file, started + left * share, deadline)
+            found = measure(plan, point, methods, file, seconds_for(plan, place, left), deadline)
         except OutOfTimeError:
             skipped.append(f"{wanted}: the time ran out within it")
         except Exception as error:  # what fails at one point must not cost the others' time
@@ -159,6 +163,21 @@ def run(
         finally:
             free()
     return skipped
+
+
+def seconds_for(plan: Plan, place: int, left: float) -> float:
+    """How many of the seconds left the point at this place may take, the least it needs included.
+
+    Where not all points can be measured, the first of them get what they need.
+    """
+    reserved, shares = 0.0, 0.0
+    for wanted in plan.wanted[place:]:
+        if shares and reserved + wanted.least > left / 2:
+            break
+        reserved += wanted.least
+        shares += wanted.share
+    wanted = plan.wanted[place]
+    return wanted.least + max(left - reserved, 0) * wanted.share / shares
 
 
 def filled(wanted: Wanted, methods: Sequence[str], plan: Plan) -> Point:
@@ -178,29 +197,29 @@ def measure(
     point: Point,
     methods: Sequence[str],
     file: ResultFile,
-    until: float,
+    seconds: float,
     deadline: float,
 ) -> list[dict]:
-    """Measure a point, with half the batch if the estimate was wrong.
+    """Measure a point, with half the batch if the estimate was wrong, which starts anew.
 
     Args:
         plan: the device, and how few and how many rounds.
         point: with its batch.
         methods: their names.
         file: what has been measured already.
-        until: when the point's share of the time is over.
+        seconds: the point's share of the time.
         deadline: when all time is.
 
     Returns:
         Its rows; none if the file has it.
     """
-    watch = Watch(plan.rounds[0], until, deadline)
     while not file.holds(point.keys(), methods):
+        watch = Watch(plan.rounds, time.monotonic() + seconds, deadline)
         try:
             return measure_speed(
                 point,
                 methods,
-                rounds_until(until, plan.rounds),
+                watch.rounds,
                 warmup=plan.warmup,
                 device=plan.device,
                 backend=plan.backend,
@@ -208,8 +227,7 @@ def measure(
                 go_on=watch.go_on,
             )
         except RuntimeError as error:
-            too_much = isinstance(error, TooFullError) or is_out_of_memory(error)
-            if not too_much or point.batch == 1:
+            if not is_out_of_memory(error) or point.batch == 1:
                 raise
         free()  # out of the handler, whose traceback holds the models
         point = replace(point, batch=point.batch // 2)
@@ -217,31 +235,37 @@ def measure(
 
 
 class Watch:
-    """Ends a point in time: at a round once there are enough, else within one, with nothing."""
+    """Ends a point in time: at a round once there are enough, else within one, with nothing.
 
-    def __init__(self, fewest: int, until: float, deadline: float) -> None:
-        self.fewest, self.until, self.deadline = fewest, until, deadline
+    Args:
+        bounds: the fewest rounds, and the most, which are enough for a verdict.
+        until: when the point should end.
+        deadline: when all has to.
+    """
+
+    def __init__(self, bounds: tuple[int, int], until: float, deadline: float) -> None:
+        self.fewest, self.most = bounds
+        self.until, self.deadline = until, deadline
         self.kept = 0
+
+    def rounds(self, last: float) -> int:
+        """How many rounds of the length of the last there are: all, if most of them fit."""
+        fit = int((self.until - time.monotonic()) / last)
+        if fit >= 0.8 * self.most:
+            self.until += (self.most - fit) * last if fit < self.most else 0
+            return self.most
+        return max(self.fewest, fit)
 
     def go_on(self, kept: int) -> bool:
         """Whether there is another round."""
         self.kept = kept
-        return kept < self.fewest or time.monotonic() < self.until
+        nearly = kept >= 0.8 * self.most and time.monotonic() < self.deadline
+        return kept < self.fewest or nearly or time.monotonic() < self.until
 
     def on_step(self) -> None:
         """Raise if even the fewest rounds would take too long."""
         if self.kept < self.fewest and time.monotonic() > self.deadline:
             raise OutOfTimeError
-
-
-def rounds_until(until: float, bounds: tuple[int, int]) -> Callable[[float], int]:
-    """How many rounds of the length of the last fit until then."""
-    fewest, most = bounds
-
-    def rounds(last: float) -> int:
-        return max(fewest, min(most, int((until - time.monotonic()) / last)))
-
-    return rounds
 
 
 def free() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from msplora.bench import gpu_figures, memory, methods, models, results, sites
+from msplora.bench import gpu_figures, memory, methods, models, results, sites, speed, sweep
 from msplora.bench.points import Point, site_points
 from msplora.bench.stepping import make_step
 from msplora.bench.sweep import run_sweep
@@ -22,6 +24,14 @@ from msplora.errors import MSPLoraError
 from runs import msplora as command
 
 TINY = ("--shape", "tiny-llama", "--layers", 2, "--batch", 2, "--length", 8, "--threads", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_commit() -> Iterator[None]:
+    """Measuring goes on in a checkout with changes, too, but not in one file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMMIT", "0123abc")
+        yield
 
 
 # refusals
@@ -182,6 +192,10 @@ def test_a_continued_file_skips_what_it_has(
     monkeypatch.setenv("COMMIT", "fedcba9")
     with pytest.raises(MSPLoraError, match="commit is 'abcdef0' there and 'fedcba9' here"):
         results.ResultFile(path, "speed", append=True)
+    monkeypatch.setenv("COMMIT", "abcdef0-dirty")
+    results.ResultFile(tmp_path / "dirty.json", "speed").add([])
+    with pytest.raises(MSPLoraError, match="abcdef0-dirty, and changes that are not committed"):
+        results.ResultFile(tmp_path / "dirty.json", "speed", append=True)
 
 
 def test_what_is_no_result_file_is_refused(tmp_path: Path) -> None:
@@ -293,7 +307,7 @@ def test_a_batch_that_is_too_large_is_halved_and_measured_once(
     def measured(point: Point, names: Any, *_: Any, **__: Any) -> list[dict[str, Any]]:
         asked.append(point.batch)
         if point.batch == 4:
-            raise script.TooFullError("no room")
+            raise gpu_figures.TooFullError("no room")
         return [{**point.keys(), "method": name} for name in names]
 
     monkeypatch.setattr(script, "measure_speed", measured)
@@ -344,17 +358,84 @@ def test_the_gpu_script_goes_its_way_on_a_cpu(
 def test_the_gpu_script_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     script = gpu_script()
     monkeypatch.setattr(script.time, "monotonic", lambda: 100.0)
-    rounds = script.rounds_until(130.0, (5, 60))
-    assert [rounds(last) for last in (0.1, 1.0, 100.0)] == [60, 30, 5]
-    watch = script.Watch(5, until=99.0, deadline=99.5)
-    assert [watch.go_on(kept) for kept in (0, 4, 5)] == [True, True, False]
-    watch.on_step()  # what is kept is not thrown away
-    watch.go_on(4)
+
+    def watch(until: float, deadline: float = 1000.0) -> Any:
+        return script.Watch((5, 60), until, deadline)
+
+    # All rounds that a verdict takes where most of them fit, and then to the last of them.
+    assert [watch(130.0).rounds(last) for last in (0.1, 0.6, 1.0, 100.0)] == [60, 60, 30, 5]
+    going_on = [watch(99.0).go_on(kept) for kept in (0, 4, 5, 47, 48)]
+    assert going_on == [True, True, False, False, True]
+    late = watch(99.0, deadline=99.5)
+    assert not late.go_on(48)
+    late.on_step()  # what is kept is not thrown away
+    late.go_on(4)
     with pytest.raises(script.OutOfTimeError):
-        watch.on_step()
+        late.on_step()
+
+
+def test_the_gpu_script_s_points_share_its_time() -> None:
+    script = gpu_script()
     plan = script.gpu_plan("bfloat16")
     assert {its.point.shape for its in plan.wanted} == {"llama-3.2-3b", "llama-2-7b"}
-    assert {its.point.compiled for its in plan.wanted} == {False, True}
+    assert {its.point.targets for its in plan.wanted if its.point.compiled} == {"all-linear", "qv"}
+    left = 7.0 * 60
+    given = []
+    for place, wanted in enumerate(plan.wanted):
+        seconds = script.seconds_for(plan, place, left)
+        if left < wanted.least:
+            break
+        assert seconds >= wanted.least
+        assert seconds <= left or place == len(plan.wanted) - 1
+        given.append(seconds)
+        left -= seconds
+    # What a verdict is wanted of has a minute beside what it takes to get ready.
+    assert min(given[:4]) > 15 + 30
+
+
+def test_the_gpu_script_measures_no_code_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = gpu_script()
+    monkeypatch.setenv("COMMIT", "0123abc-dirty")
+    with pytest.raises(SystemExit):
+        script.main(["--output", str(tmp_path / "gpu.json")])
+    assert "the commit is 0123abc-dirty" in capsys.readouterr().err
+
+
+def test_a_full_gpu_ends_a_point_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    retries = iter((0, 0, 2))
+    monkeypatch.setattr(speed, "allocation_retries", lambda device: next(retries))
+    point = Point("tiny-llama", 1, "qv", "float32", 1, 8)
+    with pytest.raises(gpu_figures.TooFullError) as caught:
+        speed.measure_speed(point, ["msplora"], 50, warmup=1)
+    assert sweep.is_out_of_memory(caught.value)
+    assert next(retries, None) is None  # in the third round, not in the last
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_runs_out_is_known_by_its_words(said: str) -> None:
+    assert sweep.is_out_of_memory(RuntimeError(said))
+    assert not sweep.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_script_of_all_measurements_refuses_changes_that_are_not_committed(
+    tmp_path: Path,
+) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "cpu.sh"
+    environment = os.environ | {"COMMIT": "0123abc-dirty", "OUT": str(tmp_path / "out")}
+    environment["BIN"] = str(Path(sys.executable).parent)
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "The code here is 0123abc-dirty: commit" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_launches_are_those_of_kernels() -> None:

@@ -113,6 +113,35 @@ def test_slower_and_faster(
     assert faster_beyond_spread(ours, again) is faster
 
 
+def test_no_share_is_given_of_an_overhead_that_is_noise(tmp_path: Path) -> None:
+    rows = made_up.step_rows(ours=0.999, again=1.01, batch=1)
+    small = {"lora": 1.012, "lora-again": 1.013, "msplora": 1.011, "floor": 1.0}
+    rows = [row | {"to_floor": made_up.around(small[row["method"]])} for row in rows]
+    rows += made_up.step_rows(batch=8)
+    made_up.write(tmp_path, "speed.json", "speed", rows)
+    found = section(render_page(tmp_path).text, "Batch, length and depth")
+    shares = [row["its share of LoRA's overhead"] for row in rows_of(found)]
+    assert shares[0] == "–"  # LoRA adds 1.2 %, and its control reaches 1.4 %
+    assert shares[1].endswith("%")
+    assert f"overhead over the floor is {shares[1]} of LoRA's, at the 1 point of 2 where" in found
+
+
+def test_the_side_on_which_points_inside_the_spread_lie_is_said(tmp_path: Path) -> None:
+    page = speed(
+        tmp_path,
+        {"ours": 1.0021, "again": 1.0, "batch": 1},
+        {"ours": 1.0012, "again": 1.0, "batch": 2},
+        {"ours": 0.999, "again": 1.0, "batch": 4},
+        {"ours": 1.2, "again": 1.0, "batch": 8},
+    )
+    found = section(page, "Batch, length and depth")
+    assert (
+        "Inside the spread its median is above LoRA's at 2 of 3 points, by at most 0.3%." in found
+    )
+    verdicts = [row["MSPLoRA is"] for row in rows_of(found)]
+    assert verdicts == ["inside the A/A spread"] * 3 + ["**slower**"]
+
+
 def test_the_points_where_ours_is_slower_are_counted_and_named(text: str) -> None:
     found = section(text, "Batch, length and depth")
     assert "At 10 of 11 points, MSPLoRA is not slower" in found
@@ -209,10 +238,48 @@ def test_memory_files_and_singular_values(text: str) -> None:
     files = section(text, "Files")
     assert "At 1 of 1 point, the file of MSPLoRA is no larger than LoRA's." in files
     assert [row["file, bytes"] for row in rows_of(files)] == ["1,183,969", "545,001"]
-    assert "0.912 (0.903 to 0.922)" in section(text, "Plan and injection")
+    assert "Saving it takes 0.701 of LoRA's time." in files
+    assert "Loading it takes 0.701 of LoRA's time." in files
+    injection = section(text, "Plan and injection")
+    assert "0.912 (0.903 to 0.922)" in injection
+    assert "Planning and injecting a pyramid takes 0.912 of LoRA's time." in injection
+    lora_s, ours_s = (row["ms per layer"] for row in rows_of(injection))
+    assert lora_s.startswith("6.66 (")  # 80 ms, 12 layers
+    assert ours_s.startswith("6.08 (")
     values = section(text, "Singular values")
     assert "275.0 times as fast" in values  # 275.04, rounded down
     assert "difference is 3.3e-06" in values  # 3.21e-06, rounded up
+
+
+def test_a_time_stands_beside_the_control_s(tmp_path: Path) -> None:
+    model = {"what": "inject", "shape": "roberta-base", "targets": "qv", "rounds": 20}
+    rows = [
+        {**model, "layers": layers, "method": method, "seconds": 0.1, "to_lora": ratio}
+        for layers, ours in ((8, 1.0811), (32, 1.0567))
+        for method, ratio in (("lora", 1.0), ("lora-again", 0.999), ("msplora", ours))
+    ]
+    made_up.write(tmp_path, "size.json", "size", rows)
+    found = section(render_page(tmp_path).text, "Plan and injection")
+    assert (
+        "Planning and injecting a pyramid takes 1.057 to 1.082 of LoRA's time; LoRA measured "
+        "against itself, 0.999." in found
+    )
+
+
+def test_memory_is_drawn_where_our_share_is_largest(tmp_path: Path) -> None:
+    rows = made_up.memory_rows(dtype="bfloat16") + made_up.memory_rows(dtype="float32", batch=1)
+    for row in rows:
+        if row["dtype"] == "bfloat16" and row["method"] == "msplora":
+            row["step_live_bytes"] //= 2
+    made_up.write(tmp_path, "memory.json", "memory", rows)
+    assert "where MSPLoRA's share is largest: float32, batch 1, MiB" in render_page(tmp_path).text
+
+
+def test_the_page_says_whether_all_files_are_of_one_commit(tmp_path: Path) -> None:
+    made_up.write(tmp_path, "a.json", "speed", made_up.step_rows())
+    assert "all at commit 0123abc." in render_page(tmp_path).text
+    made_up.write(tmp_path, "b.json", "sites", made_up.site_rows(), commit="4567def")
+    assert "at 2 commits (0123abc, 4567def), by file" in render_page(tmp_path).text
 
 
 def test_a_gpu_has_a_section_of_its_own(text: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def run(*arguments: Any) -> Any:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_commit() -> Iterator[None]:
+    """Measuring goes on in a checkout with changes, too, but not in one file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMMIT", "0123abc")
+        yield
 
 
 @pytest.fixture(scope="module")

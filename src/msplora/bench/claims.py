@@ -52,6 +52,20 @@ def speed_claim(found: Sequence[Judged]) -> str:
     return " ".join(sentences)
 
 
+def inside_claim(points: Iterable[Measured]) -> str:
+    """Say on which side of LoRA's the medians lie that the control's spread does not tell apart."""
+    inside = [
+        exact(point.rows[OURS]["to_lora"][1]) for point in points if verdict(point) is Verdict.LEVEL
+    ]
+    above = [median for median in inside if median > 1]
+    if not above:
+        return ""
+    return (
+        f"Inside the spread its median is above LoRA's at {len(above)} of {_points(len(inside))}, "
+        f"by at most {rounded((max(above) - 1) * 100, 1, OURS)}%."
+    )
+
+
 def control_range(points: Iterable[Measured]) -> str:
     """Say how far apart the same method's two runs lay; empty without a control."""
     found = [
@@ -71,14 +85,17 @@ def control_range(points: Iterable[Measured]) -> str:
 
 def share_claim(points: Sequence[Measured]) -> str:
     """Say what ours adds to the floor, as a share of what LoRA adds, where it can be judged."""
-    shares = [
-        share
-        for point in points
-        if not unjudged(point) and (share := overhead_share(point)) is not None
-    ]
+    may_be = [point for point in points if not unjudged(point)]
+    shares = [share for point in may_be if (share := overhead_share(point)) is not None]
     if not shares:
         return ""
-    return f"MSPLoRA's overhead over the floor is {_range(shares, 100, 1, '%')} of LoRA's."
+    where = ""
+    if len(shares) < len(may_be):
+        where = (
+            f", at the {_points(len(shares))} of {len(may_be)} where LoRA adds more to the floor "
+            f"than it is from itself"
+        )
+    return f"MSPLoRA's overhead over the floor is {_range(shares, 100, 1, '%')} of LoRA's{where}."
 
 
 def main_claim(point: Measured) -> str:
@@ -130,6 +147,22 @@ def less_claim(points: Sequence[Measured], field: str, what: str, more: str = "m
     )
 
 
+def time_claim(points: Sequence[Measured], field: str, what: str) -> str:
+    """Say what share of LoRA's time something takes, beside the control's."""
+    ours, again = (
+        [exact(found[1]) for p in points if (found := quartiles(p.rows.get(name, {}).get(field)))]
+        for name in (OURS, AGAIN)
+    )
+    if not ours:
+        return ""
+    control = _between(*map(_control, _ends(again))) if again else ""
+    return (
+        f"{what} takes {_range(ours, 1, 3, '')} of LoRA's time"
+        + (f"; LoRA measured against itself, {control}" if control else "")
+        + "."
+    )
+
+
 def singular_value_claim(points: Sequence[Measured]) -> str:
     """Say how much faster the factors' singular values are found, and how equal they are."""
     rows = [p.rows["factors"] for p in points if "factors" in p.rows]
@@ -169,7 +202,7 @@ def _between(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _control(value: float) -> str:
+def _control(value: float | Decimal) -> str:
     return rounded(value, 3, AGAIN)
 
 

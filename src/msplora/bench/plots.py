@@ -20,7 +20,7 @@ from .tables import Verdict, rounded
 
 BLUE, RED, GREEN, *_ = COLOURS
 _MARKS = {
-    Verdict.LEVEL: (BLUE, "o", "MSPLoRA, no difference"),
+    Verdict.LEVEL: (BLUE, "o", "MSPLoRA, inside the A/A spread"),
     Verdict.FASTER: (GREEN, "s", "MSPLoRA, faster beyond the A/A spread"),
     Verdict.SLOWER: (RED, "^", "MSPLoRA, slower beyond the A/A spread"),
     Verdict.UNJUDGED: (MIDDLE, "D", "MSPLoRA, not judged"),

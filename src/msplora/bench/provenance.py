@@ -54,7 +54,7 @@ def short(path: str | Path) -> str:
 
 def commit() -> str:
     """The commit this ran on; $COMMIT says it where the files are a copy without their history."""
-    if "COMMIT" in os.environ:
+    if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
     package = Path(msplora.__file__).resolve().parent
     # An environment may lie inside another project, whose commit would say nothing about us.
@@ -94,6 +94,15 @@ def fingerprint(file: str | Path) -> str:
 def _processor() -> str:
     # Linux does not tell the model by way of `platform`.
     cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = cpu.read_text().partition("\n\n")[0] if cpu.is_file() else ""
+    about = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in text.splitlines())
+    }
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    # A virtual machine may call several generations by one name.
+    told = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
+    flags = about.get("flags", "").split()
+    told += [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return about["model name"] + (f" ({', '.join(told)})" if told else "")

@@ -82,6 +82,7 @@ def render_page(results: Path, folder: str = "benchmarks") -> Page:
         min_rounds=MIN_ROUNDS,
         hardware=" and on ".join(dict.fromkeys(escape(file.hardware) for file in files)),
         rounds=_rounds(files),
+        commits=_commits(files),
         origins="\n\n".join(_origin(file) for file in files),
     )
     drawn: list[Plot] = [plot for section in found.values() for plot in section.plots]
@@ -125,6 +126,17 @@ def _rounds(files: list[Results]) -> str:
     low, high = min(found), max(found)
     number = f"{low}" if low == high else f"{low} to {high}"
     return f", with {number} rounds for each point of the steps on the CPU"
+
+
+def _commits(files: list[Results]) -> str:
+    """Say whether all files are of the same code."""
+    found = list(dict.fromkeys(escape(file.commit) for file in files))
+    if len(found) == 1:
+        return f"all at commit {found[0]}"
+    return (
+        f"at {len(found)} commits ({', '.join(found)}), by file; what differs between files may be "
+        f"the code"
+    )
 
 
 def _origin(file: Results) -> str:

@@ -136,6 +136,12 @@ class ResultFile:
             self._continue(read(path))
 
     def _continue(self, found: dict[str, Any]) -> None:
+        if self.header["commit"].endswith("-dirty"):
+            raise MSPLoraError(
+                f"{self.path} cannot be continued: the code here is {self.header['commit']}, and "
+                f"changes that are not committed cannot be told from earlier ones. Commit, and "
+                f"write another file, or replace this one with --force."
+            )
         unlike = [key for key in _SAME if found.get(key) != self.header[key]]
         if unlike:
             told = "; ".join(

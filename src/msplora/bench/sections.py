@@ -30,7 +30,9 @@ from .tables import (
     overhead_share,
     percent,
     quartiles,
+    ratio_to_lora,
     rounded,
+    spread,
     to_lora,
     verdict,
 )
@@ -105,16 +107,18 @@ def memory(files: Sequence[Results]) -> Section:
         )
     )
     found = _listed(points, columns, whole, own)
-    point = main_point(points)
-    if point is not None:
+    if points:
+        # Of many points one can be drawn: where ours does worst.
+        point = max(points, key=lambda its: ratio_to_lora(its, OURS, "step_live_bytes") or 0)
         marks = [
             plots.MethodMark(
                 method, method_name(method), [point.rows[method]["step_live_bytes"] / MIB] * 3
             )
             for method in method_order([point])
         ]
-        where = f", {labels(points)[points.index(point)]}" if len(points) > 1 else ""
-        title = f"What a step adds to live tensors, at its peak{where}"
+        title = "What a step adds to live tensors, at its peak"
+        if len(points) > 1:
+            title += f", where MSPLoRA's share is largest: {labels(points)[points.index(point)]}"
         found.plots.append(_methods_plot("memory", title, "MiB", marks, 1))
     return found
 
@@ -122,8 +126,19 @@ def memory(files: Sequence[Results]) -> Section:
 def inject(files: Sequence[Results]) -> Section:
     """Show how long it takes to put an adapter into a model."""
     points = gather(files, "size", MODEL, lambda row: row["what"] == "inject")
-    columns = [measure("ms", "seconds", 1, 1e-3), measure("÷ LoRA", "to_lora", 3), _ROUNDS]
-    return _listed(points, columns)
+
+    def per_layer(point: Measured, method: str) -> str:
+        seconds = point.rows[method]["seconds"]
+        return spread(seconds, 2, method, 1e-3 * point.keys["layers"])
+
+    columns = [
+        measure("ms", "seconds", 1, 1e-3),
+        ("ms per layer", per_layer),
+        measure("÷ LoRA", "to_lora", 3),
+        _ROUNDS,
+    ]
+    what = "Planning and injecting a pyramid"
+    return _listed(points, columns, claims.time_claim(points, "to_lora", what))
 
 
 def adapter_files(files: Sequence[Results]) -> Section:
@@ -138,9 +153,14 @@ def adapter_files(files: Sequence[Results]) -> Section:
         measure("÷ LoRA", "save_to_lora", 3),
         measure("load, ms", "load_seconds", 1, 1e-3),
         measure("÷ LoRA", "load_to_lora", 3),
+        _ROUNDS,
     ]
-    what = "the file of MSPLoRA is"
-    return _listed(points, columns, claims.less_claim(points, "bytes", what, "larger"))
+    words = (
+        claims.less_claim(points, "bytes", "the file of MSPLoRA is", "larger"),
+        claims.time_claim(points, "save_to_lora", "Saving it"),
+        claims.time_claim(points, "load_to_lora", "Loading it"),
+    )
+    return _listed(points, columns, *words)
 
 
 def singular_values(files: Sequence[Results]) -> Section:
@@ -153,6 +173,7 @@ def singular_values(files: Sequence[Results]) -> Section:
             "largest relative difference",
             lambda point, method: claims.difference(point.rows[method]["max_relative_difference"]),
         ),
+        _ROUNDS,
     ]
     return _listed(points, columns, claims.singular_value_claim(points))
 
@@ -170,8 +191,12 @@ def gpu(files: Sequence[Results]) -> Section:
     ]
     if not points:
         return Section()
-    claim = claims.speed_claim(claims.judged(points))
-    return _listed(points, columns, claim, claims.control_range(points))
+    words = (
+        claims.speed_claim(claims.judged(points)),
+        claims.inside_claim(points),
+        claims.control_range(points),
+    )
+    return _listed(points, columns, *words)
 
 
 _MODES = ("compiled", "checkpointing")
@@ -185,7 +210,7 @@ _LIVE: list[Column] = [
     measure("of it the step's, MiB", "step_live_bytes", 1, MIB),
     to_lora("÷ LoRA's", "step_live_bytes"),
 ]
-_ROUNDS: Column = ("rounds", lambda point, method: f"{point.rows[method]['rounds']:,}")
+_ROUNDS = measure("rounds", "rounds", 0)
 _RATIOS: list[Column] = [
     measure("÷ floor", "to_floor", 3),
     measure("÷ LoRA", "to_lora", 3),
@@ -235,6 +260,7 @@ def _compared(
         return Section()
     words = [
         claims.speed_claim(claims.judged(judge, points)),
+        claims.inside_claim(judge),
         claims.control_range(judge),
         claims.share_claim(judge),
     ]

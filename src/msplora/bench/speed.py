@@ -54,6 +54,9 @@ def measure_speed(
         nonlocal before
         if not kept:
             before = allocation_retries(device)
+        elif allocation_retries(device) > before:
+            # At once: the rest of the rounds would be thrown away too.
+            raise TooFullError(f"{point} leaves the allocator of {device} too little room.")
         return go_on(kept)
 
     seconds = run_rounds(

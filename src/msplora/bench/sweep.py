@@ -9,6 +9,8 @@ from msplora.errors import MSPLoraError
 
 from .results import ResultFile, Row
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+
 
 def missing(
     points: Sequence[Any], methods: Sequence[str], file: ResultFile, same: Mapping[str, Any]
@@ -48,9 +50,12 @@ def run_sweep(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was what there was too little of: torch has no class for it on a CPU."""
+    """Whether memory was what there was too little of: torch has no class for it on a CPU, and
+    what a GPU's libraries want for themselves fails in their own words."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
-        "can't allocate memory" in str(error)
-    )
+    from .gpu_figures import TooFullError
+
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError, TooFullError)):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)

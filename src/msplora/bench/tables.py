@@ -27,7 +27,7 @@ class Verdict(Enum):
     """MSPLoRA's step against LoRA's at one point."""
 
     FASTER = "faster"
-    LEVEL = "no difference"
+    LEVEL = "inside the A/A spread"
     SLOWER = "slower"
     UNJUDGED = "not judged"
 
@@ -64,12 +64,19 @@ def verdict(point: Measured) -> Verdict:
 
 
 def overhead_share(point: Measured, method: str = OURS) -> Decimal | None:
-    """Return what the method's median adds to the floor, as a share of what LoRA's adds."""
+    """Return what the method's median adds to the floor, as a share of what LoRA's adds.
+
+    There is none where LoRA adds no more than it is from itself: that would divide by noise.
+    """
     if not point.has(method, LORA):
         return None
     found = (quartiles(point.rows[name]["to_floor"]) for name in (method, LORA))
     theirs, loras = (None if value is None else exact(value[1]) - 1 for value in found)
-    return None if theirs is None or loras is None or loras <= 0 else theirs / loras
+    control = quartiles(point.rows.get(AGAIN, {}).get("to_lora"))
+    least = exact(control[2]) - 1 if control is not None else Decimal(0)
+    if theirs is None or loras is None or loras <= max(least, Decimal(0)):
+        return None
+    return theirs / loras
 
 
 def quartiles(value: Any) -> Sequence[float] | None:
@@ -202,7 +209,7 @@ def to_lora(header: str, field: str) -> Column:
 
 def ratio_to_lora(point: Measured, method: str, field: str) -> Decimal | None:
     """Divide a method's number by LoRA's at the same point."""
-    if not point.has(method, LORA) or not point.rows[LORA][field]:
+    if not point.has(method, LORA) or not point.rows[LORA].get(field):
         return None
     return exact(point.rows[method][field]) / exact(point.rows[LORA][field])
 

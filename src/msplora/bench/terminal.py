@@ -65,7 +65,7 @@ def caption(rows: Sequence[Row]) -> str:
     if control is None:
         said = f"No {CONTROL}: nothing says how far LoRA is from itself."
     else:
-        said = f"LoRA to itself (A/A): {_spread(control)}; a difference inside it is none."
+        said = f"LoRA to itself (A/A): {_spread(control)}; inside it no step tells two apart."
     few = f" Fewer than {MIN_ROUNDS} rounds are no claim." if rounds < MIN_ROUNDS else ""
     return f"{rounds} round{'s' * (rounds != 1)}; median (quartiles). {said}{few}"
 
