@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import msplora
-from msplora import fused, layer
+from msplora import layer, narrow
 from msplora.fused import Mix, linear_with_pairs, linear_with_stacks
 from msplora.product import stack_a, stack_b
 from msplora.stacking import FEW_TOKENS
@@ -97,8 +99,8 @@ def either_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Take the batches of a test for small ones, then for large ones."""
     many = request.param == "many tokens"
     monkeypatch.setattr(layer, "FEW_TOKENS", 0 if many else 10**6)
-    monkeypatch.setattr(fused, "BLOCKED", 0 if many else 10**6)
-    monkeypatch.setattr(fused, "HALVED", 0 if many else 10**6)
+    monkeypatch.setattr(narrow, "BLOCKED", 0 if many else 10**6)
+    monkeypatch.setattr(narrow, "HALVED", 0 if many else 10**6)
 
 
 def values_and_gradients(model: Any, x: Tensor, seed: int = 7) -> dict[str, Tensor]:
@@ -179,7 +181,7 @@ def test_its_first_and_second_derivatives(shape: tuple[int, ...], options: dict[
 
 
 def test_its_derivatives_where_products_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "BLOCKED", 0)
+    monkeypatch.setattr(narrow, "BLOCKED", 0)
     blocks: list[int] = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: (blocks.append(len(a)), bmm(a, b))[1])
@@ -192,10 +194,10 @@ def test_its_derivatives_where_products_are_made_in_blocks(monkeypatch: pytest.M
     inputs = (x, weight, bias, *factors)
     found = torch.autograd.grad(node(*inputs).sin().sum(), inputs)
     assert set(blocks) == {4}  # as many as divide 140
-    monkeypatch.setattr(fused, "BLOCKED", 10**6)
+    monkeypatch.setattr(narrow, "BLOCKED", 10**6)
     expected = torch.autograd.grad(node(*inputs).sin().sum(), inputs)
     torch.testing.assert_close(found, expected)
-    monkeypatch.setattr(fused, "BLOCKED", 0)
+    monkeypatch.setattr(narrow, "BLOCKED", 0)
     assert torch.autograd.gradcheck(node, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(node, inputs, fast_mode=True)
 
@@ -205,10 +207,10 @@ def test_its_derivatives_where_products_are_made_in_blocks(monkeypatch: pytest.M
 def test_a_product_in_blocks_is_the_product(
     columns: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "BLOCKED", 0)
+    monkeypatch.setattr(narrow, "BLOCKED", 0)
     left, right = torch.randn(14, 70), torch.randn(70, columns)
     right = right.t().contiguous().t() if transposed else right
-    found = fused._product_of_few_rows(left, right)
+    found = narrow.product_of_few_rows(left, right)
     exact = left.double() @ right.double()
     assert found.is_contiguous()
     assert (found - exact).norm() <= 1.5 * ((left @ right) - exact).norm()
@@ -553,7 +555,94 @@ def test_backward_keeps_the_input_and_no_copy_of_it(
     assert any(its.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for its in kept)
 
 
+def train_only(module: Any, factors: str) -> None:
+    """Let A train, or B, or neither."""
+    module.borrowed.requires_grad_(False)
+    for which in factors:
+        getattr(module.borrowed["default"], which).requires_grad_(True)
+
+
+@pytest.mark.usefixtures("either_node")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("factors", ["", "a", "b", "ab"])
+def test_backward_keeps_what_it_needs(
+    factors: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No input where neither A nor the base trains: below frozen adapters something may train."""
+    one = adapted(lora_dropout=dropout).double().base_model.model.layers[1].linear
+    train_only(one, factors)
+    x = torch.randn(9, 32, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    with counted(monkeypatch) as calls:
+        kept = saved_by(one, x)
+    assert bool(calls) == (factors != "b")  # of B alone PEFT's way keeps least
+    inputs = [its for its in kept if its.shape == x.shape and its.dtype == x.dtype]
+    of_x = [its for its in inputs if its.data_ptr() == x.data_ptr()]
+    assert bool(of_x) == ("a" in factors)
+    assert ((9, 14) in [tuple(its.shape) for its in kept]) == ("b" in factors)
+    leaves = [x, *(its for its in one.borrowed["default"].parameters() if its.requires_grad)]
+    torch.manual_seed(3)
+    found = torch.autograd.grad(one(x).square().sum(), leaves)
+    torch.manual_seed(3)
+    with peft_path(monkeypatch):
+        expected = torch.autograd.grad(one(x).square().sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
 # With the rest of PyTorch
+
+
+@pytest.mark.usefixtures("either_node")
+@pytest.mark.parametrize("operation", ["mm", "addmm", "tanh"])
+def test_selective_checkpointing_changes_nothing(operation: str) -> None:
+    model = adapted().double()
+    leaves = [its for its in model.parameters() if its.requires_grad]
+    kept = [getattr(torch.ops.aten, operation).default]
+
+    def run(x: Tensor, **how: Any) -> tuple[Tensor, ...]:
+        for block in model.base_model.model.layers:
+            x = checkpoint(block, x, use_reentrant=False, **how) if how else block(x)  # pyright: ignore
+        return torch.autograd.grad(x.square().sum(), leaves)
+
+    x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    expected = run(x)
+    context = partial(create_selective_checkpoint_contexts, kept)
+    torch.testing.assert_close(run(x, context_fn=context), expected)
+
+
+@pytest.mark.usefixtures("either_node")
+def test_a_trace_is_of_any_number_of_tokens(tmp_path: Path) -> None:
+    model = adapted().double().eval()
+    x = torch.randn(256, 32, dtype=torch.float64)
+    with torch.no_grad():
+        traced = torch.jit.trace(model.base_model.model, x)
+        torch.jit.save(traced, tmp_path / "traced.pt")
+        loaded = torch.jit.load(tmp_path / "traced.pt")
+        for rows in (x, x[:129]):
+            torch.testing.assert_close(loaded(rows), model(rows))
+
+
+@pytest.mark.usefixtures("either_node")
+def test_many_gradients_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = one_layer()
+    leaves = [*one.borrowed["default"].parameters()]
+    x = torch.randn(4, 32, requires_grad=True)
+    directions = torch.randn(3, 4, 64)
+    with counted(monkeypatch) as calls:
+        found = torch.autograd.grad(one(x), [x, *leaves], directions, is_grads_batched=True)
+    assert calls
+    for place, direction in enumerate(directions):
+        expected = torch.autograd.grad(one(x), [x, *leaves], direction)
+        torch.testing.assert_close([its[place] for its in found], list(expected))
+
+
+@pytest.mark.usefixtures("either_node")
+def test_a_scaling_that_is_a_tensor_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = one_layer()
+    one.scaling["default"] = torch.tensor(1.0, requires_grad=True)
+    x = torch.randn(4, 32)
+    (found,) = torch.autograd.grad(one(x).sum(), one.scaling["default"])
+    assert found.abs() > 0
 
 
 @pytest.mark.usefixtures("either_node")

@@ -19,6 +19,7 @@ import msplora
 from msplora import layer, stacking
 from msplora import model as tuner
 from msplora.errors import MSPLoraError
+from msplora.factor import Factor
 from msplora.store import find_store
 from oracle import randomise
 
@@ -270,6 +271,35 @@ def test_a_call_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(IndexError):
         model(inputs())
     assert its_call(model) is None
+
+
+def test_a_call_that_is_interrupted_leaves_nothing_behind() -> None:
+    """Ctrl-C: torch's own hooks do not hear of it."""
+    model = adapted()
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = root_of(model).layers[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(inputs())
+    hook.remove()
+    assert its_call(model) is None
+
+
+def test_factors_of_several_dtypes_each_get_their_gradient_unrounded() -> None:
+    """A base of which a few layers stay in float32 has such pairs."""
+    its = stacking.Stacking((2,), (1.0,), transposed=False)
+    factors = [Factor(torch.randn(2, WIDTH, dtype=dtype)) for dtype in (torch.bfloat16, None)]
+    for place, factor in enumerate(factors):
+        its.join((place,), [factor])
+    tensors = its.tensors_on(torch.device("cpu"))
+    assert tensors is not None
+    weights = torch.randn(2, 2, WIDTH)
+    stacks = its(tensors, torch.float32)
+    sum((its * w).sum() for its, w in zip(stacks, weights, strict=True)).backward()  # pyright: ignore
+    assert torch.equal(factors[1].factor.grad, weights[1])  # pyright: ignore
+    assert torch.equal(factors[0].factor.grad, weights[0].bfloat16())  # pyright: ignore
 
 
 def test_layers_called_in_other_threads_stack_alone(made: list[int]) -> None:

@@ -125,6 +125,15 @@ class SitePairs(nn.Module):
         """Of the factors."""
         return self.owners[0][0].stored().dtype
 
+    def trains_b_alone(self) -> bool:
+        """Whether gradients are wanted of a B and of no A (LoRA-FA)."""
+        if not torch.is_grad_enabled():
+            return False
+        owners_a, owners_b = self.owners
+        if any(owner.stored().requires_grad for owner in owners_a):
+            return False
+        return any(owner.stored().requires_grad for owner in owners_b)
+
     def factors_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """The A and the B of all levels."""
         owners_a, owners_b = self.owners
@@ -173,12 +182,14 @@ class SitePairs(nn.Module):
             kept_scaling, kept = self.kept_scales
             if kept_scaling == scaling and kept.device == device and kept.dtype == dtype:
                 return kept
+        by_level = [(rank, s * scaling) for rank, s in zip(self.ranks, self.scales, strict=True)]
+        if torch.compiler.is_compiling():  # in the graph, without a copy from the host in each call
+            parts = [torch.full((r,), s, dtype=dtype, device=device) for r, s in by_level]
+            return torch.cat(parts)
         with torch.inference_mode(False):
-            by_level = zip(self.ranks, self.scales, strict=True)
-            row = [scale * scaling for rank, scale in by_level for _ in range(rank)]
+            row = [scale for rank, scale in by_level for _ in range(rank)]
             made = torch.tensor(row, dtype=dtype, device=device)
-        # Not a stand-in of a tracer; and a checkpointed graph may change nothing outside it.
-        if type(made) is Tensor and not torch.compiler.is_compiling():
+        if type(made) is Tensor:  # not a stand-in of a tracer
             self.kept_scales = scaling, made
         return made
 

@@ -4,9 +4,9 @@
 
 As separate operations the product costs a tensor of the output's size forward and one of the
 input's size backward, each written, read back and added; and autograd keeps the assembled factors
-and, under a half-precision base or with dropout, a converted copy of the input. Here both products
-add into what the frozen layer has just computed, and backward keeps the input itself (which layers
-that share it keep once), s A d(x), and the dropout's mask.
+and, under a half-precision base or with dropout, a converted copy of the input. Here the frozen
+layer's product and the pairs' become one tensor, in place, and backward keeps the input itself
+(which layers that share it keep once), s A d(x), and the dropout's mask; of these, what it needs.
 
 The scales multiply A d(x), a few numbers per token, and not B, as everywhere else (`product.py`):
 in small batches the copy of B would be a good part of the cost. For a scale that is a power of two,
@@ -17,22 +17,15 @@ Shapes as in `product.py`: N any leading dimensions, I in, O out, R rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .narrow import both_products, narrow_product, product_of_few_rows
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # each look-up costs as much as the call
-
-BLOCKED = 2**18
-"""From this size of the wide matrix on, a CPU makes a narrow product in blocks of its columns."""
-
-HALVED = 128
-"""From this many tokens on, a product is added to bfloat16 in bfloat16 halves (`_in_bfloat16`):
-below, cutting the factors takes more operations than the product is worth."""
 
 
 class Mix(NamedTuple):
@@ -120,8 +113,9 @@ def _forward(
     if mix.dropout:
         kept_MI = torch.empty_like(x_MI, dtype=torch.bool).bernoulli_(1 - mix.dropout)
         inner_MI = inner_MI * kept_MI
-    h_MR = _scaled(_narrow_product(inner_MI, a_RI), mix)
-    y_MO = _both_products(x_MI, weight_OI.t(), h_MR, b_OR.t(), bias_O=bias_O, gain=mix.gain)
+    h_MR = _scaled(narrow_product(inner_MI, a_RI), mix)
+    del inner_MI
+    y_MO = both_products(x_MI, weight_OI.t(), h_MR, b_OR.t(), bias_O=bias_O, gain=mix.gain)
     return _unfolded(y_MO, x_NI), h_MR, kept_MI
 
 
@@ -141,8 +135,13 @@ class _LinearWithPairs(torch.autograd.Function):
         y_NO, h_MR, kept_MI = _forward(
             x_NI, weight_OI, bias_O, mix, factors[:levels], factors[levels:]
         )
-        ctx.mix = mix
-        ctx.save_for_backward(x_NI, weight_OI, h_MR, kept_MI, *factors)
+        ctx.mix, ctx.shape = mix, x_NI.shape
+        wants_x, wants_weight, _, _, *wants = ctx.needs_input_grad
+        wants_a, wants_b = any(wants[:levels]), any(wants[levels:])
+        ctx.save_for_backward(
+            *_needed(x_NI, weight_OI, h_MR, kept_MI, wants_x, wants_weight, wants_a, wants_b),
+            *factors,
+        )
         return y_NO
 
     @staticmethod
@@ -157,7 +156,7 @@ class _LinearWithPairs(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
         a_RI, b_OR = _stacked(mix, factors[:levels], factors[levels:])
         grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
-        x_MI = x_NI.reshape(-1, x_NI.shape[-1])
+        x_MI: Any = None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1])
 
         grad_x = grad_weight = grad_bias = None
         grad_a: Sequence[Tensor | None] = [None] * levels
@@ -165,29 +164,29 @@ class _LinearWithPairs(torch.autograd.Function):
         inner_grad_MO = grad_MO if grad_MO.dtype == mix.dtype else grad_MO.to(mix.dtype)
         if any(wants_factors[levels:]):
             if torch.is_grad_enabled():  # for a second derivative h has to depend on x and A
-                h_MR = _scaled(_narrow_product(_kept(x_MI.to(mix.dtype), kept_MI), a_RI), mix)
+                h_MR = _scaled(narrow_product(_kept(x_MI.to(mix.dtype), kept_MI), a_RI), mix)
             grad_RO = _gained(
-                _product_of_few_rows(h_MR.t(), inner_grad_MO).to(factors[0].dtype), mix
+                product_of_few_rows(h_MR.t(), inner_grad_MO).to(factors[0].dtype), mix
             )
             # Not contiguous, so that what accumulates gradients copies a part and keeps no other;
             # of rank 1 a part would be.
             parts = grad_RO.split(mix.ranks)
             grad_b = [part.t().clone() if len(part) == 1 else part.t() for part in parts]
         if wants_x or any(wants_factors[:levels]):
-            grad_h_MR = _scaled(_narrow_product(inner_grad_MO, b_OR.t()), mix)
+            grad_h_MR = _scaled(narrow_product(inner_grad_MO, b_OR.t()), mix)
             del inner_grad_MO
             if any(wants_factors[:levels]):
                 inner_MI = _kept(x_MI.to(mix.dtype), kept_MI)
                 grad_RI = _gained(
-                    _product_of_few_rows(grad_h_MR.t(), inner_MI).to(factors[0].dtype), mix
+                    product_of_few_rows(grad_h_MR.t(), inner_MI).to(factors[0].dtype), mix
                 )
                 # Copies: a part that is a view would keep the others alive.
-                grad_a = cast(Any, torch.split_with_sizes_copy(grad_RI, mix.ranks))
+                grad_a = [part.clone() for part in grad_RI.split(mix.ranks)]
                 del inner_MI
             if wants_x:
-                grad_x = _both_products(
+                grad_x = both_products(
                     grad_MO, weight_OI, grad_h_MR, a_RI, gain=mix.gain, mask_MO=kept_MI
-                ).view(x_NI.shape)
+                ).view(ctx.shape)
         if wants_weight:
             grad_weight = grad_MO.t() @ x_MI
         if wants_bias:
@@ -210,8 +209,9 @@ def _forward_of_stacks(
     if dropout:
         noise_MI = torch.empty_like(inner_MI).bernoulli_(1 - dropout).div_(1 - dropout)
         inner_MI = inner_MI * noise_MI
-    h_MR = _narrow_product(inner_MI, a_RI)
-    y_MO = _both_products(x_MI, weight_OI.t(), h_MR, b_RO, bias_O=bias_O)
+    h_MR = narrow_product(inner_MI, a_RI)
+    del inner_MI
+    y_MO = both_products(x_MI, weight_OI.t(), h_MR, b_RO, bias_O=bias_O)
     return _unfolded(y_MO, x_NI), h_MR, noise_MI
 
 
@@ -229,7 +229,13 @@ class _LinearWithStacks(torch.autograd.Function):
         b_RO: Tensor,
     ) -> Tensor:
         y_NO, h_MR, noise_MI = _forward_of_stacks(x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)
-        ctx.save_for_backward(x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO)
+        ctx.shape = x_NI.shape
+        wants_x, wants_weight, _, _, wants_a, wants_b = ctx.needs_input_grad
+        ctx.save_for_backward(
+            *_needed(x_NI, weight_OI, h_MR, noise_MI, wants_x, wants_weight, wants_a, wants_b),
+            a_RI,
+            b_RO,
+        )
         return y_NO
 
     @staticmethod
@@ -240,32 +246,55 @@ class _LinearWithStacks(torch.autograd.Function):
     def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _, wants_a, wants_b = ctx.needs_input_grad
-        x_MI = x_NI.reshape(-1, x_NI.shape[-1])
-        grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
-        inner_MI, inner_grad_MO = x_MI, grad_MO
-        if x_MI.dtype != a_RI.dtype:
-            inner_MI, inner_grad_MO = x_MI.to(a_RI.dtype), grad_MO.to(a_RI.dtype)
-        if noise_MI is not None:
+        x_MI: Any = None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1])
+        inner_MI = x_MI
+        grad_MO = inner_grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
+        if grad_MO.dtype != a_RI.dtype:
+            inner_grad_MO = grad_MO.to(a_RI.dtype)
+            inner_MI = None if x_MI is None else x_MI.to(a_RI.dtype)
+        if noise_MI is not None and inner_MI is not None:
             inner_MI = inner_MI * noise_MI
-        if torch.is_grad_enabled():  # a second derivative is wanted, so h has to depend on x and A
-            h_MR = _narrow_product(inner_MI, a_RI)
+        if wants_b and torch.is_grad_enabled():  # for a second derivative, h depends on x and A
+            h_MR = narrow_product(inner_MI, a_RI)
 
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
         if wants_b:
-            grad_b = _product_of_few_rows(h_MR.t(), inner_grad_MO)
+            grad_b = product_of_few_rows(h_MR.t(), inner_grad_MO)
         if wants_x or wants_a:
-            grad_h_MR = _narrow_product(inner_grad_MO, b_RO)
+            grad_h_MR = narrow_product(inner_grad_MO, b_RO)
             if wants_a:
-                grad_a = _product_of_few_rows(grad_h_MR.t(), inner_MI)
+                grad_a = product_of_few_rows(grad_h_MR.t(), inner_MI)
             if wants_x:
-                grad_x = _both_products(grad_MO, weight_OI, grad_h_MR, a_RI, mask_MO=noise_MI).view(
-                    x_NI.shape
+                grad_x = both_products(grad_MO, weight_OI, grad_h_MR, a_RI, mask_MO=noise_MI).view(
+                    ctx.shape
                 )
         if wants_weight:
             grad_weight = torch.mm(grad_MO.t(), x_MI)
         if wants_bias:
             grad_bias = grad_MO.sum(0)
         return grad_x, grad_weight, grad_bias, None, grad_a, grad_b
+
+
+def _needed(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    h_MR: Tensor,
+    noise_MI: Tensor | None,
+    wants_x: bool,
+    wants_weight: bool,
+    wants_a: bool,
+    wants_b: bool,
+) -> tuple[Tensor | None, ...]:
+    """What backward reads of these; `x` for B's sake only for a second derivative.
+
+    Below adapters that are frozen something else may train, and keeps no inputs of theirs.
+    """
+    return (
+        x_NI if wants_weight or wants_a or wants_b else None,
+        weight_OI if wants_x else None,
+        h_MR if wants_b else None,
+        noise_MI if wants_x or wants_a or wants_b else None,
+    )
 
 
 def _unfolded(y_MO: Tensor, x_NI: Tensor) -> Tensor:
@@ -285,37 +314,6 @@ def _without_autocast(gradients: Callable[..., Any], ctx: Any, grad_NO: Tensor) 
         return gradients(ctx, grad_NO)
 
 
-def _narrow_product(wide_MD: Tensor, factor_RD: Tensor) -> Tensor:
-    """``wide @ factor.t()``, (M, R).
-
-    In float32 it lies in memory rank by rank: at ranks as small and odd as 14 MKL takes about twice
-    as long for one that lies token by token.
-    """
-    if wide_MD.dtype.itemsize < 4:
-        return F.linear(wide_MD, factor_RD)
-    return _product_of_few_rows(factor_RD, wide_MD.t()).t()
-
-
-def _product_of_few_rows(left_RK: Tensor, right_KN: Tensor) -> Tensor:
-    """``left @ right``, (R, N), for R much smaller than N.
-
-    In float32 on a CPU in blocks of N: MKL, whose products are cut for square matrices, takes about
-    twice as long for the whole. The blocks are as many as divide N, so that a batch of 8 rows of
-    any length has them.
-    """
-    if right_KN.numel() < BLOCKED or not _takes_blocks(right_KN):
-        return torch.mm(left_RK, right_KN)
-    blocks = math.gcd(right_KN.shape[1], 8)
-    right_nKb = right_KN.unflatten(1, (blocks, -1)).transpose(0, 1)
-    return torch.bmm(left_RK.expand(blocks, -1, -1), right_nKb).transpose(0, 1).flatten(1)
-
-
-def _takes_blocks(wide_KN: Tensor) -> bool:
-    on_cpu = wide_KN.device.type == "cpu" and not torch.compiler.is_compiling()
-    columns = wide_KN.shape[1]
-    return on_cpu and columns >= 128 and columns % 2 == 0 and wide_KN.dtype.itemsize >= 4
-
-
 def _stacked(
     mix: Mix, a_factors: Sequence[Tensor], b_factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -333,63 +331,6 @@ def _scaled(h_MR: Tensor, mix: Mix) -> Tensor:
 
 def _gained(grad: Tensor, mix: Mix) -> Tensor:
     return grad * mix.gain if mix.dropout else grad
-
-
-def _both_products(
-    x_MI: Tensor,
-    weight_IO: Tensor,
-    left_MR: Tensor,
-    right_RO: Tensor,
-    *,
-    bias_O: Tensor | None = None,
-    gain: float = 1,
-    mask_MO: Tensor | None = None,
-) -> Tensor:
-    """``x @ weight + bias + gain * mask * (left @ right)``, (M, O), in the dtype of `x`.
-
-    In float32 the narrow product comes first and the wide one is added to it: that reads what is
-    there while it multiplies, where the narrow one would read and write all of it once more. In
-    half precision it comes last, as a sum that has been rounded is not as near (`test_fused.py`).
-    `left` and `right` may be more precise than `x`; then only the sum is rounded.
-    """
-    if left_MR.dtype == x_MI.dtype and x_MI.dtype.itemsize >= 4:
-        if bias_O is not None:
-            sum_MO = torch.addmm(bias_O, left_MR, right_RO, alpha=gain)
-        else:
-            sum_MO = torch.mm(left_MR, right_RO)
-            if gain != 1:
-                sum_MO.mul_(gain)
-        if mask_MO is not None:
-            sum_MO.mul_(mask_MO)
-        return sum_MO.addmm_(x_MI, weight_IO)
-
-    sum_MO = F.linear(x_MI, weight_IO.t(), bias_O)
-    if mask_MO is None and _worth_halves(x_MI, left_MR):
-        left_MR, right_RO = _in_bfloat16(left_MR, right_RO)
-    if mask_MO is None and left_MR.dtype == sum_MO.dtype:
-        return sum_MO.addmm_(left_MR, right_RO, alpha=gain)
-    product_MO = left_MR @ right_RO
-    return sum_MO.add_(product_MO if mask_MO is None else product_MO.mul_(mask_MO), alpha=gain)
-
-
-def _worth_halves(out_MO: Tensor, left_MR: Tensor) -> bool:
-    if out_MO.dtype == left_MR.dtype or out_MO.dtype != torch.bfloat16:
-        return False
-    return len(out_MO) >= HALVED and not torch.compiler.is_compiling()
-
-
-def _in_bfloat16(left_MR: Tensor, right_RO: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices in bfloat16 whose product is that of the float32 ones, to 16 bits.
-
-    Each is cut into a high and a low half: l r = l_h r_h + l_l r_h + l_h r_l, but for l_l r_l. At
-    three times the rank this is still a small product, in the dtype that hardware multiplies fast,
-    and it needs no float32 copy of what it is added to. Not for a compiler: inductor takes a number
-    that was rounded and widened again for the number itself, and the low halves would be zero.
-    """
-    left_high, right_high = left_MR.bfloat16(), right_RO.bfloat16()
-    left_low, right_low = (left_MR - left_high).bfloat16(), (right_RO - right_high).bfloat16()
-    left = torch.cat((left_high, left_low, left_high), dim=1)
-    return left, torch.cat((right_high, right_high, right_low))
 
 
 def _kept(x_MI: Tensor, kept_MI: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.pytorch_utils import Conv1D
 
 from . import _peft
@@ -39,6 +40,7 @@ _FACTOR_CONTAINERS = (
 _LINEAR = (nn.Linear, Conv1D)
 _HALF = (torch.float16, torch.bfloat16)
 _CAST = {torch.float32, *_HALF}
+_SELECTIVE_CHECKPOINTING = {"_CachingTorchDispatchMode", "_CachedTorchDispatchMode"}
 
 
 class PyramidLayer(_peft.OwnLayer):
@@ -153,6 +155,8 @@ class PyramidLayer(_peft.OwnLayer):
             bias = None if bias is None else bias.to(of_layer)
         weight_OI = weight.t() if type(base) is Conv1D else weight
         scaling = layer.scaling[borrowed.adapter_name]
+        if x.is_nested or not isinstance(scaling, (int, float)):
+            return None
         if scaling == 1 and _few_tokens(x) and not (dropout and of_product in _HALF):
             a_RI, b_RO = borrowed.stacked_on(x.device, of_product)
             return linear_with_stacks(x, weight_OI, bias, a_RI, b_RO, dropout)
@@ -165,7 +169,8 @@ class PyramidLayer(_peft.OwnLayer):
         """The one adapter without variant that is active, if it is what the layer has to compute.
 
         `torch.func` and forward-mode differentiation transform a function operation by operation,
-        so there PEFT's forward runs; also where every module is watched.
+        so there PEFT's forward runs; also where every module is watched, where single operations
+        are recorded, and where B trains and no A does: then PEFT's keeps no input for backward.
         """
         layer: Any = self
         if layer.disable_adapters or layer.merged_adapters:
@@ -179,7 +184,9 @@ class PyramidLayer(_peft.OwnLayer):
         if borrowed is None or not borrowed.fusable:
             return None
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        return None if transformed or _has_any_global_hook() else borrowed
+        if transformed or _has_any_global_hook() or _is_recorded():
+            return None
+        return None if borrowed.trains_b_alone() else borrowed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
@@ -243,6 +250,19 @@ def _plain_weights(base_layer: nn.Module) -> tuple[Tensor, Tensor | None] | None
         weight, bias = base_layer.weight, base_layer.bias
     # A quantised or distributed weight is a tensor of another type.
     return (weight, bias) if type(weight) in PLAIN else None  # pyright: ignore
+
+
+def _is_recorded() -> bool:
+    """Whether somebody keeps or repeats single operations: `torch.jit.trace`, or selective
+    checkpointing, to which a product that is added in place has changed what was kept."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(its).__name__ in _SELECTIVE_CHECKPOINTING for its in modes)
 
 
 def _is_watched(module: Any) -> bool:

@@ -46,6 +46,18 @@ class MSPLoraModel(LoraModel):
         # A call, where older PEFT releases ask for `forward` past the hooks that `stacking.py` has.
         return self.model(*args, **kwargs)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT's models call and generate in."""
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            # Hooks on modules do not hear of a call that a Ctrl-C has ended.
+            store = find_store(self.model)
+            if store is not None:
+                store.stacks.abandon()
+
     def inject_adapter(
         self,
         model: nn.Module,

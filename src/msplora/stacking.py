@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import groupby, islice
 from typing import Any, NamedTuple, cast
 
@@ -80,7 +81,7 @@ class Stacks:
         if call is None or call.thread != threading.get_ident():
             return None
         # Reentrant checkpointing runs a part of the model without gradients.
-        made = call.made[device, dtype, torch.is_grad_enabled()]
+        made = call.made[device, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
         found = []
         for stacking in stackings:
             if stacking not in made:
@@ -91,6 +92,10 @@ class Stacks:
                 return None
             found.append(stacks)
         return found
+
+    def abandon(self) -> None:
+        """Forget the call under way: hooks do not hear of one that a Ctrl-C has ended."""
+        self._call = None
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         # A compiler sees through the layers' own stacking; replicas are called all at once.
@@ -283,7 +288,8 @@ class _Stacked(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, layout: Layout, dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.dtype = layout, factors[0].dtype
+        # Autograd casts to each factor's own dtype, so this is the most precise among them.
+        ctx.layout, ctx.dtype = layout, reduce(torch.promote_types, {its.dtype for its in factors})
         ctx.set_materialize_grads(False)
         return layout.stack(factors, dtype)
 
