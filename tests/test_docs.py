@@ -29,7 +29,10 @@ PAGES = {
     page: page.read_text(encoding="utf-8")
     for page in (
         PAGE,
-        *map(PAGE.with_name, ("data.md", "analysis.md", "inspecting.md", "bake-off.md")),
+        *(
+            PAGE.with_name(f"{name}.md")
+            for name in ("data", "analysis", "inspecting", "bake-off", "words")
+        ),
     )
 }
 TEXT = "\n".join(PAGES.values())
