@@ -13,7 +13,7 @@ help:
 	@echo "make test       lint, types and the default tests (under 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make test-thorough  the longest tests, which CI leaves out"
-	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (more than an hour, idle machine)"
+	@echo "make bench      measure a step's time and memory beside LoRA's, and the sizes (about two hours, idle machine)"
 	@echo "make bakeoff-small  MSPLoRA, LoRA and GraLoRA on four tasks of GLUE (hours; see benchmarks/README.md)"
 	@echo "make engines    converted adapters in llama.cpp, mlx-lm, vLLM, SGLang (see benchmarks/README.md)"
 	@echo "make matrix     the core's tests under several versions of PEFT and transformers (half an hour, 8 GB)"

@@ -211,19 +211,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         rate = min(first, key=lambda row: row["loss"])["learning_rate"]
         found[name] = {row["seed"]: row for row in its if row["learning_rate"] == rate}
     lines = [
-        "| way | trainable | rate | loss | above LoRA, r = 6 |",
+        "| way | trainable | rate | loss | better than LoRA, r = 6 |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     baseline = found.get(BASELINE, {})
     for name, by_seed in sorted(found.items(), key=lambda its: mean(_losses(its[1]))):
         losses, row = _losses(by_seed), next(iter(by_seed.values()))
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        above = [
-            its["loss"] - baseline[seed]["loss"]
+        ahead = [
+            baseline[seed]["loss"] - its["loss"]
             for seed, its in by_seed.items()
             if seed in baseline and name != BASELINE
         ]
-        against = f"{mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})" if above else "–"
+        against = f"{mean(ahead):+.4f} ({min(ahead):+.4f} to {max(ahead):+.4f})" if ahead else "–"
         lines.append(
             f"| {name} | {row['trainable']:,} | {row['learning_rate']:g} | "
             f"{mean(losses):.4f}{spread} | {against} |"

@@ -181,7 +181,7 @@ def test_a_way_is_compared_with_the_seeds_that_the_baseline_has(attempts: Module
         row("another seed", 0.02, 2, 3.5),
     ]
     lines = attempts.table(rows)
-    assert "-0.1000 (-0.1000 to -0.1000)" in next(its for its in lines if "more seeds" in its)
+    assert "+0.1000 (+0.1000 to +0.1000)" in next(its for its in lines if "more seeds" in its)
     assert next(its for its in lines if "another seed" in its).endswith("| 3.5000 | – |")
     assert attempts.table(rows[1:])[2].endswith("| – |")
 

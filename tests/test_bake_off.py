@@ -37,6 +37,7 @@ from msplora.bakeoff.report import NOT_OVER, draw, markdown, page, write_report
 from msplora.bakeoff.running import Job
 from msplora.bakeoff.settings import RejectSettings
 from msplora.bakeoff.statistics import standings
+from msplora.errors import MSPLoraError
 from msplora.sweep.folder import SweepFolderError
 from msplora.sweep.rows import Row, Rows
 from msplora.sweep.running import Outcome as RunOutcome
@@ -339,6 +340,12 @@ def test_what_only_ray_takes_is_refused_without_it(bake_off_folder: Path) -> Non
     done = msplora("bake-off", write_config(bake_off_folder / "spec.yaml", SPEC), "--gpus", "1")
     assert done.code == 2
     assert "--cpus, --gpus: for --ray only" in done.err
+
+
+def test_without_ray_it_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # an import of it fails now
+    with pytest.raises(MSPLoraError, match=r"--ray needs ray.*pip install '\.\[ray\]' in msplora"):
+        OnRay("local", 1, 0)._connect()
 
 
 def test_ray_here_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

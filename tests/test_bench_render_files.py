@@ -110,7 +110,8 @@ def test_other_files_are_left_alone_and_a_folder_of_nothing_else_is_refused(tmp_
 
 def test_a_missing_extra_is_named(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MSPLoraError, match=r"needs jinja2.*pip install 'msplora\[report\]'"):
+    expected = r"needs jinja2.*pip install '\.\[report\]' in msplora's clone"
+    with pytest.raises(MSPLoraError, match=expected):
         render_page(results)
     with pytest.raises(ModuleNotFoundError, match="no_such"), report_extra():
         import no_such_module  # pyright: ignore[reportMissingImports] # noqa: F401

@@ -43,6 +43,20 @@ def test_the_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
     assert compatibility.rendered(TEXT) == TEXT, "run: python benchmarks/compatibility.py"
 
 
+def test_the_lowest_versions_are_those_that_pip_takes() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = TEXT.partition("## Versions")[2].partition("\n## ")[0]
+    lowest = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|$", section, flags=re.MULTILINE))
+    python = lowest.pop("Python")
+    assert f'requires-python = ">={python}"' in project
+    assert len(lowest) == 6
+    for name, version in lowest.items():
+        assert f'"{name}>={version}"' in project
+    shown = f"Python {python}, torch {lowest['torch']}, transformers {lowest['transformers']} and"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{shown} PEFT {lowest['peft']} or newer" in readme
+
+
 def test_the_page_of_pefts_own_tests_is_that_of_the_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,6 +21,7 @@ from msplora.cli.app import app
 from msplora.errors import MSPLoraError
 from msplora.inspection.suspicions import RULES
 from msplora.train import run as run_module
+from page_links import broken_links
 from settings_tables import PAGE, SECTIONS, table, tables
 from tiny_images import paint_folder, save_vision_model
 from tiny_saved import save_encoder, save_language_model
@@ -29,7 +30,10 @@ PAGES = {
     page: page.read_text(encoding="utf-8")
     for page in (
         PAGE,
-        *map(PAGE.with_name, ("data.md", "analysis.md", "inspecting.md", "bake-off.md")),
+        *(
+            PAGE.with_name(f"{name}.md")
+            for name in ("data", "analysis", "inspecting", "bake-off", "words")
+        ),
     )
 }
 TEXT = "\n".join(PAGES.values())
@@ -125,20 +129,7 @@ def test_the_table_of_rules_is_the_inspections() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
-        file, _, anchor = target.partition("#")
-        there = page.parent / file if file else page
-        assert there.exists(), target
-        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), target
-
-
-def anchors(text: str) -> set[str]:
-    """What links to the headings of a page end in."""
-    return {
-        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("#")
-    }
+    assert broken_links(page) == []
 
 
 def test_every_block_is_run_by_one_of_these_tests() -> None:

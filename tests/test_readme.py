@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import transformers as hf
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import msplora
+from page_links import broken_links
 from runs import msplora as msplora_command
 from tiny import VOCABULARY, llama
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 HUB_ID = "Qwen/Qwen3-0.6B"
 
 
@@ -39,8 +42,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     ).save_pretrained(folder)
-    row = json.dumps({"prompt": "w1 w2 w3", "completion": " w4 w5"})
-    (tmp_path / "train.jsonl").write_text("\n".join([row] * 8))
+    (row,) = blocks("json")
+    (tmp_path / "train.jsonl").write_text(row * 8)
     examples = tmp_path / "examples"
     examples.mkdir()
     for file in (ROOT / "examples").glob("*.yaml"):
@@ -51,14 +54,34 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_the_python_blocks_run_in_order(workspace: Path) -> None:
-    script = "\n".join(blocks("python"))
+    (reload,) = (block for block in blocks("python") if 'from_pretrained("out' in block)
+    script = "\n".join(block for block in blocks("python") if block != reload)
     # A short run on any machine: three steps instead of three epochs, and no GPU.
-    assert 'SFTConfig("out")' in script
+    assert 'SFTConfig("out", learning_rate=3e-4)' in script
     script = script.replace(
-        'SFTConfig("out")', 'SFTConfig("out", max_steps=3, report_to="none", use_cpu=True)'
+        'SFTConfig("out", ', 'SFTConfig("out", max_steps=3, report_to="none", use_cpu=True, '
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=500)
+    # The reload is a program of its own, as it will be: nothing has imported msplora before.
+    for program in (script, reload):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=500)
     assert (workspace / "out/lora/adapter_config.json").is_file()
+
+
+def test_the_step_from_a_lora_script() -> None:
+    (change,) = blocks("diff")
+    lines = change.splitlines()
+    assert {line[0] for line in lines} == {"+", "-"}
+    before, after = (
+        "\n".join(line[1:] for line in lines if line[0] == sign) for sign in ("-", "+")
+    )
+    was: dict[str, Any] = {"LoraConfig": LoraConfig}
+    now: dict[str, Any] = {}
+    exec(before, was)
+    exec(after, now)
+    assert isinstance(now["config"], msplora.MSPLoraConfig)
+    for kept in ("r", "lora_alpha", "target_modules"):
+        assert getattr(now["config"], kept) == getattr(was["config"], kept)
+    assert now["config"].split_alpha
 
 
 @pytest.mark.slow
@@ -73,10 +96,8 @@ def test_the_commands_run_in_order(workspace: Path) -> None:
     for command in commands:
         arguments = re.findall(r'"[^"]*"|\S+', command)[1:]
         arguments = [argument.strip('"') for argument in arguments]
-        if arguments[0] == "train":
-            arguments += ["--set", f"model={HUB_ID}", "--set", "data.train=train.jsonl"]
-            arguments += ["--set", "training.max_steps=2", "--output", "out/run"]
-            arguments += ["--set", "training.batch_size=2"]
+        if arguments[0] == "train":  # only what makes it short
+            arguments += ["--set", "training.max_steps=2", "--set", "training.batch_size=2"]
         done = msplora_command(*arguments)
         assert done.code == 0, done.err
     assert (workspace / "out/merged/config.json").is_file()
@@ -118,6 +139,35 @@ def test_the_parameter_table(name: str, model_config: Any, rank: int) -> None:
     assert share == f"{found.parameters / found.lora_parameters:.1%}"
 
 
+def plan_of(layers: int, rank: int) -> msplora.Plan:
+    config = hf.LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=layers)
+    adapted = msplora.MSPLoraConfig(r=rank, target_modules=["q_proj", "v_proj"])
+    return msplora.plan(config, adapted)
+
+
+@pytest.mark.parametrize("layers", [3, 4, 10, 12, 32])
+def test_the_size_is_that_of_the_formula(layers: int) -> None:
+    assert "LoRA's × (2.5 / layers + 0.25), from 3 layers on" in README
+    found = plan_of(layers, 8)
+    assert found.parameters / found.lora_parameters == pytest.approx(2.5 / layers + 0.25)
+    assert (found.parameters * 2 <= found.lora_parameters) == (layers >= 10)  # "half … at 10"
+
+
+@pytest.mark.parametrize(("layers", "rank"), [(12, 18), (32, 24)])
+def test_the_ranks_that_give_loras_size(layers: int, rank: int) -> None:
+    share = 100 * plan_of(layers, rank).parameters / plan_of(layers, 8).lora_parameters
+    assert re.search(rf"r = {rank} at {layers}( layers)? \({share:.0f} %", " ".join(README.split()))
+
+
+def test_the_shares_of_few_layers() -> None:
+    shares = [
+        found.parameters / found.lora_parameters for found in (plan_of(n, 8) for n in (1, 2, 3))
+    ]
+    one, two, three = (f"{share:.0%}".replace("%", " %") for share in shares)
+    text = " ".join(README.split())
+    assert f"({one} at 1 layer, {two} at 2, {three} at 3)" in text
+
+
 def test_the_mrpc_table_is_that_of_the_result_file() -> None:
     accuracies: dict[tuple[str, float], list[float]] = defaultdict(list)
     with (ROOT / "benchmarks/results/mrpc-minilm.jsonl").open() as file:
@@ -136,9 +186,17 @@ def test_the_mrpc_table_is_that_of_the_result_file() -> None:
 
 
 def test_the_map_names_what_there_is() -> None:
-    named = set(re.findall(r"(\w+)\.py\b", README.partition("## Map")[2]))
+    named = set(re.findall(r"(\w+)\.py\b", CONTRIBUTING.partition("## Map")[2]))
     package = Path(msplora.__file__).parent
     there = {file.stem for file in package.glob("*.py")}
     missing = there - named - {"__init__", "__main__", "plan_text", "errors"}
     assert not missing
     assert not {name for name in named if not (package / f"{name}.py").exists()}
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md"],
+)
+def test_the_links_lead_somewhere(page: str) -> None:
+    assert broken_links(ROOT / page) == []

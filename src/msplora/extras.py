@@ -28,6 +28,11 @@ _MODULES = {
 }
 
 
+def how_to_install(extra: str) -> str:
+    """How to get an extra: from a clone, since there is no release that an index could give."""
+    return f"pip install '.[{extra}]' in msplora's clone"
+
+
 @contextmanager
 def _extra(name: str) -> Iterator[None]:
     try:
@@ -37,7 +42,7 @@ def _extra(name: str) -> Iterator[None]:
         if missing not in _MODULES[name]:
             raise
         raise MSPLoraError(
-            f"this command needs {missing}, which is not installed: pip install 'msplora[{name}]'"
+            f"this command needs {missing}, which is not installed: {how_to_install(name)}"
         ) from None
 
 

@@ -137,7 +137,7 @@ def page(result: dict[str, Any]) -> str:
     lines += ["", "## What does not pass, and why", ""]
     for outcome, heading in (
         ("refused", "Refused, with the reason:"),
-        ("failed", "Failed, since the test asks for what a layer that shares cannot have:"),
+        ("failed", "Failed, and why:"),
         ("skipped", "Skipped by the test itself:"),
     ):
         lines += _reasons(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from msplora.errors import MSPLoraError
+from msplora.extras import how_to_install
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals
 
@@ -125,7 +126,7 @@ class OnRay:
             import ray  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError:
             raise MSPLoraError(
-                "--ray needs ray, which is not installed: pip install 'msplora[ray]'"
+                f"--ray needs ray, which is not installed: {how_to_install('ray')}"
             ) from None
         if ray.is_initialized():
             return ray

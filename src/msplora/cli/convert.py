@@ -1,4 +1,4 @@
-"""`msplora convert`: to a plain LoRA for any server or into the base, and back to a pyramid."""
+"""`msplora convert`: to a plain LoRA or into the base, and back to a pyramid."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def convert(
     to: Annotated[
         Target,
         typer.Option(
-            help="`lora`: a plain LoRA for any server; `gguf`: for llama.cpp; `mlx`: for mlx-lm; "
+            help="`lora`: a plain LoRA as PEFT saves it; `gguf`: for llama.cpp; `mlx`: for mlx-lm; "
             "`merged`: a model without adapter; `msplora`: the nearest pyramid, of a LoRA or a "
             "checkpoint of the released code."
         ),
