@@ -314,7 +314,7 @@ def test_without_jinja2_the_extra_is_named_before_any_work(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     result = command("analyse", folders / "pyramid", "--output", tmp_path / "out")
     assert result.code == 1
-    assert "pip install '.[report]' in msplora's clone" in result.error
+    assert "pip install -e '.[report]' in msplora's clone" in result.error
     assert command("analyse", folders / "pyramid").code == 0
 
 

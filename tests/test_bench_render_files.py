@@ -110,7 +110,7 @@ def test_other_files_are_left_alone_and_a_folder_of_nothing_else_is_refused(tmp_
 
 def test_a_missing_extra_is_named(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    expected = r"needs jinja2.*pip install '\.\[report\]' in msplora's clone"
+    expected = r"needs jinja2.*pip install -e '\.\[report\]' in msplora's clone"
     with pytest.raises(MSPLoraError, match=expected):
         render_page(results)
     with pytest.raises(ModuleNotFoundError, match="no_such"), report_extra():

@@ -138,7 +138,7 @@ def test_a_verb_whose_extra_is_missing_names_it(
     )
     assert ended.returncode == 1
     wanted = f"Error: this command needs {missing}, which is not installed: "
-    assert ended.stderr == f"{wanted}pip install '.[train]' in msplora's clone\n"
+    assert ended.stderr == f"{wanted}pip install -e '.[train]' in msplora's clone\n"
 
 
 def test_only_what_the_extra_brings_is_blamed_on_it() -> None:

@@ -98,7 +98,7 @@ def test_a_missing_library_is_missed_before_the_base_is_loaded(
 ) -> None:
     monkeypatch.setattr("msplora.adapted.load_base_of", _not_yet)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MSPLoraError, match=r"pip install '\.\[gguf\]' in msplora's clone"):
+    with pytest.raises(MSPLoraError, match=r"pip install -e '\.\[gguf\]' in msplora's clone"):
         msplora.to_lora(folder / "pyramid", tmp_path / "out", form="gguf")
 
 

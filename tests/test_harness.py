@@ -115,4 +115,4 @@ def test_without_the_library_it_names_the_extra(
     monkeypatch.delitem(sys.modules, "msplora.train.harness", raising=False)
     result = judged(folder, folder / "tasks")
     assert result.code == 1
-    assert "pip install '.[harness]' in msplora's clone" in result.error
+    assert "pip install -e '.[harness]' in msplora's clone" in result.error

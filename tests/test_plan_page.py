@@ -214,7 +214,7 @@ def test_the_command_writes_a_page_and_overwrites_nothing(
     assert "is a folder; give another name" in refused.error
     assert [its.name for its in page.parent.iterdir()] == ["plan.html"]
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert "pip install '.[report]' in msplora's clone" in command(*asked, "--force").error
+    assert "pip install -e '.[report]' in msplora's clone" in command(*asked, "--force").error
 
 
 _COUNT = """<script>

@@ -386,7 +386,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "--max-lora-rank 32" in refused("--to", "lora", *limit)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "gguf", None)
-        assert "pip install '.[gguf]' in msplora's clone" in refused("--to", "gguf")
+        assert "pip install -e '.[gguf]' in msplora's clone" in refused("--to", "gguf")
     done = command("convert", adapter, tmp_path / "gguf", "--to", "gguf")
     assert done.code == 0, done.err
     assert "Checked" in done.out

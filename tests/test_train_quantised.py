@@ -270,7 +270,7 @@ def test_a_missing_library_is_named_with_its_extra(
     result = command("train", file)
     assert result.code == 1
     assert "needs bitsandbytes" in result.error
-    assert "pip install '.[quantised]' in msplora's clone" in result.error
+    assert "pip install -e '.[quantised]' in msplora's clone" in result.error
     assert not list(folder.glob("never*"))
 
 

@@ -30,7 +30,7 @@ _MODULES = {
 
 def how_to_install(extra: str) -> str:
     """How to get an extra: from a clone, since there is no release that an index could give."""
-    return f"pip install '.[{extra}]' in msplora's clone"
+    return f"pip install -e '.[{extra}]' in msplora's clone"
 
 
 @contextmanager
