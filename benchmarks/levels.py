@@ -54,12 +54,29 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="Folders of finished runs.")
     parser.add_argument("--output", type=Path, required=True, help="The result file, replaced.")
     parser.add_argument("--draws", type=int, default=20, help="Adapters of chance for each run.")
+    parser.add_argument(
+        "--append", action="store_true", help="Keep what the file has of other tasks and adapters."
+    )
     given = parser.parse_args()
     runs = chosen(described(run) for run in given.runs if (run / "metrics.json").is_file())
     content = {**provenance("cpu"), "draws": given.draws, "leading": LEADING}
     content["command"] = f"python benchmarks/levels.py RUN … --draws {given.draws}"
-    content["runs"] = [row | measured(folder, given.draws, row["seed"]) for folder, row in runs]
+    of_commit = {"commit": content["commit"]}
+    found = [row | of_commit | measured(folder, given.draws, row["seed"]) for folder, row in runs]
+    kept = others_of(given.output, found) if given.append else []
+    content["runs"] = sorted([*kept, *found], key=lambda row: (*_group(row), row["seed"]))
     given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def others_of(file: Path, found: Iterable[Row]) -> list[Row]:
+    """The rows of a file that are of no task and adapter found now, each with its commit."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    now = {_group(row) for row in found}
+    return [
+        {**row, "commit": row.get("commit", content["commit"])}
+        for row in content["runs"]
+        if _group(row) not in now
+    ]
 
 
 def described(run: Path) -> tuple[Path, Row]:

@@ -344,7 +344,8 @@ def test_what_only_ray_takes_is_refused_without_it(bake_off_folder: Path) -> Non
 
 def test_without_ray_it_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # an import of it fails now
-    with pytest.raises(MSPLoraError, match=r"--ray needs ray.*pip install -e '\.\[ray\]' in msplora"):
+    expected = r"--ray needs ray.*pip install -e '\.\[ray\]' in msplora"
+    with pytest.raises(MSPLoraError, match=expected):
         OnRay("local", 1, 0)._connect()
 
 

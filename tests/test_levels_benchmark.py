@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +90,27 @@ def test_the_best_rate_of_those_with_the_most_seeds_is_taken(
         *[("instruction-data", "other", 2)] * 2,
         *[("mrpc", "base", 2)] * 2,
         *[("mrpc", "other", 1)] * 2,
+    ]
+
+
+def test_rows_of_other_tasks_and_adapters_are_kept_with_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = script("levels", monkeypatch)
+    rows = [
+        {"task": task, "model": "base", "name": name, "seed": seed}
+        for task, name in (("rte", "LoRA, 8"), ("mrpc", "LoRA, 8"), ("mrpc", "MSPLoRA, 8 + 4 + 2"))
+        for seed in (0, 1)
+    ]
+    rows[0] |= {"commit": "0123abc"}
+    (tmp_path / "levels.json").write_text(json.dumps({"commit": "4567def", "runs": rows}))
+    new = [{"task": "mrpc", "model": "base", "name": "LoRA, 8", "seed": 0, "commit": "89abcde"}]
+    kept = levels.others_of(tmp_path / "levels.json", new)
+    assert [(its["task"], its["name"], its["seed"], its["commit"]) for its in kept] == [
+        ("rte", "LoRA, 8", 0, "0123abc"),
+        ("rte", "LoRA, 8", 1, "4567def"),
+        ("mrpc", "MSPLoRA, 8 + 4 + 2", 0, "4567def"),
+        ("mrpc", "MSPLoRA, 8 + 4 + 2", 1, "4567def"),
     ]
 
 
