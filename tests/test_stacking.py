@@ -287,6 +287,43 @@ def test_a_call_that_is_interrupted_leaves_nothing_behind() -> None:
     assert its_call(model) is None
 
 
+def test_gradients_are_put_side_by_side_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(3)  # of uneven groups the sums are stacked
+    expected = alone(model, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "stack", None)
+        assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("path", [[0, 1, 2, 3, 4, 1], [0, 1, 2]], ids=str)
+def test_a_layer_called_twice_or_not_at_all_has_its_gradient(
+    path: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted()
+    root_of(model).path = path
+    assert_same(gradients(model), alone(model, monkeypatch))
+
+
+def test_a_graph_is_differentiated_again_and_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    leaves = [its for its in model.parameters() if its.requires_grad]
+    x = inputs().requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "FEW_TOKENS", 0)
+        expected = torch.autograd.grad(model(x).square().sum(), [x, *leaves])
+    loss = model(x).square().sum()
+    for wanted in ([x, *leaves], [x], leaves[:3], [x, *leaves]):
+        found = torch.autograd.grad(loss, wanted, retain_graph=True)
+        by_leaf = dict(zip([x, *leaves], expected, strict=True))
+        for leaf, its in zip(wanted, found, strict=True):
+            torch.testing.assert_close(its, by_leaf[leaf], rtol=1e-11, atol=1e-12)
+    # What one backward gave is not written over by the next.
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [its.clone() for its in first]
+    torch.autograd.grad(3 * loss, leaves)
+    assert all(map(torch.equal, first, kept))
+
+
 def test_factors_of_several_dtypes_each_get_their_gradient_unrounded() -> None:
     """A base of which a few layers stay in float32 has such pairs."""
     its = stacking.Stacking((2,), (1.0,), transposed=False)
@@ -297,7 +334,7 @@ def test_factors_of_several_dtypes_each_get_their_gradient_unrounded() -> None:
     assert tensors is not None
     weights = torch.randn(2, 2, WIDTH)
     stacks = its(tensors, torch.float32)
-    sum((its * w).sum() for its, w in zip(stacks, weights, strict=True)).backward()  # pyright: ignore
+    sum((its.tensor_RD * w).sum() for its, w in zip(stacks, weights, strict=True)).backward()  # pyright: ignore
     assert torch.equal(factors[1].factor.grad, weights[1])  # pyright: ignore
     assert torch.equal(factors[0].factor.grad, weights[0].bfloat16())  # pyright: ignore
 
