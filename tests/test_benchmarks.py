@@ -65,6 +65,8 @@ def test_a_result_says_where_it_is_from_and_names_no_folder_of_a_machine(file: P
     text = file.read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else None
     for record in records or [json.loads(text)]:
+        if record.get("status") == "unfinished":
+            continue  # a run of a bake-off that was stopped: it has no result
         assert re.match(r"[0-9a-f]{7,}$", record["commit"])
         assert record["hardware"]
         assert {"torch", "transformers", "peft", "python"} <= set(record["versions"])

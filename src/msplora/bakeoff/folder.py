@@ -12,6 +12,7 @@ from msplora.sweep.folder import LOGS, RUNS, SweepFolderError, hold
 from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
 from msplora.train.absolute_paths import with_absolute_paths
+from msplora.train.checkpoints import clear
 from msplora.train.run_folder import RunFolder, RunFolderError
 from msplora.train.settings import Settings
 
@@ -58,6 +59,7 @@ class BakeOffFolder:
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the bake-off in {self.path}")
+        clear(self.path / RUNS)  # what a kill left of runs that were being removed
         self.rows = Rows(self.path)  # another process may have written some until now
         try:
             self._check_same()

@@ -131,7 +131,7 @@ def _by_task(outcome: Outcome, found: Sequence[Standing]) -> Table:
 def _rates(outcome: Outcome) -> Table:
     lines = []
     for name, choice in outcome.choices.items():
-        for tried in choice.tried:
+        for tried in sorted([*choice.tried, *choice.begun], key=lambda its: its.rate):
             is_best = choice.best is not None and tried.rate == choice.best.rate
             cells = []
             for row in tried.rows:
@@ -144,6 +144,8 @@ def _rates(outcome: Outcome) -> Table:
                     gave = row.status
                 cells.append(f"{row.parameters['task']} {gave}")
             said = _chosen(choice, tried) if is_best else "–"
+            if tried in choice.begun:
+                said = "not on all yet"
             lines.append((name, f"{tried.rate:g}", "; ".join(cells), said))
     note = "What each learning rate gave on what rates are chosen on."
     headers = ("method", "rate", "gave", "chosen")

@@ -66,6 +66,8 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     hardware: str | None = None
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """The commit, hardware and versions of earlier starts, of a run that went on under others."""
 
     @classmethod
     def started(
