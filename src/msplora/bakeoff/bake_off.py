@@ -36,6 +36,15 @@ class Outcome:
     """All runs."""
 
     @property
+    def used(self) -> tuple[Row, ...]:
+        """The rows of the runs that count, and of those that rates are chosen by. The others are
+        of another file, or of a rate that was once the best.
+        """
+        rates = [its for choice in self.choices.values() for its in (*choice.tried, *choice.begun)]
+        names = {row.name for its in rates for row in its.rows} | {run.name for run in self.finals}
+        return tuple(row for row in self.rows if row.name in names)
+
+    @property
     def is_over(self) -> bool:
         """Whether no run is left to be made but those that failed."""
         for choice in self.choices.values():

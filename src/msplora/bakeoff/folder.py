@@ -99,7 +99,7 @@ class BakeOffFolder:
 
     def _check_same(self) -> None:
         """A row stands for a run only where it was made with the same settings, of the same."""
-        bake_off = self.bake_off
+        bake_off, others = self.bake_off, []
         for row in self.rows:
             its = row.parameters
             if not {"task", "learning_rate"} <= its.keys():
@@ -108,6 +108,7 @@ class BakeOffFolder:
                     f"bake-off. Name another output."
                 )
             if its["method"] not in bake_off.entrants or its["task"] not in bake_off.settings.tasks:
+                others.append(row.name)
                 continue
             run = Run.of(its)
             inputs = self._inputs[run.entrant, run.task]
@@ -125,6 +126,12 @@ class BakeOffFolder:
                     f"{'; '.join(changed)}. Its runs cannot be compared with new ones: name "
                     f"another output, or give what is new a name of its own."
                 )
+        if others and len(others) == len(list(self.rows)):
+            raise SweepFolderError(
+                f"the output {self.path} holds another bake-off: none of its {len(others)} runs, "
+                f"such as {others[0]}, is of a method and a task that {bake_off.source} names. "
+                f"Name another output, or the methods and tasks as they were."
+            )
 
     def _refuse_others(self, run: Run, when: str, before: Inputs, now: Inputs) -> None:
         others = [
