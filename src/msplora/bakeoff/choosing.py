@@ -106,10 +106,10 @@ def choose(bake_off: BakeOff, folder: BakeOffFolder, entrant: str) -> Choice:
             reached.append(beyond)
             tried = sorted([*tried, settled[beyond]], key=lambda its: its.rate)
             best, beyond = _best(tried), None
-    wanted_rates = sorted({*given, *([] if beyond is None else [beyond])})
+    to_try = given if beyond is None else [*given, beyond]
     begun = [
         Tried(rate, rows[rate])
-        for rate in wanted_rates
+        for rate in to_try
         if rate in rows and all(its.rate != rate for its in tried)
     ]
     return Choice(tried, best, beyond, reached, begun, have_all and beyond is None)

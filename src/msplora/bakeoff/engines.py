@@ -16,7 +16,7 @@ from msplora.sweep.running import SweepSignals
 from .choosing import Chain, Rivals
 from .origin import note_origin
 from .reading import Run
-from .running import Job, make_run
+from .running import Job, goes_on_later, make_run
 
 MakeJob = Callable[[Run, Rivals | None], Job | Row]
 """Gives what is to be done for a run, or its row where nothing is."""
@@ -115,8 +115,7 @@ class OnRay:
                     row.status, row.error = "failed", _last_line(error)
                 except ray.exceptions.RayError as error:  # the machine is gone, or the task was
                     row = job.row
-                    row.status = "unfinished"
-                    row.error = f"{_last_line(error)} The next start goes on with it"
+                    row.status, row.error = "unfinished", goes_on_later(_last_line(error))
                 book.ended(row)
                 send(chain, row)
         except KeyboardInterrupt:

@@ -27,6 +27,11 @@ class Job:
     """When to give it up; None for a run that counts."""
 
 
+def goes_on_later(why: str) -> str:
+    """What is said of a run that is not to blame for its end."""
+    return f"{why.rstrip('.')}. The next start goes on with it."
+
+
 def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     """Train, and return the row with what came of it; a crash is recorded there too. A run whose
     process somebody or the system ended is unfinished: that says nothing of the run.
@@ -50,7 +55,7 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     outcome = run_apart(job.settings, job.log, stop, lock, is_hopeless if job.rejecting else None)
     row.status, row.error = outcome.status, outcome.error
     if outcome.was_killed:
-        row.status, row.error = "unfinished", f"{outcome.error}. The next start goes on with it"
+        row.status, row.error = "unfinished", goes_on_later(outcome.error or "it was ended")
     row.seconds += outcome.seconds
     row.resident_bytes = max(row.resident_bytes or 0, outcome.resident_bytes or 0) or None
     if outcome.status == "complete":
