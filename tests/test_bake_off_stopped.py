@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from bake_offs import BEST, SPEC, MadeUp, content_of, names, prepared, rates_of, rows_in, spec
-from msplora.bakeoff import origin, running
+from msplora.bakeoff import begun_on, running
 from msplora.bakeoff.bake_off import outcome_so_far, run_bake_off
+from msplora.bakeoff.begun_on import note_origin
 from msplora.bakeoff.engines import OnRay
 from msplora.bakeoff.folder import BakeOffFolder
-from msplora.bakeoff.origin import note_origin
 from msplora.bakeoff.reading import Run
 from msplora.bakeoff.report import NOT_OVER, markdown
 from msplora.bakeoff.running import Job
@@ -126,7 +126,7 @@ def test_a_rejected_run_that_was_half_removed_stands_in_no_ones_way(
 def commits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commits that are found, one after the other."""
     found = ["first", "second", "third"]
-    monkeypatch.setattr(origin, "commit", lambda: found.pop(0))
+    monkeypatch.setattr(begun_on, "commit", lambda: found.pop(0))
     return found
 
 

@@ -13,8 +13,8 @@ from msplora.extras import how_to_install
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals
 
+from .begun_on import note_origin
 from .choosing import Chain, Rivals
-from .origin import note_origin
 from .reading import Run
 from .running import Job, goes_on_later, make_run
 

@@ -10,7 +10,7 @@ from msplora.sweep.running import SweepSignals, run_apart
 from msplora.train.checkpoints import remove
 from msplora.train.settings import Settings
 
-from .origin import goes_on
+from .begun_on import goes_on
 from .rejecting import Evaluations, Rejecting, evaluations_so_far
 
 
