@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
@@ -108,18 +108,35 @@ def one_run(given: argparse.Namespace, way: Way, rate: float, seed: int) -> dict
     return found
 
 
-def best_rate(given: Sequence[float], loss: Callable[[float], float]) -> float:
+def best_rate(
+    given: Sequence[float], loss: Callable[[float], float], known: Iterable[float] = ()
+) -> float:
     """The rate with the least loss, of those given and, where it is at their end, of the next ones
-    out, as a bake-off looks for it.
+    out, as a bake-off looks for it. Those that are `known` from other rates given before count too,
+    as they do in the table.
     """
-    tried = {rate: loss(rate) for rate in given}
+    tried = {rate: loss(rate) for rate in (*given, *known)}
     for _ in range(FURTHER):
-        best = min(tried, key=lambda rate: (tried[rate], rate))
+        best = least(tried)
         beyond = next_out(sorted(given), sorted(tried), best)
         if beyond is None:
             break
         tried[beyond] = loss(beyond)
-    return min(tried, key=lambda rate: (tried[rate], rate))
+    return least(tried)
+
+
+def least(losses: Mapping[float, float]) -> float:
+    """The rate of the least loss; of two alike the lower."""
+    return min(losses, key=lambda rate: (losses[rate], rate))
+
+
+def losses_with(rows: Sequence[dict[str, Any]], name: str, seed: int) -> dict[float, float]:
+    """Rate -> loss of a way with a seed."""
+    return {
+        row["learning_rate"]: row["loss"]
+        for row in rows
+        if (row["way"], row["seed"]) == (name, seed)
+    }
 
 
 def weights_of(model: str) -> str:
@@ -167,6 +184,7 @@ def main() -> None:
     about["model_sha256"] = weights_of(given.model)
     file = given.output / "results.jsonl"
     given.output.mkdir(parents=True, exist_ok=True)
+    end_last_line(file)
     rows = read(file)
     check_same(rows, about, file)
 
@@ -182,7 +200,10 @@ def main() -> None:
         return row["loss"]
 
     for name in dict.fromkeys([BASELINE, *given.ways]):
-        rate = best_rate(given.rates, lambda rate, name=name: loss(name, rate, given.seeds[0]))
+        known = losses_with(rows, name, given.seeds[0])
+        rate = best_rate(
+            given.rates, lambda rate, name=name: loss(name, rate, given.seeds[0]), known
+        )
         for seed in given.seeds:
             loss(name, rate, seed)
         print(name, flush=True)
@@ -194,7 +215,20 @@ def read(file: Path) -> list[dict[str, Any]]:
     """The rows of a result file that may not be there yet."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"{file}: line {number} is half a row, of a run that was killed; it is left out.")
+    return rows
+
+
+def end_last_line(file: Path) -> None:
+    """Have the next row begin on a line of its own, whatever a run that was killed has left."""
+    if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):
+        with file.open("a", encoding="utf-8") as results:
+            results.write("\n")
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -207,8 +241,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     found = {}
     for name in dict.fromkeys(row["way"] for row in rows):
         its = [row for row in rows if row["way"] == name]
-        first = [row for row in its if row["seed"] == its[0]["seed"]]
-        rate = min(first, key=lambda row: row["loss"])["learning_rate"]
+        rate = least(losses_with(its, name, its[0]["seed"]))
         found[name] = {row["seed"]: row for row in its if row["learning_rate"] == rate}
     lines = [
         "| way | trainable | rate | loss | better than LoRA, r = 6 |",

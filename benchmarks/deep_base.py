@@ -12,11 +12,13 @@ far it came.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from msplora.train.checkpoints import write_whole
 from msplora.train.run import train_run
 from msplora.train.settings import Settings
 
@@ -31,12 +33,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     start, text = given.output / "start", given.output / "text.txt"
+    # Both are written beside and renamed: a kill leaves no half of them to train on.
     if not start.exists():
+        partial = given.output / "start.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(given.like, num_hidden_layers=given.layers)
-        AutoModelForCausalLM.from_config(config).save_pretrained(start)
-        AutoTokenizer.from_pretrained(given.like).save_pretrained(start)
-        text.write_text("\n".join(its.read_text(encoding="utf-8") for its in given.text))
+        AutoModelForCausalLM.from_config(config).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(given.like).save_pretrained(partial)
+        partial.rename(start)
+    if not text.exists():
+        write_whole(text, "\n".join(its.read_text(encoding="utf-8") for its in given.text))
     train_run(
         Settings.model_validate(
             {

@@ -3,7 +3,8 @@
     python benchmarks/results_page.py
 
 A mark is `<!-- table: FOLDER, TITLE -->`: the table under that title in
-benchmarks/results/FOLDER/report.md, which `msplora bake-off` has written.
+benchmarks/results/FOLDER/report.md, which `msplora bake-off` has written. Below a table of one that
+is not over stands that it is not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/results.md"
+_NOT_OVER = "This bake-off is not over"
 _MARK = re.compile(r"(<!-- table: ([\w-]+), ([\w ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -33,11 +35,18 @@ def table(folder: str, title: str) -> str:
         SystemExit: there is none.
     """
     report = ROOT / "benchmarks/results" / folder / "report.md"
-    section = report.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")
+    text = report.read_text(encoding="utf-8")
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")
     lines = [line for line in section[0].splitlines() if line.startswith("|")]
     if not lines:
         raise SystemExit(f"{report} has no table under {title!r}. Run msplora bake-off first.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_not_over(text)])
+
+
+def _not_over(report: str) -> list[str]:
+    """What a report says at its top of a bake-off that is not over, to stand below its table."""
+    top = report.partition("\n## ")[0]
+    return [line for its in top.splitlines() if its.startswith(_NOT_OVER) for line in ("", its)]
 
 
 if __name__ == "__main__":

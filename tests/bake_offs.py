@@ -62,6 +62,9 @@ class MadeUp:
         self.ran: list[str] = []
         self.fails: set[str] = set()
         self.diverges: set[str] = set()
+        self.is_killed: set[str] = set()
+        """Runs whose process somebody ends."""
+        self.commit = "abc"
         self.stop_after: int | None = None
 
     def __call__(self, job: Job, stop: Any, *_: Any) -> Row:
@@ -73,6 +76,9 @@ class MadeUp:
         row.seconds += 2.0
         if row.name in self.diverges:
             row.status, row.error = "diverged", "the loss is nan"
+            return row
+        if row.name in self.is_killed:
+            row.status, row.error = "unfinished", "its process was ended by SIGKILL in /tmp/here"
             return row
         if row.name in self.fails:
             row.status, row.error = "failed", "out of memory"
@@ -88,9 +94,12 @@ class MadeUp:
                 return row
         row.status, row.metric, row.value = "complete", "accuracy", value
         row.evaluations, row.best, row.train_seconds = found, found[-1], 1.0
-        row.resident_bytes, row.commit, row.hardware = 2**20, "abc", "a machine"
-        row.versions = {"msplora": "1"}
+        row.resident_bytes = 2**20
         return row
+
+    def note_origin(self, row: Row, settings: Any) -> None:
+        """Stands for the function of this name."""
+        row.commit, row.hardware, row.versions = self.commit, "a machine", {"msplora": "1"}
 
 
 def rows_in(output: str) -> list[dict[str, Any]]:

@@ -85,4 +85,5 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
     monkeypatch.chdir(tmp_path)
     runs = MadeUp()
     monkeypatch.setattr(engines, "make_run", runs)
+    monkeypatch.setattr(engines, "note_origin", runs.note_origin)
     return runs

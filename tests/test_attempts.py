@@ -186,6 +186,37 @@ def test_a_way_is_compared_with_the_seeds_that_the_baseline_has(attempts: Module
     assert attempts.table(rows[1:])[2].endswith("| – |")
 
 
+def test_half_a_row_is_left_out_and_its_run_made_again(
+    attempts: ModuleType,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--ways", attempts.BASELINE, "--seeds", "0", "1"]
+    run(attempts, place, monkeypatch, *flags)
+    report = (place / "out/report.md").read_text()
+    file = place / "out/results.jsonl"
+    file.write_text(file.read_text()[:-20])  # of the last one, as after a kill
+    assert run(attempts, place, monkeypatch, *flags) == [(attempts.BASELINE, 2e-2, 1)]
+    assert "line 5 is half a row, of a run that was killed" in capsys.readouterr().out
+    assert run(attempts, place, monkeypatch, *flags) == []
+    assert (place / "out/report.md").read_text() == report
+
+
+def test_the_table_has_the_rate_that_is_run_with_all_seeds(
+    attempts: ModuleType, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the best one is of an earlier start, which was given other rates."""
+    way = ["--ways", attempts.BASELINE]
+    run(attempts, place, monkeypatch, *way, "--seeds", "0", "--rates", "0.02", "0.01")
+    seeds = ["--seeds", "0", "1", "2"]
+    trained = run(attempts, place, monkeypatch, *way, *seeds, "--rates", "1e-3", "2e-3", "1.5e-3")
+    assert [its for its in trained if its[2] > 0] == [
+        (attempts.BASELINE, 2e-2, its) for its in (1, 2)
+    ]
+    assert "| 0.02 | 1.0000 ± 1.0000 |" in (place / "out/report.md").read_text()
+
+
 def test_the_report_is_that_of_the_rows(attempts: ModuleType) -> None:
     folder = BENCHMARKS / "results/attempts"
     assert attempts.report(attempts.read(folder / "results.jsonl")) == (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bake_offs import SPEC, MadeUp, prepared
-from msplora.bakeoff.bake_off import Outcome, run_bake_off
+from msplora.bakeoff.bake_off import Outcome, outcome_so_far, run_bake_off
 from msplora.bakeoff.report import draw, markdown, page
 from msplora.bakeoff.statistics import standings
 from msplora.bakeoff.terminal import rich_tables
@@ -207,3 +207,69 @@ def test_that_runs_of_a_seed_are_taken_for_independent_is_said(made_up: MadeUp) 
     assert said in markdown(run_bake_off(prepared()), {})
     one = {"one": SPEC["tasks"]["one"]}
     assert said not in markdown(run_bake_off(prepared(output="one", tasks=one)), {})
+
+
+def test_corrections_are_for_all_methods_and_not_for_those_that_have_run(made_up: MadeUp) -> None:
+    outcome = shifted(run_bake_off(prepared()), {"pyramid": 0.02})
+    for task in ("one", "two"):
+        for seed in (0, 1):
+            row_of(outcome, "small", task, seed).status = "failed"
+    found = {its.name: its.against for its in standings(outcome)}
+    assert found["small"] is None
+    assert found["pyramid"] is not None
+    assert (found["pyramid"].p, found["pyramid"].adjusted) == (0.125, 0.25)
+    assert "makes 0.25 for the first of 2 methods" in markdown(outcome, {})
+
+
+def test_a_mean_over_several_metrics_says_so(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared())
+    said = "take accuracy and pearson as if they were on one scale"
+    assert said not in markdown(outcome, {})
+    outcome.prepared.metrics["two"] = "pearson"
+    assert said in markdown(outcome, {})
+
+
+def test_the_mark_of_a_method_that_lacks_runs_is_another(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared())
+    assert b"lacks runs" not in draw(outcome)["front"]
+    row_of(outcome, "small", "two", 1).status = "failed"
+    assert b"small (lacks runs)" in draw(outcome)["front"]
+
+
+def test_of_how_many_pairs_the_runs_chose_the_rate_is_said(made_up: MadeUp) -> None:
+    said = "1 of the 4 pairs of each method is of the runs that chose its rate"
+    assert said in markdown(run_bake_off(prepared()), {})
+    apart = {"tasks": ["one"], "seeds": [7]}
+    assert "that chose its rate" not in markdown(
+        run_bake_off(prepared(output="apart", choose=apart)), {}
+    )
+
+
+def test_what_was_trained_on_what_is_said(made_up: MadeUp) -> None:
+    """The report is read where its file is not at hand."""
+    methods: dict[str, Any] = {
+        "lora": {"method": "lora", "learning_rates": [1e-3]},
+        "pyramid": {"method": "msplora", "adapter": {"r": 8, "split_alpha": True}},
+        "hydra": {"method": "hydra", "hydra": {"r_parallel": 2}},
+    }
+    base = {**SPEC["base"], "model": "/elsewhere/models/my*model"}
+    tasks = {**SPEC["tasks"], "two": {"data": {"train": "/here/two.jsonl", "max_length": 64}}}
+    text = markdown(outcome_so_far(prepared(methods=methods, base=base, tasks=tasks)), {})
+    common = next(line for line in text.splitlines() if line.startswith("- All runs"))
+    for key in (
+        r"model = models/my\*model", "task = classification", "dtype = auto",
+        "training.epochs = 3", "training.batch_size = 8", "training.warmup_ratio = 0.06",
+        r"adapter.target_modules = \[query, value\]", "data.validation_fraction = 0.25",
+    ):  # fmt: skip
+        assert key in common
+    assert "- Task one: data.max_length = unset, data.train = one.jsonl." in text
+    assert "- Task two: data.max_length = 64, data.train = here/two.jsonl." in text
+    lora = "- Method lora: method = lora: rank 8, alpha 16; learning rates of its own: 0.001."
+    assert lora in text
+    assert (
+        "- Method pyramid: method = msplora, adapter.r = 8, adapter.split_alpha = true: global of "
+        "rank 8, alpha 5.33333, one for all layers; mid of rank 4, alpha 5.33333, in 3 groups; "
+        "local of rank 2, alpha 5.33333, each layer its own."
+    ) in text
+    assert "- Method hydra: method = hydra, hydra.r_parallel = 2." in text
+    assert "/elsewhere" not in text

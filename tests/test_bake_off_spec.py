@@ -233,3 +233,18 @@ def test_what_no_run_could_do_is_refused_before_the_first(bake_off_folder: Path)
     (bake_off_folder / "two.jsonl").unlink()
     with pytest.raises(MSPLoraError, match=r"two\.jsonl"):
         prepare(spec())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error"),
+    [
+        (("accuracy", "loss"), "two by loss have no mean, for less is better"),
+        (("loss", "perplexity"), "one by loss and two by perplexity have no mean: a perplexity is"),
+        (("perplexity", "loss"), "two by loss and one by perplexity have no mean: a perplexity is"),
+    ],
+)
+def test_metrics_without_a_mean_are_refused(metrics: tuple[str, str], error: str) -> None:
+    by_task = dict(zip(("one", "two"), metrics, strict=True))
+    with pytest.raises(ConfigError, match=error):
+        sizes._check_metrics(by_task, "spec.yaml")
+    sizes._check_metrics(dict.fromkeys(by_task, metrics[0]), "spec.yaml")

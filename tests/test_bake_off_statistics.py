@@ -57,9 +57,12 @@ def test_no_two_of_many_series_look_alike() -> None:
 def test_holm_by_hand() -> None:
     given_p = {"a": 0.01, "b": 0.04, "c": 0.03}
     pairs = {name: Paired((0.1,), {"t": 0.1}, p) for name, p in given_p.items()}
-    adjusted = {name: its.adjusted for name, its in holm(pairs).items()}
+    adjusted = {name: its.adjusted for name, its in holm(pairs, 3).items()}
     # 3 × 0.01; 2 × 0.03; then 1 × 0.04, raised to the one before.
     assert adjusted == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    # Two that cannot be compared yet are chances of a false one too.
+    adjusted = {name: its.adjusted for name, its in holm(pairs, 5).items()}
+    assert adjusted == pytest.approx({"a": 0.05, "c": 0.12, "b": 0.12})
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 5), st.integers(1, 5))))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from msplora.bakeoff.report import NOT_OVER
 from msplora.bench.measured import Measured, gather
 from msplora.bench.reading import STEP, read_results
 from msplora.bench.tables import Verdict, overhead_share, ratio_to_lora, rounded, verdict
@@ -63,15 +64,21 @@ def section(heading: str) -> str:
     return TEXT.partition(f"## {heading}")[2].partition("\n## ")[0]
 
 
-@pytest.mark.parametrize("file", RESULTS, ids=lambda file: f"{file.parent.name}-{file.name}")
-def test_a_result_says_where_it_is_from_and_names_no_folder_of_a_machine(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    records = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else None
-    for record in records or [json.loads(text)]:
+def check_origins(records: list[dict[str, Any]], text: str) -> None:
+    for record in records:
+        if record.get("status") == "unfinished":
+            continue  # a run of a bake-off that was stopped: it has no result
         assert re.match(r"[0-9a-f]{7,}$", record["commit"])
         assert record["hardware"]
         assert {"torch", "transformers", "peft", "python"} <= set(record["versions"])
     assert not re.search(r"/(work|tmp|root|home|Users)\b", text)
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: f"{file.parent.name}-{file.name}")
+def test_a_result_says_where_it_is_from_and_names_no_folder_of_a_machine(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else None
+    check_origins(records or [json.loads(text)], text)
     assert str(file.relative_to(BENCHMARKS / "results")) in TEXT
 
 
@@ -256,3 +263,26 @@ def test_the_tables_of_the_results_are_those_of_the_reports() -> None:
     page = names["PAGE"].read_text(encoding="utf-8")
     assert page.count("<!-- end of table -->") == page.count("<!-- table: ") == 5
     assert names["filled"](page) == page
+
+
+def test_a_table_of_a_bake_off_that_is_not_over_says_so(tmp_path: Path) -> None:
+    names = runpy.run_path(str(BENCHMARKS / "results_page.py"))
+    report = tmp_path / "benchmarks/results/half/report.md"
+    report.parent.mkdir(parents=True)
+    names["filled"].__globals__["ROOT"] = tmp_path
+    page = "<!-- table: half, How they stand -->\n<!-- end of table -->"
+    table = "## How they stand\n\n| a |\n| --- |\n\nA note.\n"
+    report.write_text(f"# Bake-off\n\n{table}")
+    assert NOT_OVER not in names["filled"](page)
+    report.write_text(f"# Bake-off\n\n{NOT_OVER}\n\n{table}")
+    assert f"| --- |\n\n{NOT_OVER}\n<!-- end" in names["filled"](page)
+
+
+def test_what_a_bake_off_was_stopped_at_needs_no_commit_and_names_no_folder() -> None:
+    rows: list[dict[str, Any]] = [{"status": "unfinished", "commit": None, "error": None}]
+    check_origins(rows, json.dumps(rows))
+    rows[0]["error"] = "The last checkpoint is /tmp/checkpoint-3"
+    with pytest.raises(AssertionError):
+        check_origins(rows, json.dumps(rows))
+    with pytest.raises((AssertionError, TypeError)):
+        check_origins([{"status": "complete", "commit": None}], "")

@@ -684,6 +684,17 @@ def test_only_a_process_that_was_killed_may_have_lacked_memory(
     assert outcome.error
     assert outcome.error.startswith(f"its process was ended by SIG{name}")
     assert ("memory" in outcome.error) is is_memory
+    assert outcome.was_killed is is_memory
+
+
+@pytest.mark.parametrize(("code", "was_killed"), [(1, False), (130, True), (143, True)])
+def test_whether_a_process_was_stopped_by_somebody_else_is_known(
+    code: int, was_killed: bool, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in_for_python(monkeypatch, f"exit {code}")
+    settings = make_settings({**BASE, "output": "run"}, "test")
+    outcome = run_apart(settings, Path("run.log"), SweepSignals())
+    assert (outcome.status, outcome.was_killed) == ("failed", was_killed)
 
 
 def test_a_process_that_a_killed_one_left_is_waited_for(

@@ -36,18 +36,20 @@ class Outcome:
     """All runs."""
 
     @property
+    def used(self) -> tuple[Row, ...]:
+        """The rows of the runs that count, and of those that rates are chosen by. The others are
+        of another file, or of a rate that was once the best.
+        """
+        rates = [its for choice in self.choices.values() for its in (*choice.tried, *choice.begun)]
+        names = {row.name for its in rates for row in its.rows} | {run.name for run in self.finals}
+        return tuple(row for row in self.rows if row.name in names)
+
+    @property
     def is_over(self) -> bool:
         """Whether no run is left to be made but those that failed."""
-        entrants = self.prepared.bake_off.entrants
-        for name, choice in self.choices.items():
-            tried = {its.rate for its in choice.tried}
-            if not tried.issuperset(entrants[name].rates) or choice.beyond is not None:
+        for choice in self.choices.values():
+            if not choice.is_settled or (choice.best is None and choice.given_up):
                 return False
-            if choice.best is None and choice.given_up:
-                return False
-        rows = [row for its in self.choices.values() for tried in its.tried for row in tried.rows]
-        if any(row.status == "unfinished" for row in rows):
-            return False
         return all(row and row.status != "unfinished" for row in self.finals.values())
 
 
@@ -151,7 +153,14 @@ class _Running:
             engine.work_off(chains, self, self.stop)
         if not self.stop.asked:
             choices = {name: choose(bake_off, folder, name) for name in bake_off.entrants}
-            engine.work_off([single(its) for its in _finals(folder, choices)], self, self.stop)
+            for name, choice in choices.items():
+                if not choice.is_settled:
+                    self._say(
+                        f"{name}: not all of its learning rates came to an end, so it is not run "
+                        f"with the best of the others yet. Give the same command again."
+                    )
+            decided = {name: its for name, its in choices.items() if its.is_settled}
+            engine.work_off([single(its) for its in _finals(folder, decided)], self, self.stop)
 
     def _also(self) -> Iterator[Chain]:
         """Beyond the rates that were given, where an entrant's best was at an end: the next rate
@@ -204,13 +213,16 @@ class _Running:
         return Rejecting(reject, metric, [its.evaluations for its in rivals])
 
     def started(self, job: Job) -> None:
-        job.row.status = "unfinished"
+        job.row.status, job.row.error = "unfinished", None
         self.folder.rows.put(job.row)
         self._say(job.row.name)
 
     def ended(self, row: Row) -> None:
+        told = _told(row)
+        if row.status == "unfinished":
+            row.error = None  # told, it is over; and it may name a folder of this machine
         self.folder.rows.put(row)
-        self._say(f"    {row.name}: {_told(row)}")
+        self._say(f"    {row.name}: {told}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

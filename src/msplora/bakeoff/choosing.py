@@ -54,6 +54,10 @@ class Choice:
     """The rate to try next, or to finish, where the best one is at an end of what was tried."""
     reached: Sequence[float] = ()
     """The rates of `tried` beyond those that the file gives, in the order of their trial."""
+    begun: Sequence[Tried] = ()
+    """Further rates to be tried, of which only some runs have rows, or are not finished."""
+    is_settled: bool = True
+    """Whether something came of every run that rates are chosen by, be it that it failed."""
 
     @property
     def given_up(self) -> list[Row]:
@@ -93,7 +97,8 @@ def choose(bake_off: BakeOff, folder: BakeOffFolder, entrant: str) -> Choice:
     tried = [whole[rate] for rate in given if rate in whole]
     best, beyond = _best(tried), None
     reached: list[float] = []
-    if settled.keys() >= set(given):
+    have_all = settled.keys() >= set(given)
+    if have_all:
         for _ in range(bake_off.settings.choose.extend):
             beyond = next_out(given, [its.rate for its in tried], best.rate) if best else None
             if beyond not in settled:
@@ -101,7 +106,13 @@ def choose(bake_off: BakeOff, folder: BakeOffFolder, entrant: str) -> Choice:
             reached.append(beyond)
             tried = sorted([*tried, settled[beyond]], key=lambda its: its.rate)
             best, beyond = _best(tried), None
-    return Choice(tried, best, beyond, reached)
+    to_try = given if beyond is None else [*given, beyond]
+    begun = [
+        Tried(rate, rows[rate])
+        for rate in to_try
+        if rate in rows and all(its.rate != rate for its in tried)
+    ]
+    return Choice(tried, best, beyond, reached, begun, have_all and beyond is None)
 
 
 def _best(tried: Sequence[Tried]) -> Tried | None:

@@ -13,9 +13,10 @@ from msplora.extras import how_to_install
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals
 
+from .begun_on import note_origin
 from .choosing import Chain, Rivals
 from .reading import Run
-from .running import Job, make_run
+from .running import Job, goes_on_later, make_run
 
 MakeJob = Callable[[Run, Rivals | None], Job | Row]
 """Gives what is to be done for a run, or its row where nothing is."""
@@ -29,7 +30,7 @@ class Book(Protocol):
         ...
 
     def started(self, job: Job) -> None:
-        """A run begins."""
+        """A run begins, on what its row says."""
         ...
 
     def ended(self, row: Row) -> None:
@@ -67,6 +68,7 @@ class Here:
         for chain in chains:
             job = _next(chain, book, None)
             while job is not None:
+                note_origin(job.row, job.settings)
                 book.started(job)
                 row = make_run(job, stop, self.lock)
                 book.ended(row)
@@ -97,28 +99,30 @@ class OnRay:
 
         def send(chain: Chain, row: Row | None) -> None:
             job = None if stop.asked else _next(chain, book, row)
-            if job is not None:
-                book.started(job)
+            if job is not None:  # it has no row until it ends: Ray says not when it begins
                 at_work[remote.remote(job, max(1, int(self.cpus)))] = chain, job
 
-        for chain in chains:
-            send(chain, None)
         try:
+            for chain in chains:
+                send(chain, None)
             while at_work:
                 ready, _ = ray.wait(list(at_work), num_returns=1)
                 chain, job = at_work.pop(ready[0])
                 try:
                     row = ray.get(ready[0])
+                except ray.exceptions.RayTaskError as error:
+                    row = job.row
+                    row.status, row.error = "failed", _last_line(error)
                 except ray.exceptions.RayError as error:  # the machine is gone, or the task was
                     row = job.row
-                    row.status, row.error = "failed", str(error).strip().splitlines()[-1]
+                    row.status, row.error = "unfinished", goes_on_later(_last_line(error))
                 book.ended(row)
                 send(chain, row)
         except KeyboardInterrupt:
-            for task, (_, job) in at_work.items():
-                ray.cancel(task)  # its process saves a checkpoint, and the row stays unfinished
-                book.ended(job.row)
-            ray.wait(list(at_work), num_returns=len(at_work), timeout=60)
+            for task in at_work:
+                ray.cancel(task)  # its process saves a checkpoint, which the next start finds
+            if at_work:
+                ray.wait(list(at_work), num_returns=len(at_work), timeout=60)
             raise
 
     def _connect(self) -> Any:
@@ -153,4 +157,9 @@ class OnRay:
 def _make_run_there(job: Job, threads: int) -> Row:
     """Make a run in a worker of Ray's, which has set CUDA_VISIBLE_DEVICES for it."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    note_origin(job.row, job.settings)
     return make_run(job, SweepSignals())
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -18,7 +18,7 @@ class Beside:
     name: str
     other: str
     paired: Paired | None
-    """`adjusted` after Holm, for all that are compared so; None without a pair on some task."""
+    """`adjusted` after Holm, for all that are to be compared; None without a pair on some task."""
 
 
 def at_equal_size(outcome: Outcome) -> list[Beside]:
@@ -40,7 +40,7 @@ def at_equal_size(outcome: Outcome) -> list[Beside]:
             beside[name] = standard
             if paired := pair(name, standard, values, tasks, sign):
                 found[name] = paired
-    adjusted = holm(found)
+    adjusted = holm(found, len(beside))
     return [Beside(name, other, adjusted.get(name)) for name, other in beside.items()]
 
 

@@ -12,6 +12,7 @@ from msplora.sweep.folder import LOGS, RUNS, SweepFolderError, hold
 from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
 from msplora.train.absolute_paths import with_absolute_paths
+from msplora.train.checkpoints import clear
 from msplora.train.run_folder import RunFolder, RunFolderError
 from msplora.train.settings import Settings
 
@@ -58,6 +59,7 @@ class BakeOffFolder:
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the bake-off in {self.path}")
+        clear(self.path / RUNS)  # what a kill left of runs that were being removed
         self.rows = Rows(self.path)  # another process may have written some until now
         try:
             self._check_same()
@@ -97,7 +99,7 @@ class BakeOffFolder:
 
     def _check_same(self) -> None:
         """A row stands for a run only where it was made with the same settings, of the same."""
-        bake_off = self.bake_off
+        bake_off, others = self.bake_off, []
         for row in self.rows:
             its = row.parameters
             if not {"task", "learning_rate"} <= its.keys():
@@ -106,6 +108,7 @@ class BakeOffFolder:
                     f"bake-off. Name another output."
                 )
             if its["method"] not in bake_off.entrants or its["task"] not in bake_off.settings.tasks:
+                others.append(row.name)
                 continue
             run = Run.of(its)
             inputs = self._inputs[run.entrant, run.task]
@@ -123,6 +126,12 @@ class BakeOffFolder:
                     f"{'; '.join(changed)}. Its runs cannot be compared with new ones: name "
                     f"another output, or give what is new a name of its own."
                 )
+        if others and len(others) == len(list(self.rows)):
+            raise SweepFolderError(
+                f"the output {self.path} holds another bake-off: none of its {len(others)} runs, "
+                f"such as {others[0]}, is of a method and a task that {bake_off.source} names. "
+                f"Name another output, or the methods and tasks as they were."
+            )
 
     def _refuse_others(self, run: Run, when: str, before: Inputs, now: Inputs) -> None:
         others = [

@@ -17,7 +17,9 @@ from .statistics import Standing
 
 
 def draw_front(outcome: Outcome, found: Sequence[Standing]) -> bytes:
-    """Score against trainable numbers, with the standard deviation of the seeds."""
+    """Score against trainable numbers, with the standard deviation of the seeds. The mean of a
+    method that lacks runs is of the seeds that it has, and its mark is hollow.
+    """
     title = "Score against size"
     with matplotlib.style.context(["default", SETTINGS]):
         figure, axes = _figure(7, 4.2)
@@ -30,7 +32,8 @@ def draw_front(outcome: Outcome, found: Sequence[Standing]) -> bytes:
                 overall.deviation or 0.0,
                 capsize=3,
                 linestyle="",
-                label=standing.name,
+                label=standing.name + (" (lacks runs)" if standing.missing else ""),
+                **({"markerfacecolor": "white"} if standing.missing else {}),
                 **mark_of(order.index(standing.name)),
             )
         front = sorted((its.size, of.mean) for its, of in shown if its.on_front)

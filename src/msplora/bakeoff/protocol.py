@@ -5,7 +5,7 @@ from __future__ import annotations
 from msplora.sweep.rows import Row
 
 from .bake_off import Outcome
-from .folder import HAVE_RESULTS
+from .described import described
 from .reading import BakeOff, Run
 from .rejecting import Rejecting
 from .settings import RejectSettings
@@ -22,12 +22,14 @@ def protocol(outcome: Outcome) -> list[str]:
     said = [
         f"{len(bake_off.entrants)} methods on {', '.join(tasks)}. All settings that are not "
         f"named in a method are the same for all.",
+        *described(bake_off),
         f"The learning rate of each method is the one with the best mean over "
         f"{', '.join(bake_off.choose_tasks)} with seed {_list(bake_off.choose_seeds)}, of "
         f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}"
         f"{_extended(settings.choose.extend, max(map(len, same)))}. It is the same for all tasks.",
         f"Then each method runs on every task with the seeds {_list(settings.seeds)} at its rate; "
-        f"a run that was made while choosing, with one of these seeds, is not made twice.",
+        f"a run that was made while choosing, with one of these seeds, is not made twice."
+        f"{_scored_again(bake_off)}",
         f"The value of a run is that of its best checkpoint on the held-out rows, which also "
         f"choose the rate: there is no third set, so all values are somewhat too good, a little "
         f"more so of a method that tried more rates. Tried: "
@@ -69,6 +71,20 @@ def protocol(outcome: Outcome) -> list[str]:
         )
     )
     return said
+
+
+def _scored_again(bake_off: BakeOff) -> str:
+    """Of how many pairs a run is that has won already."""
+    settings = bake_off.settings
+    twice = len(bake_off.choose_tasks) * len({*bake_off.choose_seeds} & {*settings.seeds})
+    several = any(len(its.rates) > 1 for its in bake_off.entrants.values())
+    if not twice or not several:
+        return ""
+    return (
+        f" {twice} of the {len(settings.tasks) * len(settings.seeds)} pairs of each method "
+        f"{'is' if twice == 1 else 'are'} of the runs that chose its rate: what luck did for them "
+        f"there counts here again."
+    )
 
 
 def _spared(outcome: Outcome, reject: RejectSettings) -> str:
@@ -120,44 +136,11 @@ def _least_p(outcome: Outcome) -> str:
     pairs = [len(its.against.differences) for its in standings(outcome) if its.against]
     if not pairs:
         return ""
-    least = least_p(max(pairs))
+    least, methods = least_p(max(pairs)), len(outcome.prepared.bake_off.entrants) - 1
     return (
         f" With {max(pairs)} pairs none can be below {least:.2g}, which Holm's correction makes "
-        f"{min(1.0, len(pairs) * least):.2g} for the first of {len(pairs)} methods."
+        f"{min(1.0, methods * least):.2g} for the first of {methods} methods."
     )
-
-
-def origins(outcome: Outcome) -> list[str]:
-    """Versions, commits and machines of all runs, a line each."""
-    rows = [row for row in outcome.rows if row.status in HAVE_RESULTS]
-    lines = []
-    for what, values in (
-        ("commit", [row.commit or "unknown" for row in rows]),
-        ("hardware", [row.hardware or "unknown" for row in rows]),
-        (
-            "versions",
-            [
-                ", ".join(f"{name} {its}" for name, its in row.versions.items())
-                for row in rows
-                if row.versions
-            ],
-        ),
-    ):
-        for value in dict.fromkeys(values):
-            lines.append(f"{what}: {value} ({values.count(value)} runs)")
-    hours = sum(row.seconds for row in rows) / 3600
-    counts = {status: sum(row.status == status for row in outcome.rows) for status in _STATUSES}
-    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    unknown = sum(row.files is None for row in rows)
-    if unknown:
-        lines.append(
-            f"data: what {unknown} of the runs read was not recorded (an earlier version made "
-            f"them, or their rows were lost): only the names of the files were compared"
-        )
-    return [*lines, f"runs: {told or 'none'}; {hours:.1f} hours of runs in all"]
-
-
-_STATUSES = ("complete", "rejected", "diverged", "failed", "unfinished")
 
 
 def _list(numbers: list[int]) -> str:

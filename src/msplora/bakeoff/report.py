@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from msplora.page.writing import write_files
 from msplora.sweep.folder import SweepFolderError
 
 from .bake_off import Outcome
+from .origins import origins
 from .plots import draw_differences, draw_front, draw_rates
-from .protocol import origins, protocol
+from .protocol import protocol
 from .statistics import standings
 from .tables import Table, tables
 
@@ -105,9 +107,13 @@ def markdown(outcome: Outcome, plots: Mapping[str, Any]) -> str:
             parts.append(f"![{_CAPTIONS['rates']}](rates.svg)")
         if table.note:
             parts.append(table.note)
-    parts += ["## Protocol", "\n".join(f"- {line}" for line in protocol(outcome))]
-    parts += ["## Where the figures are from", "\n".join(f"- {line}" for line in origins(outcome))]
+    parts += ["## Protocol", _markdown_list(protocol(outcome))]
+    parts += ["## Where the figures are from", _markdown_list(origins(outcome))]
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {_cell(line)}" for line in lines)
 
 
 def _markdown_table(table: Table) -> str:
@@ -117,4 +123,5 @@ def _markdown_table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("<", "&lt;").replace("|", r"\|").replace("*", r"\*").split())
+    """Words that come from files, so that none of them is read as Markdown."""
+    return " ".join(re.sub(r"([|*\[\]`])", r"\\\1", text.replace("<", "&lt;")).split())

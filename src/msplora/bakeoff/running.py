@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msplora.bench.provenance import commit, hardware
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals, run_apart
-from msplora.train.run_folder import has_to_start_anew
+from msplora.train.checkpoints import remove
 from msplora.train.settings import Settings
-from msplora.versions import versions
 
+from .begun_on import goes_on
 from .rejecting import Evaluations, Rejecting, evaluations_so_far
 
 
@@ -29,8 +27,14 @@ class Job:
     """When to give it up; None for a run that counts."""
 
 
+def goes_on_later(why: str) -> str:
+    """What is said of a run that is not to blame for its end."""
+    return f"{why.rstrip('.')}. The next start goes on with it."
+
+
 def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
-    """Train, and return the row with what came of it; a crash is recorded there too.
+    """Train, and return the row with what came of it; a crash is recorded there too. A run whose
+    process somebody or the system ended is unfinished: that says nothing of the run.
 
     `lock` is the descriptor that holds the folder, if this process has it.
     """
@@ -38,9 +42,7 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     working = output.with_name(f"{output.name}.unfinished")
 
     row = job.row
-    is_resumed = any(working.glob("checkpoints/checkpoint-*")) and not has_to_start_anew(
-        job.settings
-    )
+    is_resumed = goes_on(job.settings)
     given_up: Evaluations = []
 
     def is_hopeless() -> bool:
@@ -52,9 +54,10 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
 
     outcome = run_apart(job.settings, job.log, stop, lock, is_hopeless if job.rejecting else None)
     row.status, row.error = outcome.status, outcome.error
+    if outcome.was_killed:
+        row.status, row.error = "unfinished", goes_on_later(outcome.error or "it was ended")
     row.seconds += outcome.seconds
     row.resident_bytes = max(row.resident_bytes or 0, outcome.resident_bytes or 0) or None
-    row.commit, row.hardware, row.versions = commit(), hardware(), versions()
     if outcome.status == "complete":
         whole = replace(row)
         whole.read_run(output)
@@ -66,7 +69,8 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
     if row.status == "rejected":
         row.evaluations = list(given_up)
     if row.status in ("rejected", "diverged"):
-        # What they left is of no use.
+        # What they left is of no use; half deleted under its name it would stand in a run's way.
         for folder in (working, output):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                remove(folder)
     return row

@@ -16,7 +16,7 @@ from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.base_model import Base, base_without_weights
 from msplora.train.job import Job
 from msplora.train.methods import Adapted, adapt
-from msplora.train.metric_order import PAIRS_IN_ORDER
+from msplora.train.metric_order import LOW_IS_BEST, PAIRS_IN_ORDER, sign_of
 from msplora.train.quiet import quiet_libraries
 from msplora.train.run import prepare_job
 from msplora.train.scored_on import ScoredOn, difference
@@ -253,8 +253,6 @@ def _some_rank(settings: Settings) -> int:
 
 
 def _check_metrics(metrics: dict[str, str], source: str) -> None:
-    from msplora.train.metric_order import sign_of
-
     by_sign: dict[int, str] = {}
     for task, metric in metrics.items():
         by_sign.setdefault(sign_of(metric), f"{task} by {metric}")
@@ -262,4 +260,11 @@ def _check_metrics(metrics: dict[str, str], source: str) -> None:
         raise ConfigError(
             f"in {source}: {' and '.join(by_sign.values())} have no mean, for less is better of "
             f"one and more of the other. Make two bake-offs of them."
+        )
+    named = {metric: task for task, metric in metrics.items()}
+    if named.keys() >= set(LOW_IS_BEST):
+        both = " and ".join(f"{named[its]} by {its}" for its in LOW_IS_BEST)
+        raise ConfigError(
+            f"in {source}: {both} have no mean: a perplexity is the exponential of a loss, and "
+            f"would drown it. Set training.metric_for_best to the same for both."
         )

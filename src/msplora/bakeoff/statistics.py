@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -48,7 +49,7 @@ class Paired:
     p: float
     """Two-sided, by flipping signs: the share of flips whose mean is as far from 0."""
     adjusted: float = 1.0
-    """`p` after Holm, for all entrants that are compared."""
+    """`p` after Holm, for all entrants that are to be compared."""
 
     @property
     def mean(self) -> float:
@@ -76,7 +77,9 @@ class Standing:
     False of one that does."""
     seconds: float | None
     """The mean time of training and the evaluations in it: over each task's runs that were made in
-    one go, then over the tasks; None where a task has no such run."""
+    one go on the commonest hardware, then over the tasks; None where a task has no such run."""
+    all_timed: bool
+    """Whether all complete runs are of that kind."""
     memory: int | None
     """The most that a run took: of the GPU where there is one, else of its process."""
     missing: Mapping[str, int]
@@ -112,8 +115,10 @@ def standings(outcome: Outcome) -> list[Standing]:
             for name in bake_off.entrants
             if name != bake_off.baseline
             and (found := pair(name, bake_off.baseline, values, all_tasks, sign))
-        }
+        },
+        len(bake_off.entrants) - 1,
     )
+    hardware = commonest_hardware(outcome)
     found = []
     for name in bake_off.entrants:
         best = outcome.choices[name].best
@@ -123,10 +128,12 @@ def standings(outcome: Outcome) -> list[Standing]:
             for task in all_tasks
             if (its := tuple(values[name, task, s] for s in seeds if (name, task, s) in values))
         }
-        times = [
-            [row.train_seconds for run, row in complete.items() if run.task == task]
-            for task in all_tasks
-        ]
+        timed = {
+            run: row.train_seconds
+            for run, row in complete.items()
+            if row.hardware == hardware and row.train_seconds is not None
+        }
+        times = [[its for run, its in timed.items() if run.task == task] for task in all_tasks]
         memory = (row.gpu_bytes or row.resident_bytes for row in complete.values())
         found.append(
             Standing(
@@ -138,6 +145,7 @@ def standings(outcome: Outcome) -> list[Standing]:
                 pairs.get(name),
                 name in comparable and _is_on_front(name, comparable, sizes),
                 _mean_of_means(times),
+                len(timed) == len(complete),
                 max(filter(None, memory), default=None),
                 missing[name],
             )
@@ -153,6 +161,13 @@ def standings(outcome: Outcome) -> list[Standing]:
 def sign_of_all(outcome: Outcome) -> int:
     """What turns the metrics of the tasks, which agree in this, so that more is better."""
     return sign_of(next(iter(outcome.prepared.metrics.values())))
+
+
+def commonest_hardware(outcome: Outcome) -> str | None:
+    """What most of the runs that count were made on, whose seconds alone can be compared."""
+    rows = [row for row in outcome.finals.values() if row and row.status == "complete"]
+    found = Counter(row.hardware for row in rows if row.train_seconds is not None)
+    return found.most_common(1)[0][0] if found else None
 
 
 def values_of(outcome: Outcome) -> Values:
@@ -206,13 +221,18 @@ def least_p(pairs: int) -> float:
     return 2 / 2**pairs if pairs <= _EXACT else 1 / 2**_EXACT
 
 
-def holm(pairs: Mapping[str, Paired]) -> dict[str, Paired]:
-    """Holm's step-down adjustment: several comparisons give several chances of a false one."""
+def holm(pairs: Mapping[str, Paired], comparisons: int) -> dict[str, Paired]:
+    """Holm's step-down adjustment: several comparisons give several chances of a false one.
+
+    Args:
+        pairs: those that can be made by now.
+        comparisons: how many there are to be in all, those that lack runs too.
+    """
     found: dict[str, Paired] = {}
     highest = 0.0
     for place, name in enumerate(sorted(pairs, key=lambda its: pairs[its].p)):
         its = pairs[name]
-        highest = max(highest, min(1.0, (len(pairs) - place) * its.p))
+        highest = max(highest, min(1.0, (comparisons - place) * its.p))
         found[name] = replace(its, adjusted=highest)
     return found
 
@@ -228,10 +248,9 @@ def _is_on_front(name: str, scores: Mapping[str, float], sizes: Mapping[str, int
     )
 
 
-def _mean_of_means(groups: Sequence[Sequence[float | None]]) -> float | None:
-    """The mean over groups of the mean of what each has; None where one has nothing."""
-    found = [[its for its in group if its is not None] for group in groups]
-    return mean(map(mean, found)) if all(found) else None
+def _mean_of_means(groups: Sequence[Sequence[float]]) -> float | None:
+    """The mean over groups of the mean of each; None where one has nothing."""
+    return mean(map(mean, groups)) if all(groups) else None
 
 
 def _missing(rows: Iterable[Row | None], wanted: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from .bake_off import Outcome
 from .choosing import Choice, Tried
 from .equal_size import at_equal_size
 from .rejecting import best_until_then
-from .statistics import Paired, Spread, Standing, standings
+from .statistics import Paired, Spread, Standing, commonest_hardware, standings
 
 _SIZE_AT_THE_START = ("adalora", "elalora")
 """Methods that prune ranks, or move them between layers of other widths."""
@@ -63,7 +63,7 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
                 _pairs(against, most),
                 f"{against.p:.3g}" if against else "–",
                 f"{against.adjusted:.3g}" if against else "–",
-                f"{its.seconds:,.0f}" if its.seconds is not None else "–",
+                _seconds(its),
                 f"{its.memory / 2**20:,.0f}" if its.memory else "–",
             )
         )
@@ -75,10 +75,11 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         "Trainable: numbers of the adapter, a classifier's head apart.",
         f"Mean score: over {_of(len(bake_off.settings.tasks), 'task')}, then over "
         f"{_of(seeds, 'seed')} (± their standard deviation).",
+        *_of_several_metrics(outcome),
         f"Difference: from {bake_off.baseline} on the same task with the same seed, mean (lowest "
         f"to highest task), above 0 where the method is better; pairs: of how many; p by flipping "
         f"signs, and after Holm's correction.",
-        "Seconds: of training and the evaluations in it, on the machine of the run.",
+        f"Seconds: of training and the evaluations in it, {_where_timed(outcome)}.",
         "MiB: the most that a run took of the GPU; where there was none, of its whole process, "
         "which compares nothing.",
         "* no other of this size or smaller is as good.",
@@ -87,6 +88,8 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         notes.append(
             "† at the start: ranks are pruned or move, and what is kept may have another size."
         )
+    if any(its.seconds is not None and not its.all_timed for its in found):
+        notes.append("‡ of some runs only: others were resumed, or made on other hardware.")
     if any(its.missing for its in found):
         notes.append("Methods that lack runs come last, and have no part in *.")
     brief = (0, 1, 3, 4, 5, 8)
@@ -131,7 +134,7 @@ def _by_task(outcome: Outcome, found: Sequence[Standing]) -> Table:
 def _rates(outcome: Outcome) -> Table:
     lines = []
     for name, choice in outcome.choices.items():
-        for tried in choice.tried:
+        for tried in sorted([*choice.tried, *choice.begun], key=lambda its: its.rate):
             is_best = choice.best is not None and tried.rate == choice.best.rate
             cells = []
             for row in tried.rows:
@@ -144,6 +147,8 @@ def _rates(outcome: Outcome) -> Table:
                     gave = row.status
                 cells.append(f"{row.parameters['task']} {gave}")
             said = _chosen(choice, tried) if is_best else "–"
+            if tried in choice.begun:
+                said = "not on all yet"
             lines.append((name, f"{tried.rate:g}", "; ".join(cells), said))
     note = "What each learning rate gave on what rates are chosen on."
     headers = ("method", "rate", "gave", "chosen")
@@ -168,10 +173,35 @@ def _chosen(choice: Choice, best: Tried) -> str:
 def _wrong(outcome: Outcome) -> Table:
     lines = tuple(
         (row.name, row.status, row.error or "")
-        for row in outcome.rows
+        for row in outcome.used
         if row.status in ("failed", "diverged")
     )
     return Table("What went wrong", ("run", "status", "why"), lines, words=3)
+
+
+def _of_several_metrics(outcome: Outcome) -> list[str]:
+    metrics = list(dict.fromkeys(outcome.prepared.metrics.values()))
+    if len(metrics) < 2:
+        return []
+    named = f"{', '.join(metrics[:-1])} and {metrics[-1]}"
+    return [
+        f"Means, differences and p take {named} as if they were on one scale, which they are not: "
+        f"a metric that moves more counts for more."
+    ]
+
+
+def _where_timed(outcome: Outcome) -> str:
+    finals = outcome.finals.values()
+    machines = {row.hardware for row in finals if row and row.status == "complete"}
+    if len(machines) < 2:
+        return "on the machine of the run"
+    return f"of the runs on {commonest_hardware(outcome) or 'hardware that is not known'} alone"
+
+
+def _seconds(standing: Standing) -> str:
+    if standing.seconds is None:
+        return "–"
+    return f"{standing.seconds:,.0f}{'' if standing.all_timed else ' ‡'}"
 
 
 def _spread(spread: Spread | None, seeds: int) -> str:

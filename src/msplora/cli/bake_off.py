@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,8 @@ def bake_off(
         from msplora.bakeoff.report import write_report
         from msplora.bakeoff.sizes import prepare
         from msplora.bakeoff.terminal import rich_tables
+        from msplora.errors import MSPLoraError
+        from msplora.train.stopping import Interrupted
 
         asked = read_bake_off(file, set_ or (), str(output) if output else None)
         console = progress_console()
@@ -65,7 +68,12 @@ def bake_off(
             outcome = outcome_so_far(prepared)
         else:
             engine = OnRay(ray, 1 if cpus is None else cpus, gpus or 0) if ray else None
-            outcome = run_bake_off(prepared, console, engine, retry_failed=retry_failed)
+            try:
+                outcome = run_bake_off(prepared, console, engine, retry_failed=retry_failed)
+            except Interrupted:
+                with suppress(MSPLoraError):  # as where nothing was run yet
+                    write_report(outcome_so_far(prepared))
+                raise
         results = Console()
         for table in rich_tables(outcome):
             results.print(table)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from pathlib import Path
 
 from msplora.errors import MSPLoraError
-from msplora.train.checkpoints import write_whole
+from msplora.train.checkpoints import clear, remove, write_whole
 from msplora.train.run_folder import CONFIG, METRICS
 from msplora.train.settings_file import as_yaml, read_content
 
@@ -78,6 +77,7 @@ class SweepFolder:
         except OSError as error:
             raise SweepFolderError(f"the output {self.path} cannot be made: {error}.") from None
         self.lock = hold(self.path, f"the sweep in {self.path}")
+        clear(self.path / RUNS)
         write_whole(self.path / SWEEP, as_yaml(self.sweep.as_file()))
 
     def release(self) -> None:
@@ -90,13 +90,13 @@ class SweepFolder:
         """Delete the folder of a complete run, if it is one."""
         run = self.run(name)
         if (run / CONFIG).is_file() and (run / METRICS).is_file():
-            shutil.rmtree(run)
+            remove(run)
 
     def remove_unfinished(self, name: str) -> None:
         """Delete what a run that cannot go on has left: its checkpoints are of no use."""
         unfinished = self.run(f"{name}.unfinished")
         if (unfinished / CONFIG).is_file():
-            shutil.rmtree(unfinished)
+            remove(unfinished)
 
     def _check_same_base(self) -> None:
         """What is swept may change: the same runs are found again. What all runs share may not."""

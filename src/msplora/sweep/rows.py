@@ -22,6 +22,8 @@ from msplora.train.settings import Settings
 RESULTS = "results.jsonl"
 Status = Literal["complete", "diverged", "failed", "rejected", "unfinished"]
 
+_IN_ORDER = ("unfinished", "failed", "rejected", "diverged", "complete")
+
 
 @dataclass
 class Row:
@@ -66,6 +68,8 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     hardware: str | None = None
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """The commit, hardware and versions of earlier starts, of a run that went on under others."""
 
     @classmethod
     def started(
@@ -96,7 +100,11 @@ class Row:
 
 
 class Rows:
-    """The rows of a sweep's folder, in the order in which the runs were first started."""
+    """The rows of a sweep's folder, in the order in which the runs were first started.
+
+    Raises:
+        MSPLoraError: the file is not what a sweep wrote, or has two results of one run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / RESULTS
@@ -111,7 +119,20 @@ class Rows:
                     f"{self.file} is not what a sweep wrote: {error}. Restore it, or move it away: "
                     f"complete runs are then found again by their folders."
                 ) from None
-            self._rows = {row.name: row for row in found}
+            for row in found:
+                self._rows[row.name] = self._better(self._rows.get(row.name), row)
+
+    def _better(self, before: Row | None, row: Row) -> Row:
+        """Of two rows of one name, as where two files were joined, the one that came furthest."""
+        if before is None:
+            return row
+        if before.status == row.status == "complete" and before.value != row.value:
+            raise MSPLoraError(
+                f"{self.file} has two complete rows of {row.name}, with {before.metric} "
+                f"{before.value} and {row.value}. A run has one result: restore the file as it was "
+                f"(from git, if it is kept there), or delete the row that is not to count."
+            )
+        return before if _came_so_far(row) < _came_so_far(before) else row
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
@@ -142,6 +163,10 @@ class Rows:
         self._rows[row.name] = row
         lines = [json.dumps(asdict(its), allow_nan=False) for its in self]
         write_whole(self.file, "\n".join(lines) + "\n")
+
+
+def _came_so_far(row: Row) -> int:
+    return _IN_ORDER.index(row.status)
 
 
 def essence(settings: Settings) -> dict[str, Any]:

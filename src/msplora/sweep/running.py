@@ -24,6 +24,8 @@ from msplora.train.stopping import AFTER_THIS_STEP, Interrupted, StopSignals
 
 _DIVERGED = 3
 """The exit code of `TrainingDiverged`, whose module takes seconds to import."""
+_FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+"""What ends a process that has done nothing wrong itself, but perhaps taken too much memory."""
 _BETWEEN_LOOKS = 0.5
 """Seconds between two looks at a run."""
 
@@ -36,6 +38,8 @@ class Outcome:
     seconds: float
     error: str | None = None
     resident_bytes: int | None = None
+    was_killed: bool = False
+    """Whether its process failed because somebody else, or the system, ended it."""
 
 
 class SweepSignals(StopSignals):
@@ -130,7 +134,11 @@ def run_apart(
     if code < 0:
         said = f"its process was ended by {signal.Signals(-code).name}"
         said += ", as for want of memory" if code == -signal.SIGKILL else ""
-    return Outcome("diverged" if code == _DIVERGED else "failed", seconds, said, resident)
+    if code == _DIVERGED:
+        return Outcome("diverged", seconds, said, resident)
+    # One that saved a checkpoint before it went says so by 128 plus the signal.
+    was_killed = -code in _FROM_OUTSIDE or code - 128 in _FROM_OUTSIDE
+    return Outcome("failed", seconds, said, resident, was_killed)
 
 
 def _wait_until_free(file: IO[bytes]) -> None:

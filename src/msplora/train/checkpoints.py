@@ -120,7 +120,7 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; from the first moment on it no longer looks like one."""
+    """Delete a checkpoint, or a run; from the first moment on it no longer looks like one."""
     away = checkpoint.with_name(_REMOVING + checkpoint.name)
     shutil.rmtree(away, ignore_errors=True)
     checkpoint.rename(away)
@@ -128,7 +128,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def clear(checkpoints: Path) -> None:
-    """Remove what a process that was killed was writing or deleting."""
+    """Remove what a process that was killed was writing or deleting in this folder."""
     for path in checkpoints.iterdir():
         if path.name == WRITING or path.name.startswith(_REMOVING):
             shutil.rmtree(path, ignore_errors=True)

@@ -119,7 +119,7 @@ def check_levels(settings: Settings) -> None:
     if settings.method != "msplora" or not (frozen or staged or factors):
         return
     folder = start_folder(settings)
-    config = read_config(folder) if folder else _explained(_pyramid, settings)
+    config = read_config(folder) if folder else _explained(pyramid_of, settings)
     if not isinstance(config, msplora.MSPLoraConfig):
         return  # an adapter of another method, which is refused when it is put on its base
     levels = config.levels or ()
@@ -129,7 +129,7 @@ def check_levels(settings: Settings) -> None:
     check_some_train(frozen, levels)
 
 
-def _pyramid(settings: Settings) -> msplora.MSPLoraConfig:
+def pyramid_of(settings: Settings) -> msplora.MSPLoraConfig:
     """The pyramid alone, without what a base has to be looked at for."""
     given = settings.adapter.model_dump(include={"r", "lora_alpha", *PYRAMID_KEYS})
     return msplora.MSPLoraConfig(**{key: its for key, its in given.items() if its is not None})
@@ -178,10 +178,10 @@ def _config_of(settings: Settings, base: Base) -> Any:
     if settings.method == "msplora":
         return msplora.MSPLoraConfig(**given, **common)
     if not is_lora(settings.method):
-        given["r"], given["lora_alpha"] = _lora_rank_and_alpha(settings.adapter)
+        given["r"], given["lora_alpha"] = lora_rank_and_alpha(settings.adapter)
         return config_of(settings, given, common)
     ours = {key: value for key, value in given.items() if key not in PYRAMID_KEYS}
-    ours["r"], ours["lora_alpha"] = _lora_rank_and_alpha(settings.adapter)
+    ours["r"], ours["lora_alpha"] = lora_rank_and_alpha(settings.adapter)
     if ours["bias"] == "msplora_only":
         ours["bias"] = "lora_only"
     if settings.method == "dora":
@@ -203,7 +203,7 @@ def _with_head(excluded: list[str] | str | None, base: Base) -> list[str] | str:
     return [*(excluded or []), *within]
 
 
-def _lora_rank_and_alpha(adapter: AdapterSettings) -> tuple[int, float]:
+def lora_rank_and_alpha(adapter: AdapterSettings) -> tuple[int, float]:
     """The plain LoRA to compare with: of the first level's rank and alpha."""
     rank = adapter.r or (adapter.ranks[0] if adapter.ranks else 8)
     if adapter.lora_alpha is not None:
