@@ -18,6 +18,7 @@ import msplora
 from adapted_llama import adapted
 from analysed import WEIGHTS, edit, refused, save, update
 from msplora.analysis.reading import read_adapter
+from msplora.errors import BaseModelError
 from msplora.loading import BaseOptions
 from oracle import levels_of, plan_of
 from tiny import MODELS, llama
@@ -294,6 +295,29 @@ def test_a_quantised_base_and_one_without_safetensors(tmp_path: Path) -> None:
     refused(folder, base=base, match="int8: it is quantised")
     file.unlink()
     refused(folder, base=base, match="no weights in safetensors")
+
+
+@pytest.mark.parametrize("command", ["analyse", "doctor"])
+def test_a_shard_of_the_base_that_is_damaged_is_named(command: str, tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path)
+    MODELS["llama"].model().save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    shard = sorted((tmp_path / "base").glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    base = str(tmp_path / "base")
+
+    def examined() -> None:
+        if command == "analyse":
+            msplora.analyse(folder, base=base)
+        else:
+            msplora.doctor(base, folder)
+
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BaseModelError, match=f"{shard.name} .* is cut short or damaged"):
+        examined()
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(BaseModelError, match=f"{shard.name} is a git-lfs pointer") as raised:
+        examined()
+    assert "\n" not in str(raised.value)
 
 
 def test_no_adapter_or_one_twice(tmp_path: Path) -> None:

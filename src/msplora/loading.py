@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import sisters
 from .classifier_head import CLASSIFIERS, number_of_labels
+from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
 
 CONFIG_FILE = "adapter_config.json"
@@ -361,9 +362,11 @@ def loading_errors_explained(source: str, what: str = MODEL) -> Iterator[None]:
         yield
     except MSPLoraError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        if isinstance(error, SafetensorError):
+            advice = said_of_damaged(folder)
+        elif "trust_remote_code" in reason:
             advice = "It brings its own Python code: opt in with trust_remote_code if you trust it."
         elif (folder / CONFIG_FILE).exists() or (folder / "adapter" / CONFIG_FILE).exists():
             advice = (
