@@ -125,6 +125,8 @@ def test_no_two_lines_of_a_chart_look_alike(found: Analysis) -> None:
         sections.effective_ranks(replace(kind, sites=sites), names),
         *sections.over_training(replace(adapter, levels=levels, history=history)),
         sections.inside_coarser(kind, [its.level for its in adapter.levels]),
+        sections.angles(kind),
+        sections.explained(kind),
         *sections.side_by_side(found.comparisons[0]),
     ]
     for chart in charts:
@@ -149,6 +151,40 @@ def test_what_chance_would_give_stands_beside_two_adapters(folders: Path, found:
     assert out.count("random") == 2
     assert "87.5%" in out
     assert "43.8%" in out
+
+
+def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
+    folders: Path, found: Analysis, page: Page
+) -> None:
+    lora = found.adapters[1]
+    kind = lora.kinds[1]
+    angles, explained = sections.angles(kind), sections.explained(kind)
+    assert angles is not None
+    assert explained is not None
+    assert kind.shared is not None
+    assert kind.similarity is not None
+    assert angles.header[3:] == ("random columns", "random rows")
+    assert explained.header[4:] == (
+        "columns or rows with nothing in common",
+        "a pair with nothing in common",
+    )
+    assert [row[5] for row in explained.rows] == [percent(its) for its in kind.shared.unlike_pair]
+    assert any("share pairs, so theirs are alike by\nconstruction" in its for its in page.texts)
+    alone = replace(found, adapters=(lora,), comparisons=()).to_html()
+    assert "construction" not in alone
+    out = command("analyse", folders / "lora").out
+    row = next(line for line in out.splitlines() if "v_proj" in line)
+    shown = row.split()
+    assert shown[4] == f"{kind.similarity.random_columns:.1%}"
+    assert shown[6] == f"{kind.similarity.random_rows:.1%}"
+    assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.unlike_pair)]
+
+
+def test_the_command_prints_the_notes(folders: Path) -> None:
+    (adapter,) = msplora.analyse(folders / "pyramid").adapters
+    assert adapter.notes
+    out = command("analyse", folders / "pyramid").out
+    assert all(f"· {note}" in out for note in adapter.notes)
 
 
 def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -> None:

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .chance import random_principal_cosines
 from .measures import (
     Updates,
     cosines,
@@ -16,6 +17,7 @@ from .measures import (
     effective_ranks,
     explained_by_a_pair,
     explained_by_a_space,
+    explained_of_unlike,
     inside,
     joint_span,
     layer_cosines,
@@ -197,6 +199,8 @@ def _similarity(kind: StoredKind, total: Updates) -> Similarity:
         principal_columns,
         principal_rows,
         *_shares_of(kind, larger, larger),
+        numbers(random_principal_cosines(ranks, kind.out_features)),
+        numbers(random_principal_cosines(ranks, kind.in_features)),
     )
 
 
@@ -216,10 +220,13 @@ def _between(spans_LPK: Tensor) -> tuple[Matrix, Numbers]:
 def _shared(total: Updates) -> Shared:
     left, values, right = total
     ranks = values.shape[-1]  # what each layer has now
+    unlike = explained_of_unlike(values)[:ranks]
     return Shared(
         numbers(explained_by_a_space(left, values)[:ranks]),
         numbers(explained_by_a_space(right, values)[:ranks]),
         numbers(explained_by_a_pair(total)[:ranks]),
+        numbers(unlike),
+        numbers(unlike / len(values)),
     )
 
 

@@ -51,7 +51,7 @@ def analyse(
     from msplora.extras import report_extra
     from msplora.loading import BaseOptions
 
-    from .analyse_table import tables
+    from .analyse_table import print_analysis
     from .progress_bar import progress_bar
 
     if output is not None:
@@ -74,7 +74,6 @@ def analyse(
     from rich.console import Console
 
     console = Console()
-    for table in tables(found):
-        console.print(table)
+    print_analysis(found, console)
     for file in written:
         console.print(f"Wrote {file}", markup=False, highlight=False, soft_wrap=True)
