@@ -175,6 +175,23 @@ def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:
     assert "8 of 8 weights" in found.to_html()
 
 
+def test_noise_is_not_analysed_and_a_scale_of_zero_is_named(tmp_path: Path) -> None:
+    """Orthogonal factors have a product of zero, but for rounding."""
+    options = {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
+    model: Any = get_peft_model(llama(), LoraConfig(**options))
+    folder = save(model, tmp_path)
+    assert 0 < max(float(its.max()) for its in msplora.singular_values(model).values()) < 1e-4
+    (found,) = msplora.analyse(folder).adapters
+    assert found.levels[0].norm == 0
+    assert found.kinds[0].similarity is None
+    assert "4 of 4 weights are not changed" in found.notes[-1]
+    (finding,) = msplora.inspect(folder).problems
+    assert finding.rule == "no effect"
+    edit(save(get_peft_model(llama(), LoraConfig(**options)), tmp_path / "scaled"), lora_alpha=0)
+    (found,) = msplora.analyse(tmp_path / "scaled/adapter").adapters
+    assert "alpha (lora_alpha) is 0" in found.notes[-1]
+
+
 def test_other_methods_are_named_and_refused(tmp_path: Path) -> None:
     loha = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     refused(save(loha, tmp_path / "loha"), match="is a LOHA adapter")
@@ -318,6 +335,35 @@ def test_a_shard_of_the_base_that_is_damaged_is_named(command: str, tmp_path: Pa
     with pytest.raises(BaseModelError, match=f"{shard.name} is a git-lfs pointer") as raised:
         examined()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("intruders", [0, 2])
+def test_a_base_with_a_number_that_is_none(intruders: int, tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    file = tmp_path / "base/model.safetensors"
+    tensors, name = load_file(file), "model.layers.2.self_attn.v_proj.weight"
+    tensors[name][3, 1] = math.nan
+    save_file(tensors, file)
+    said = rf"'{name}' holds values that are not finite"
+    refused(folder, base=str(tmp_path / "base"), intruder_vectors=intruders, match=said)
+
+
+@pytest.mark.parametrize("by", [1e100, 1e160])
+def test_updates_beyond_float64(by: float, tmp_path: Path) -> None:
+    """Where the product still has numbers, and its square has none; and where it has none."""
+    folder = save(adapted(), tmp_path)
+    tensors = {name: its.double() * by for name, its in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    refused(folder, match=r"the update s·BA of .*self_attn.q_proj' is too large")
+
+
+def test_updates_beyond_the_base_s_dtype(tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    tensors = {name: its * 1e20 for name, its in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    base = str(tmp_path / "base")
+    refused(folder, base=base, match=r"the update s·BA of 'self_attn.q_proj' is too large")
+    msplora.analyse(folder, base=base, intruder_vectors=0).to_json()
 
 
 def test_no_adapter_or_one_twice(tmp_path: Path) -> None:

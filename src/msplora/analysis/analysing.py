@@ -21,6 +21,7 @@ from .reading import read_adapter
 from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
 from .stored import StoredAdapter
 from .summary import summarise
+from .too_large import check_norms, products_that_are_numbers
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of its steps are done, and of how many."""
@@ -95,7 +96,7 @@ def analyse(
                 kinds=kinds,
                 history=_history(history, partial(report, f"{name}: checkpoints")),
                 ablation=ablation,
-                notes=(*adapter.notes, *history.notes, *_notes(kinds, its_base)),
+                notes=(*adapter.notes, *history.notes, *_notes(adapter, kinds, its_base)),
             )
         )
     pairs = list(combinations(range(len(read)), 2))
@@ -148,10 +149,12 @@ def _kinds(
 
     found = []
     for kind in adapter.kinds:
-        its = analyse_kind(kind, adapter.levels)
-        advance(len(kind.sites))
-        if base is not None:
-            its = with_base(its, kind, base, intruder_vectors, advance)
+        with products_that_are_numbers(adapter.path, kind.name):
+            its = analyse_kind(kind, adapter.levels)
+            check_norms(adapter.path, its.sites)
+            advance(len(kind.sites))
+            if base is not None:
+                its = with_base(its, kind, base, intruder_vectors, advance)
         found.append(its)
     return tuple(found)
 
@@ -175,14 +178,19 @@ def _ablation(
         return switch_off(folder, data, base, report)
 
 
-def _notes(kinds: Sequence[KindResult], base: Base | None) -> list[str]:
+def _notes(adapter: StoredAdapter, kinds: Sequence[KindResult], base: Base | None) -> list[str]:
     sites = [site for kind in kinds for site in kind.sites]
     notes = []
     still = [site.key for site in sites if site.update.norm == 0]
     if still:
+        scaled = any(pair.scale for kind in adapter.kinds for pair in kind.pairs)
         notes.append(
             f"{len(still)} of {len(sites)} weights are not changed at all, such as {still[0]}: "
-            f"B, or A, is zero there."
+            + (
+                "B, or A, or alpha is zero there, or B A is but for rounding."
+                if scaled
+                else "the scale of every pair is 0, as alpha (lora_alpha) is 0."
+            )
         )
     if base is not None:
         missing = [site.key for site in sites if site.base_norm is None]

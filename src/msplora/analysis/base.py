@@ -72,6 +72,11 @@ class Base:
                 f"the base {self.source!r} stores {name!r} as {str(weight.dtype).split('.')[-1]}: "
                 f"it is quantised. Pass --base with the model that it was made from."
             )
+        if not bool(weight.isfinite().all()):
+            raise BaseModelError(
+                f"{str(file)!r}: {name!r} holds values that are not finite. The file is damaged, "
+                f"or its training diverged; copy or download the base again."
+            )
         module = self.module(key)
         if isinstance(module, (Conv1D, nn.Embedding)):
             return weight.t()

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from msplora.spectrum import is_nothing
+
 from .chance import random_principal_cosines
 from .measures import (
     Updates,
@@ -55,6 +57,9 @@ class Coordinates:
         self._scales = [pair.scale for pair in pairs]
         ends = accumulate(ranks)
         self._columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+        for its in self._columns:
+            if is_nothing(self._a_PP[:, its].mT, self._b_PP[:, its]):
+                self._b_PP[:, its] = 0  # else noise would be measured
 
     def updates(self, sums: Sequence[Sequence[int]]) -> Updates:
         """For each entry the sum of the updates ``s B A`` of the pairs that it numbers."""

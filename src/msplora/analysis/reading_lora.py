@@ -41,6 +41,7 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
                 )
             read = partial(_read_site, tensors, asked, names, number)
             rank, in_features = a_RI.shape
+            _check_rank(rank, asked, key, tensors.path)
             its = "lora", 0, asked.scale(rank)
             pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], read)
         if asked.is_parameter and len(a) % asked.rank:
@@ -107,6 +108,19 @@ def _asked(
     return {key: its[0] for key, its in found.items()}
 
 
+def _check_rank(rank: int, asked: Asked, key: str, where: Path) -> None:
+    """Refuse a rank that the config does not ask for: it would be scaled by the wrong number.
+
+    Of a parameter A has a rank for each expert, which is looked at where these are told apart.
+    """
+    if rank and (asked.is_parameter or rank == asked.rank):
+        return
+    raise AdapterFileError(
+        f"{where}: A and B of {key!r} have rank {rank}, and the config asks for {asked.rank} (r or "
+        f"rank_pattern). The file is not this config's; save or copy the adapter again."
+    )
+
+
 def _read_site(
     tensors: TensorsOnDisk, asked: Asked, names: tuple[str, str], number: int
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +138,7 @@ def _as_sites(asked: Asked, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Ten
             (f"{asked.name}[expert {number}]", a_RI, b_OR)
             for number, (a_RI, b_OR) in enumerate(zip(*stacked, strict=True))
         ]
-    groups = len(a) // b.shape[1] if a.ndim > 2 and b.ndim == a.ndim else 1
+    groups = len(a) // b.shape[1] if a.ndim > 2 and b.ndim == a.ndim and b.shape[1] else 1
     return [(asked.name, *as_matrices(a, b, groups=groups))]
 
 

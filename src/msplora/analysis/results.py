@@ -192,7 +192,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class SwitchedOff:
-    """The held-out loss without some levels."""
+    """The loss on the rows without some levels."""
 
     levels: tuple[str, ...]
     """Which are off; none is the adapter as it is."""
@@ -207,7 +207,7 @@ class SwitchedOff:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What each level is worth on data."""
+    """What each level is worth on data: what it learned of rows it was trained on says less."""
 
     data: str
     rows: int

@@ -17,6 +17,7 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
     for adapter in analysis.adapters:
         for table in _tables(adapter):
             console.print(table)
+            console.print()
         _print_notes(adapter.notes, console)
     for comparison in analysis.comparisons:
         console.print(_comparison(comparison))
@@ -51,8 +52,8 @@ def _table(title: str, *columns: str, caption: str | None = None) -> Table:
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=(0, 0),
     )
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place else "left", overflow="fold")

@@ -13,7 +13,7 @@ from msplora.analysis.reading_pyramid import path_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
 from msplora.loading import resolve_source
-from msplora.spectrum import as_matrices, norm_of
+from msplora.spectrum import as_matrices, is_nothing, norm_of
 
 from .blocks import absent_layers, absent_targets, gaps
 from .entries import Entries, Entry, entries_of
@@ -29,6 +29,7 @@ from .suspicions import (
     without_effect,
 )
 from .tensor_file import TensorFiles
+from .widths import of_other_widths
 
 _REWRITES_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
 
@@ -68,6 +69,9 @@ def look_at_adapter(
         if not files.is_finite(name):
             infinite.append(name)
         done(place, total)
+    is_pyramid = isinstance(config, MSPLoraConfig)
+    if is_pyramid:  # a LoRA's pairs are each for a weight of its own
+        unfit = of_other_widths(files, entries.pairs) | unfit
     findings = [
         *entries.findings,
         *missing_parts(config, others),
@@ -80,7 +84,6 @@ def look_at_adapter(
     ]
     kinds = _kinds(files, entries)
     layers = {kind.kind: kind.layers for kind in kinds if kind.layers}
-    is_pyramid = isinstance(config, MSPLoraConfig)
     if is_pyramid:
         findings += uneven(layers)
     # A pair that is known to be missing is named already.
@@ -115,7 +118,8 @@ def _measured(
         )
     elif not bad:
         a_RI, b_OR = matrices
-        norm = abs(entry.level.scale) * norm_of(a_RI, b_OR)
+        nothing = entry.level.scale == 0 or is_nothing(a_RI, b_OR)
+        norm = 0.0 if nothing else abs(entry.level.scale) * norm_of(a_RI, b_OR)
         size = min(b_OR.shape[-2], a_RI.shape[-1]) * entry.experts
         relative = norm / math.sqrt(size)
     return PairReport(
