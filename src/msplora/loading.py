@@ -23,6 +23,7 @@ from . import sisters
 from .classifier_head import CLASSIFIERS, number_of_labels
 from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .same_source import same_source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,7 +67,8 @@ class BaseOptions:
 
     def revision_for(self, config: Any) -> str | None:
         """Of the base: as asked, or as an adapter's config says of the base that it names."""
-        if self.revision or self.source:
+        named = config.base_model_name_or_path
+        if self.revision or (self.source and not (named and same_source(named, self.source))):
             return self.revision
         return getattr(config, "revision", None)
 

@@ -32,10 +32,11 @@ class Base:
         assert options.source
         self.source = resolve_source(options.source)
         self._options, self._adapter = options, config
+        self._revision = options.revision_for(config)
         with loading_errors_explained(self.source):
             self._config = transformers.AutoConfig.from_pretrained(
                 self.source,
-                revision=options.revision,
+                revision=self._revision,
                 trust_remote_code=options.trust_remote_code,
             )
         self.model_type: str = self._config.model_type
@@ -119,7 +120,7 @@ class Base:
             with loading_errors_explained(self.source):
                 folder = Path(
                     huggingface_hub.snapshot_download(
-                        self.source, revision=self._options.revision, allow_patterns=list(_WEIGHTS)
+                        self.source, revision=self._revision, allow_patterns=list(_WEIGHTS)
                     )
                 )
         # Some publish a second copy of all weights under another name.

@@ -18,6 +18,7 @@ from msplora.spectrum import as_matrices
 
 from .asked_of_lora import Asked, asked_of
 from .base import Base
+from .names_of_now import by_names_of_now
 from .on_disk import TensorsOnDisk
 from .stored import StoredKind, StoredPair, StoredSite
 
@@ -27,6 +28,8 @@ LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([A
 
 def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[StoredKind, ...]:
     """Sort a LoRA's pairs into kinds; raises as `read_adapter`."""
+    if base is not None:
+        tensors = by_names_of_now(tensors, config, base)
     pairs: dict[str, StoredPair] = {}
     factors = _factors(tensors)
     for key, asked in _asked(factors, tensors, config, base).items():
