@@ -212,6 +212,31 @@ def test_what_else_a_reader_should_know(tmp_path: Path) -> None:
     assert any("init_lora_weights='pissa'" in its.text for its in msplora.inspect(dora).findings)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_qalora": True}, "QALoRA, which pools a layer's inputs before A reads them: its"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA, whose A or B is stored as the blocks"),
+        ({"alora_invocation_tokens": [5, 6]}, "acts from these tokens on"),
+    ],
+)
+def test_what_is_no_product_alone_is_noted(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = lora(tmp_path)
+    set_config(folder, task_type="CAUSAL_LM", **changes)
+    found = msplora.inspect(folder)
+    assert not found.suspicious
+    assert any(said in its.text for its in found.findings)
+
+
+def test_a_bias_beside_the_product_is_noted_once(tmp_path: Path) -> None:
+    changes = {"target_modules": ["c_attn"], "lora_bias": True}
+    found = msplora.inspect(lora(tmp_path, MODELS["gpt2"].model(), **changes))
+    (said,) = [its.text for its in found.findings if "bias" in its.text]
+    assert "a bias beside s·BA in 4 weight(s) (lora_bias)" in said
+
+
 def randomise_lora(model: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():

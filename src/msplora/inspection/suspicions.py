@@ -36,7 +36,7 @@ RULES = {
     "unused pair": "the file holds a pair that no layer borrows",
     "missing target": "the config's target_modules list a name that no pair of the file is for",
     "missing layer": "a kind has not as many layers as layers_to_transform lists, or a LoRA lacks "
-    "a block in the middle",
+    "a block before the last, or one that others of the same module have",
     "misshapen": "A and B have no product, not the config's rank, or another width than their kind",
     "not finite": "a tensor holds a NaN or an infinity",
     "no effect": "every pair's product is zero: the adapter changes nothing",
