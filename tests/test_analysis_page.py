@@ -75,6 +75,10 @@ def test_what_is_drawn_can_be_read_and_reached_by_key(page: Page) -> None:
     regions = [its for its in page.all("div") if its.get("class") == "wide"]
     assert len(regions) == len(page.all("table"))
     assert all(its["tabindex"] == "0" and its["aria-label"] for its in regions)
+    # Landmarks are for the few parts of a page, and over a hundred tables are none.
+    assert {its["role"] for its in regions} == {"group"}
+    (button,) = page.all("button")
+    assert "aria-pressed" not in button  # its name says what it does next
     assert all(its.get("scope") in ("col", "row") for its in page.all("th"))
     assert page.all("html")[0]["lang"] == "en"
 
@@ -194,6 +198,19 @@ def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -
         assert str(Path(adapter.path).parents[1]) not in text
 
 
+def test_what_takes_long_is_said_before_it_is_done(folders: Path, found: Analysis) -> None:
+    base = ["--base", folders / "base"]
+    said = "Intruder dimensions take 16 dense singular value decompositions, two for each of 8"
+    result = command("analyse", folders / "lora", *base, "--json")
+    assert said in result.error
+    assert result.json()["version"]
+    assert "--intruders 0" in result.error
+    for more in ([*base, "--intruders", "0"], []):
+        assert "decompositions" not in command("analyse", folders / "lora", *more).error
+    assert "take dense decompositions" in found.to_html()
+    assert "take dense" not in msplora.analyse(folders / "lora").to_html()
+
+
 def test_names_from_files_are_escaped(found: Analysis) -> None:
     first, second = found.adapters
     kinds = tuple(replace(kind, name=EVIL) for kind in first.kinds)
@@ -257,8 +274,11 @@ def test_of_many_experts_the_smallest_the_median_and_the_largest_are_drawn(
 
 
 _CHECKS = """<script>
-document.getElementById("open-all").click();
-document.body.dataset.open = [...document.querySelectorAll("details")].every((its) => its.open);
+const all = [...document.querySelectorAll("details")], press = document.getElementById("open-all");
+press.click();
+document.body.dataset.open = all.every((its) => its.open) && !press.ariaPressed;
+press.click();
+document.body.dataset.closed = all.every((its) => !its.open) && press.textContent;
 document.body.dataset.fits = document.documentElement.scrollWidth <= window.innerWidth;
 document.body.dataset.dark = getComputedStyle(document.body).backgroundColor;
 document.body.dataset.errors = window.failed || 0;
@@ -276,6 +296,7 @@ def test_it_works_in_a_browser(
     (body,) = browser(text, tmp_path, scheme, width).all("body")
     assert body == {
         "data-open": "true",
+        "data-closed": "Open all tables",
         "data-fits": "true",
         "data-dark": ground,
         "data-errors": "0",

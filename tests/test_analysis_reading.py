@@ -21,6 +21,7 @@ from msplora.analysis.reading import read_adapter
 from msplora.errors import BaseModelError
 from msplora.loading import BaseOptions
 from oracle import levels_of, plan_of
+from runs import msplora as command
 from tiny import MODELS, llama
 
 
@@ -151,6 +152,8 @@ def test_layers_that_are_only_counted_are_not_laid_beside_numbered_ones(tmp_path
             **layers,
             "v_proj": (0, 1, 2, 3),
         }
+        said = " ".join(found.comparisons[0].notes)
+        assert ("1 kind(s) are not compared, such as self_attn.q_proj" in said) == (base is None)
         for its in compared.values():
             np.testing.assert_allclose([its.cosine, its.columns, its.rows], 1, rtol=1e-6)
 
@@ -161,6 +164,25 @@ def test_two_adapters_that_have_nothing_in_common(tmp_path: Path) -> None:
     found = msplora.analyse(query, value)
     assert [its.name for its in found.adapters] == ["query/adapter", "value/adapter"]
     assert found.comparisons[0].kinds == ()
+    assert found.comparisons[0].notes == ("They adapt no weight of the same place and shape.",)
+
+
+def test_what_is_left_out_of_a_comparison_is_said(tmp_path: Path) -> None:
+    folders = []
+    for name, layers in (("one", [0, 1]), ("other", [2, 3])):
+        folders.append(save(adapted(layers_to_transform=layers), tmp_path / name))
+        edit(folders[-1], base_model_name_or_path=str(tmp_path / name / "base"))
+    found = msplora.analyse(*folders)
+    (comparison,) = found.comparisons
+    bases, blocks = comparison.notes
+    assert "one/adapter names one/base, and other/adapter names other/base" in bases
+    assert str(tmp_path) not in bases
+    assert blocks.startswith("2 kind(s) are not compared, such as self_attn.q_proj")
+    assert "in different blocks" in blocks
+    page, out = found.to_html(), command("analyse", *folders).out
+    for note in comparison.notes:
+        assert note in page
+        assert f"· {note}" in out
 
 
 def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def analyse(
     intruder_vectors: int = 10,
     data: str | None = None,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Analysis:
     """Measure what the levels of adapters learned, through their factors.
 
@@ -49,6 +50,7 @@ def analyse(
             the base's; 0 leaves it out, which takes two dense decompositions per weight.
         data: rows, as `msplora eval` takes them, on which each level is switched off in turn.
         progress: called as the work goes on.
+        notify: told, before it is done, in a sentence, of what may take hours.
 
     Returns:
         Frozen values; `to_dict()`, `to_html()` and `write()` give them away.
@@ -68,6 +70,9 @@ def analyse(
     for _, its_base in read:
         if its_base is not None:
             its_base.check_weights()
+    said = _decompositions([its for its, of in read if of is not None], intruder_vectors)
+    if said and notify is not None:
+        notify(said)
     histories = [
         read_history(path, adapter.levels, options)
         for path, (adapter, _) in zip(paths, read, strict=True)
@@ -106,6 +111,21 @@ def analyse(
         comparisons.append(compare(*adapters_of, (names[one], names[other])))
         report("comparing", done, len(pairs))
     return Analysis(tuple(results), tuple(comparisons), __version__)
+
+
+def _decompositions(adapters: Sequence[StoredAdapter], intruder_vectors: int) -> str:
+    """What the search for intruder dimensions takes, in a sentence; empty where there is none."""
+    kinds = [kind for adapter in adapters for kind in adapter.kinds]
+    weights = sum(len(kind.sites) for kind in kinds)
+    if not weights or not intruder_vectors:
+        return ""
+    largest = max(kinds, key=lambda kind: kind.out_features * kind.in_features)
+    return (
+        f"Intruder dimensions take {2 * weights:,} dense singular value decompositions, two for "
+        f"each of {weights:,} weights of up to {largest.out_features:,} × "
+        f"{largest.in_features:,}: of 4,096 × 4,096 the two take 84 s on one core. --intruders 0 "
+        f"leaves them out."
+    )
 
 
 def _folder(path: Path) -> Path:

@@ -94,7 +94,12 @@ def decompose(sides: Iterable[tuple[Tensor, Tensor]], layers: int, rank: int) ->
 
 
 def numerical_ranks(values_LK: Tensor, out_features: int, in_features: int) -> Tensor:
-    """How many singular values float32 tells from zero: ``σ > max(O, I) · ε₃₂ · σ₁``, (L,)."""
+    """How many singular values are not small beside the largest, (L,).
+
+    ``σ > max(O, I) · ε₃₂ · σ₁``: what a decomposition of the dense update in float32 would tell
+    from zero. The values here are of the factors, in float64, and exact far below: a smaller one
+    may be a direction that is used, and weak.
+    """
     threshold = max(out_features, in_features) * torch.finfo(torch.float32).eps
     return (values_LK > threshold * values_LK[..., :1]).sum(-1)
 

@@ -280,6 +280,8 @@ class Comparison:
     first: str
     second: str
     kinds: tuple[KindComparison, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out and why, and other things that the reader should know, in sentences."""
 
 
 @dataclass(frozen=True)

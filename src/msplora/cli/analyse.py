@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,7 @@ def analyse(
             intruder_vectors=10 if intruders is None else intruders,
             data=data,
             progress=progress,
+            notify=_tell,
         )
     written = [] if output is None else found.write(output, force=force)
     if as_json:
@@ -77,3 +79,9 @@ def analyse(
     print_analysis(found, console)
     for file in written:
         console.print(f"Wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(sentence: str) -> None:
+    """On stderr, and not under `msplora -q`."""
+    if logging.getLogger("msplora").isEnabledFor(logging.INFO):
+        typer.echo(sentence, err=True)

@@ -21,6 +21,8 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
         _print_notes(adapter.notes, console)
     for comparison in analysis.comparisons:
         console.print(_comparison(comparison))
+        console.print()
+        _print_notes(comparison.notes, console)
 
 
 def _tables(adapter: AdapterResult) -> Iterator[Table]:
