@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import msplora
 from adapted_llama import adapted
+from msplora.analysis.chance import random_principal_cosines
 from msplora.analysis.results import AdapterResult, KindResult, LevelOverlap
 from oracle import plan_of, weight_delta
 from tiny import MODELS
@@ -217,6 +218,57 @@ def lora_of_ranks(folder: Path, ranks: list[int]) -> Path:
                 layer.lora_B["default"].weight.zero_()
     model.save_pretrained(folder)
     return folder
+
+
+def lora_of_orthogonal_layers(folder: Path) -> Path:
+    """A LoRA of rank 2 on four layers that write to and read from directions of their own."""
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"])
+    model: Any = get_peft_model(MODELS["llama"].model(), config)
+    with torch.no_grad():
+        for place in range(4):
+            layer = model.get_base_model().model.layers[place].self_attn.q_proj
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            own = slice(2 * place, 2 * place + 2)
+            a.zero_()[:, own] = torch.eye(2)
+            b.zero_()[own] = torch.diag(torch.tensor([4.0 - place, 1.0]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_is_explained_of_layers_with_nothing_in_common(
+    tmp_path: Path, result: AdapterResult
+) -> None:
+    found = msplora.analyse(lora_of_orthogonal_layers(tmp_path)).adapters[0].kinds[0].shared
+    assert found is not None
+    squares = [16, 9, 4, 1, 1, 1, 1, 1]
+    expected = [16 / sum(squares), 25 / sum(squares)]
+    for of in (found.columns, found.rows, found.unlike):
+        close(of, expected)
+    for of in (found.pair, found.unlike_pair):
+        close(of, [its / 4 for its in expected])
+    # No layers have less in common than that.
+    for kind in result.kinds:
+        assert kind.shared is not None
+        for of in (kind.shared.columns, kind.shared.rows):
+            assert all(
+                one >= other - 1e-9 for one, other in zip(of, kind.shared.unlike, strict=True)
+            )
+
+
+@pytest.mark.parametrize("features", [5, 9, 60])
+def test_the_principal_angles_of_random_spaces(features: int) -> None:
+    generator = np.random.default_rng(1)
+    ranks, draws = [4, 2, 0, 4], []
+    for _ in range(400):
+        spaces = [np.linalg.qr(generator.standard_normal((features, rank)))[0] for rank in ranks]
+        of = [
+            np.linalg.svd(spaces[one].T @ spaces[other], compute_uv=False)
+            for one, other in ((0, 1), (0, 3), (1, 3))
+        ]
+        draws.append([np.mean([its[k] for its in of if len(its) > k]) for k in range(4)])
+    found = random_principal_cosines(torch.tensor(ranks), features)
+    np.testing.assert_allclose(found, np.mean(draws, axis=0), atol=0.06)
+    assert len(random_principal_cosines(torch.tensor([3, 0]), features)) == 0
 
 
 def test_chance_is_that_of_the_pairs_that_are_compared(tmp_path: Path) -> None:

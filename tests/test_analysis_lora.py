@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import msplora
-from analysed import edit, refused, save, update
+from analysed import WEIGHTS, edit, refused, save, update
 from msplora.analysis.reading import read_adapter
 from msplora.analysis.results import SiteResult
 from msplora.loading import BaseOptions
@@ -152,7 +153,7 @@ def test_an_inspection_reads_them_alike_and_says_what_it_does_not_know(tmp_path:
 @experts_are_parameters
 def test_parameters_that_do_not_fit_the_config_or_the_base(tmp_path: Path) -> None:
     _, folder = mixtral(tmp_path)
-    edit(folder, r=7)
+    edit(folder, r=7, rank_pattern={"q_proj": 8})
     refused(folder, match="of no whole number of experts of rank 7")
     edit(folder, r=8, target_parameters=["mlp.experts.down_proj"])
     refused(folder, base=str(tmp_path / "base"), match=r"1 parameter.* and the file has 2 pair")
@@ -161,6 +162,20 @@ def test_parameters_that_do_not_fit_the_config_or_the_base(tmp_path: Path) -> No
     config.num_local_experts = 2
     hf.MixtralForCausalLM(config).save_pretrained(tmp_path / "fewer")
     refused(folder, base=str(tmp_path / "fewer"), match=r"the base has it of shape 2\*")
+
+
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_a_rank_that_the_config_does_not_ask_for(rank: int, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={r".*\.1\..*": 5})
+    folder = save(get_peft_model(llama(), config), tmp_path)
+    msplora.analyse(folder)
+    tensors = load_file(folder / WEIGHTS)
+    for name in list(tensors):
+        if "layers.1." not in name:
+            its = torch.ones(5, 32)[:rank]
+            tensors[name] = its if "lora_A" in name else its.T.contiguous()
+    save_file(tensors, folder / WEIGHTS)
+    refused(folder, match=rf"layers\.0\..* have rank {rank}, and the config asks for 3")
 
 
 @pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])

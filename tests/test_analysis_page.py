@@ -75,6 +75,10 @@ def test_what_is_drawn_can_be_read_and_reached_by_key(page: Page) -> None:
     regions = [its for its in page.all("div") if its.get("class") == "wide"]
     assert len(regions) == len(page.all("table"))
     assert all(its["tabindex"] == "0" and its["aria-label"] for its in regions)
+    # Landmarks are for the few parts of a page, and over a hundred tables are none.
+    assert {its["role"] for its in regions} == {"group"}
+    (button,) = page.all("button")
+    assert "aria-pressed" not in button  # its name says what it does next
     assert all(its.get("scope") in ("col", "row") for its in page.all("th"))
     assert page.all("html")[0]["lang"] == "en"
 
@@ -125,6 +129,8 @@ def test_no_two_lines_of_a_chart_look_alike(found: Analysis) -> None:
         sections.effective_ranks(replace(kind, sites=sites), names),
         *sections.over_training(replace(adapter, levels=levels, history=history)),
         sections.inside_coarser(kind, [its.level for its in adapter.levels]),
+        sections.angles(kind),
+        sections.explained(kind),
         *sections.side_by_side(found.comparisons[0]),
     ]
     for chart in charts:
@@ -151,11 +157,58 @@ def test_what_chance_would_give_stands_beside_two_adapters(folders: Path, found:
     assert "43.8%" in out
 
 
+def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
+    folders: Path, found: Analysis, page: Page
+) -> None:
+    lora = found.adapters[1]
+    kind = lora.kinds[1]
+    angles, explained = sections.angles(kind), sections.explained(kind)
+    assert angles is not None
+    assert explained is not None
+    assert kind.shared is not None
+    assert kind.similarity is not None
+    assert angles.header[3:] == ("random columns", "random rows")
+    assert explained.header[4:] == (
+        "columns or rows with nothing in common",
+        "a pair with nothing in common",
+    )
+    assert [row[5] for row in explained.rows] == [percent(its) for its in kind.shared.unlike_pair]
+    assert any("share pairs, so theirs are alike by\nconstruction" in its for its in page.texts)
+    alone = replace(found, adapters=(lora,), comparisons=()).to_html()
+    assert "construction" not in alone
+    out = command("analyse", folders / "lora").out
+    row = next(line for line in out.splitlines() if "v_proj" in line)
+    shown = row.split()
+    assert shown[4] == f"{kind.similarity.random_columns:.1%}"
+    assert shown[6] == f"{kind.similarity.random_rows:.1%}"
+    assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.unlike_pair)]
+
+
+def test_the_command_prints_the_notes(folders: Path) -> None:
+    (adapter,) = msplora.analyse(folders / "pyramid").adapters
+    assert adapter.notes
+    out = command("analyse", folders / "pyramid").out
+    assert all(f"· {note}" in out for note in adapter.notes)
+
+
 def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -> None:
     assert Path(found.adapters[0].base or "").is_absolute()
     text = found.to_html()
     for adapter in found.adapters:
         assert str(Path(adapter.path).parents[1]) not in text
+
+
+def test_what_takes_long_is_said_before_it_is_done(folders: Path, found: Analysis) -> None:
+    base = ["--base", folders / "base"]
+    said = "Intruder dimensions take 16 dense singular value decompositions, two for each of 8"
+    result = command("analyse", folders / "lora", *base, "--json")
+    assert said in result.error
+    assert result.json()["version"]
+    assert "--intruders 0" in result.error
+    for more in ([*base, "--intruders", "0"], []):
+        assert "decompositions" not in command("analyse", folders / "lora", *more).error
+    assert "take dense decompositions" in found.to_html()
+    assert "take dense" not in msplora.analyse(folders / "lora").to_html()
 
 
 def test_names_from_files_are_escaped(found: Analysis) -> None:
@@ -221,8 +274,11 @@ def test_of_many_experts_the_smallest_the_median_and_the_largest_are_drawn(
 
 
 _CHECKS = """<script>
-document.getElementById("open-all").click();
-document.body.dataset.open = [...document.querySelectorAll("details")].every((its) => its.open);
+const all = [...document.querySelectorAll("details")], press = document.getElementById("open-all");
+press.click();
+document.body.dataset.open = all.every((its) => its.open) && !press.ariaPressed;
+press.click();
+document.body.dataset.closed = all.every((its) => !its.open) && press.textContent;
 document.body.dataset.fits = document.documentElement.scrollWidth <= window.innerWidth;
 document.body.dataset.dark = getComputedStyle(document.body).backgroundColor;
 document.body.dataset.errors = window.failed || 0;
@@ -240,6 +296,7 @@ def test_it_works_in_a_browser(
     (body,) = browser(text, tmp_path, scheme, width).all("body")
     assert body == {
         "data-open": "true",
+        "data-closed": "Open all tables",
         "data-fits": "true",
         "data-dark": ground,
         "data-errors": "0",

@@ -18,8 +18,10 @@ import msplora
 from adapted_llama import adapted
 from analysed import WEIGHTS, edit, refused, save, update
 from msplora.analysis.reading import read_adapter
+from msplora.errors import BaseModelError
 from msplora.loading import BaseOptions
 from oracle import levels_of, plan_of
+from runs import msplora as command
 from tiny import MODELS, llama
 
 
@@ -150,6 +152,8 @@ def test_layers_that_are_only_counted_are_not_laid_beside_numbered_ones(tmp_path
             **layers,
             "v_proj": (0, 1, 2, 3),
         }
+        said = " ".join(found.comparisons[0].notes)
+        assert ("1 kind(s) are not compared, such as self_attn.q_proj" in said) == (base is None)
         for its in compared.values():
             np.testing.assert_allclose([its.cosine, its.columns, its.rows], 1, rtol=1e-6)
 
@@ -160,6 +164,25 @@ def test_two_adapters_that_have_nothing_in_common(tmp_path: Path) -> None:
     found = msplora.analyse(query, value)
     assert [its.name for its in found.adapters] == ["query/adapter", "value/adapter"]
     assert found.comparisons[0].kinds == ()
+    assert found.comparisons[0].notes == ("They adapt no weight of the same place and shape.",)
+
+
+def test_what_is_left_out_of_a_comparison_is_said(tmp_path: Path) -> None:
+    folders = []
+    for name, layers in (("one", [0, 1]), ("other", [2, 3])):
+        folders.append(save(adapted(layers_to_transform=layers), tmp_path / name))
+        edit(folders[-1], base_model_name_or_path=str(tmp_path / name / "base"))
+    found = msplora.analyse(*folders)
+    (comparison,) = found.comparisons
+    bases, blocks = comparison.notes
+    assert "one/adapter names one/base, and other/adapter names other/base" in bases
+    assert str(tmp_path) not in bases
+    assert blocks.startswith("2 kind(s) are not compared, such as self_attn.q_proj")
+    assert "in different blocks" in blocks
+    page, out = found.to_html(), command("analyse", *folders).out
+    for note in comparison.notes:
+        assert note in page
+        assert f"· {note}" in out
 
 
 def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:
@@ -172,6 +195,23 @@ def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:
     assert "8 of 8 weights are not changed" in adapter.notes[-1]
     json.loads(found.to_json())
     assert "8 of 8 weights" in found.to_html()
+
+
+def test_noise_is_not_analysed_and_a_scale_of_zero_is_named(tmp_path: Path) -> None:
+    """Orthogonal factors have a product of zero, but for rounding."""
+    options = {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
+    model: Any = get_peft_model(llama(), LoraConfig(**options))
+    folder = save(model, tmp_path)
+    assert 0 < max(float(its.max()) for its in msplora.singular_values(model).values()) < 1e-4
+    (found,) = msplora.analyse(folder).adapters
+    assert found.levels[0].norm == 0
+    assert found.kinds[0].similarity is None
+    assert "4 of 4 weights are not changed" in found.notes[-1]
+    (finding,) = msplora.inspect(folder).problems
+    assert finding.rule == "no effect"
+    edit(save(get_peft_model(llama(), LoraConfig(**options)), tmp_path / "scaled"), lora_alpha=0)
+    (found,) = msplora.analyse(tmp_path / "scaled/adapter").adapters
+    assert "alpha (lora_alpha) is 0" in found.notes[-1]
 
 
 def test_other_methods_are_named_and_refused(tmp_path: Path) -> None:
@@ -294,6 +334,58 @@ def test_a_quantised_base_and_one_without_safetensors(tmp_path: Path) -> None:
     refused(folder, base=base, match="int8: it is quantised")
     file.unlink()
     refused(folder, base=base, match="no weights in safetensors")
+
+
+@pytest.mark.parametrize("command", ["analyse", "doctor"])
+def test_a_shard_of_the_base_that_is_damaged_is_named(command: str, tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path)
+    MODELS["llama"].model().save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    shard = sorted((tmp_path / "base").glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    base = str(tmp_path / "base")
+
+    def examined() -> None:
+        if command == "analyse":
+            msplora.analyse(folder, base=base)
+        else:
+            msplora.doctor(base, folder)
+
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BaseModelError, match=f"{shard.name} .* is cut short or damaged"):
+        examined()
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(BaseModelError, match=f"{shard.name} is a git-lfs pointer") as raised:
+        examined()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("intruders", [0, 2])
+def test_a_base_with_a_number_that_is_none(intruders: int, tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    file = tmp_path / "base/model.safetensors"
+    tensors, name = load_file(file), "model.layers.2.self_attn.v_proj.weight"
+    tensors[name][3, 1] = math.nan
+    save_file(tensors, file)
+    said = rf"'{name}' holds values that are not finite"
+    refused(folder, base=str(tmp_path / "base"), intruder_vectors=intruders, match=said)
+
+
+@pytest.mark.parametrize("by", [1e100, 1e160])
+def test_updates_beyond_float64(by: float, tmp_path: Path) -> None:
+    """Where the product still has numbers, and its square has none; and where it has none."""
+    folder = save(adapted(), tmp_path)
+    tensors = {name: its.double() * by for name, its in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    refused(folder, match=r"the update s·BA of .*self_attn.q_proj' is too large")
+
+
+def test_updates_beyond_the_base_s_dtype(tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    tensors = {name: its * 1e20 for name, its in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    base = str(tmp_path / "base")
+    refused(folder, base=base, match=r"the update s·BA of 'self_attn.q_proj' is too large")
+    msplora.analyse(folder, base=base, intruder_vectors=0).to_json()
 
 
 def test_no_adapter_or_one_twice(tmp_path: Path) -> None:

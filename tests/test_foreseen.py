@@ -184,8 +184,9 @@ def test_the_architecture_is_looked_up_at_the_adapter_s_revision(
     source = str(folder / "base")
     assert loading.base_class(config, source, BaseOptions()) is LlamaForCausalLM
     loading.base_class(config, source, BaseOptions(revision="v3"))
-    loading.base_class(config, source, BaseOptions(source))  # v2 is one of another base
-    assert asked == ["v2", "v3", None]
+    loading.base_class(config, source, BaseOptions(source))  # the one that the adapter names
+    loading.base_class(config, source, BaseOptions(str(folder / "gpt2")))  # v2 is not one of it
+    assert asked == ["v2", "v3", "v2", None]
 
 
 @pytest.mark.filterwarnings("ignore:the adapter names '/nowhere/base'")

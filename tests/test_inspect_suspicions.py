@@ -44,6 +44,15 @@ def test_a_product_of_zero(pyramid: Path) -> None:
     assert len(the(msplora.inspect(pyramid), "zero product").where) == 2
 
 
+def test_a_scale_of_zero_is_named(tmp_path: Path) -> None:
+    folder = lora(tmp_path, alpha_pattern={"v_proj": 0})
+    finding = the(msplora.inspect(folder), "zero product")
+    assert len(finding.where) == 4
+    assert "The scale is 0 in 4 of 8 pairs" in finding.text
+    set_config(folder, lora_alpha=0)
+    assert "scale of all 8 pairs is 0" in the(msplora.inspect(folder), "no effect").text
+
+
 def test_norms_that_exploded(pyramid: Path) -> None:
     part = "local/2/self_attn/q_proj/pair.msplora_B"
     edit(pyramid, lambda its: {key: t * (30 if part in key else 1) for key, t in its.items()})
@@ -126,11 +135,16 @@ def test_pairs_that_no_layer_borrows(pyramid: Path) -> None:
 
 
 def test_factors_that_do_not_fit(pyramid: Path, tmp_path: Path) -> None:
-    part = "global/0/self_attn/q_proj/pair.msplora_A"
+    part, whole = "global/0/self_attn/q_proj/pair.msplora_A", load_file(pyramid / WEIGHTS)
     edit(pyramid, lambda its: {key: t[:5] if part in key else t for key, t in its.items()})
     finding = the(msplora.inspect(pyramid), "misshapen")
     assert finding.where == ("global/0/self_attn.q_proj",)
     assert "A (5, 32) and B (32, 8), where its rank is 8" in finding.text
+    narrow = "mid/1/self_attn/q_proj/pair.msplora_A"
+    edit(pyramid, lambda _: {k: t[:, :-1] if narrow in k else t for k, t in whole.items()})
+    finding = the(msplora.inspect(pyramid), "misshapen")
+    assert finding.where == ("mid/1/self_attn.q_proj",)
+    assert "A (4, 31) and B (32, 4), which is of another width than global/0" in finding.text
     plain = lora(tmp_path / "lora")
     lost = "1.self_attn.v_proj.lora_B"
     edit(plain, lambda its: {key: t[:, :1] if lost in key else t for key, t in its.items()})
@@ -196,6 +210,31 @@ def test_what_else_a_reader_should_know(tmp_path: Path) -> None:
     set_config(dora, base_model_name_or_path=gone, init_lora_weights="pissa")
     assert "there is no such folder" in the(msplora.inspect(dora), "base not found").text
     assert any("init_lora_weights='pissa'" in its.text for its in msplora.inspect(dora).findings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_qalora": True}, "QALoRA, which pools a layer's inputs before A reads them: its"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA, whose A or B is stored as the blocks"),
+        ({"alora_invocation_tokens": [5, 6]}, "acts from these tokens on"),
+    ],
+)
+def test_what_is_no_product_alone_is_noted(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = lora(tmp_path)
+    set_config(folder, task_type="CAUSAL_LM", **changes)
+    found = msplora.inspect(folder)
+    assert not found.suspicious
+    assert any(said in its.text for its in found.findings)
+
+
+def test_a_bias_beside_the_product_is_noted_once(tmp_path: Path) -> None:
+    changes = {"target_modules": ["c_attn"], "lora_bias": True}
+    found = msplora.inspect(lora(tmp_path, MODELS["gpt2"].model(), **changes))
+    (said,) = [its.text for its in found.findings if "bias" in its.text]
+    assert "a bias beside s·BA in 4 weight(s) (lora_bias)" in said
 
 
 def randomise_lora(model: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import re
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -131,6 +133,41 @@ def dora_variant(layer: Any, config: Any) -> Any:
     if "config" in inspect.signature(layer.resolve_lora_variant).parameters:
         return layer.resolve_lora_variant(config=config)
     return layer.resolve_lora_variant(use_dora=True, use_alora=False, arrow_config=None)
+
+
+def as_loaded(
+    model: Any, config: Any, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file by the names under which PEFT puts them into a model.
+
+    Other releases of transformers name the weights of some models otherwise, or store several as
+    one; PEFT translates them while it loads them. Tensors that are only renamed are handed on.
+
+    Args:
+        model: the base, or the adapted model.
+        config: the adapter's.
+        tensors: by their names in the file.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # before transformers 5
+    found = {_renamed(name, names): its for name, its in tensors.items()}
+    try:
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers as convert,
+        )
+    except ImportError:  # before transformers 5, or PEFT 0.19
+        return found
+    return convert(model=model, peft_config=config, adapter_state_dict=found)
+
+
+def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+    """A tensor's name after the first pattern that it meets, behind PEFT's prefix."""
+    prefix = "base_model.model."
+    for pattern, replacement in patterns.items():
+        found, times = re.subn(pattern, replacement, name.removeprefix(prefix))
+        if times:
+            return prefix * name.startswith(prefix) + found
+    return name
 
 
 def is_target(config: Any, key: str) -> bool:

@@ -107,7 +107,7 @@ def load_on_base(folder: Path, base: BaseOptions | None = None) -> Adapted:
     state = model.state_dict()
     names = {name for key in tensors if (name := name_in_base(key)) in state}
     own = {name: state[name].clone() for name in names}
-    vocabulary = _fit_vocabulary(model, tensors)
+    vocabulary = fit_vocabulary(model, tensors)
     return Adapted(put_on(model, folder), tensors, own, vocabulary)
 
 
@@ -178,7 +178,7 @@ def embeddings_of(root: Any) -> Iterator[tuple[str, nn.Module]]:
                 yield path, module
 
 
-def _fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
+def fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
     """Give the base as many embeddings as the adapter's file holds, as before its training."""
     wanted = None
     for path, module in list(embeddings_of(base)):

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from . import sisters
 from .classifier_head import CLASSIFIERS, number_of_labels
+from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .same_source import same_source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -65,7 +67,8 @@ class BaseOptions:
 
     def revision_for(self, config: Any) -> str | None:
         """Of the base: as asked, or as an adapter's config says of the base that it names."""
-        if self.revision or self.source:
+        named = config.base_model_name_or_path
+        if self.revision or (self.source and not (named and same_source(named, self.source))):
             return self.revision
         return getattr(config, "revision", None)
 
@@ -361,9 +364,11 @@ def loading_errors_explained(source: str, what: str = MODEL) -> Iterator[None]:
         yield
     except MSPLoraError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        if isinstance(error, SafetensorError):
+            advice = said_of_damaged(folder)
+        elif "trust_remote_code" in reason:
             advice = "It brings its own Python code: opt in with trust_remote_code if you trust it."
         elif (folder / CONFIG_FILE).exists() or (folder / "adapter" / CONFIG_FILE).exists():
             advice = (

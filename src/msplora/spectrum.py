@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from .errors import MSPLoraError, UnsupportedError
 
+NOTHING = 1e-6
+"""A product is nothing where its norm is at most this share of ‖A‖ ‖B‖."""
+_TINY = torch.finfo(torch.float64).tiny
+
 
 def singular_values(model: nn.Module, adapter_name: str = "default") -> Mapping[str, Tensor]:
     """The singular values of what an adapter adds to each weight, largest first.
@@ -85,6 +89,19 @@ def norm_of(a_RI: Tensor, b_OR: Tensor) -> float:
         return 0.0
     scaled = singular_values_of(a_RI / sizes[0], b_OR / sizes[1])
     return float(scaled.norm()) * sizes[0] * sizes[1]
+
+
+def is_nothing(a_RI: Tensor, b_OR: Tensor) -> bool:
+    """Whether ``B A`` is zero, or what rounding leaves of zero: ``(… R, I), (… O, R)``.
+
+    A start at orthogonal factors has a product of zero only as far as float32 goes.
+    """
+    a_RI, b_OR = (
+        its / its.abs().max().clamp_min(_TINY) for its in (_precise(a_RI), _precise(b_OR))
+    )
+    # tr(BᵀB AAᵀ) is the square of the product's norm, and far more exact than what is asked here.
+    square = float(((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).sum())
+    return square <= NOTHING**2 * float(a_RI.square().sum()) * float(b_OR.square().sum())
 
 
 def _precise(factor: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from msplora.adapted import embeddings_of
 from msplora.errors import BaseModelError, TargetError
 from msplora.loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
 from msplora.matching import module_shape
 from msplora.parameters import shape_of
 from msplora.pyramid import Shape
 
-_WEIGHTS = ("*.json", "*.safetensors")
+from .weight_files import download_weights, weight_files
 
 
 class Base:
@@ -32,10 +33,11 @@ class Base:
         assert options.source
         self.source = resolve_source(options.source)
         self._options, self._adapter = options, config
+        self._revision = options.revision_for(config)
         with loading_errors_explained(self.source):
             self._config = transformers.AutoConfig.from_pretrained(
                 self.source,
-                revision=options.revision,
+                revision=self._revision,
                 trust_remote_code=options.trust_remote_code,
             )
         self.model_type: str = self._config.model_type
@@ -55,10 +57,7 @@ class Base:
         Raises:
             BaseModelError: the weight is quantised, or its file cannot be read.
         """
-        names = [f"{key}.weight", f"{key}.in_proj_weight", key]
-        prefix = getattr(self.model, "base_model_prefix", "") + "."
-        names += [its.removeprefix(prefix) for its in names] + [prefix + its for its in names]
-        name = next((its for its in names if its in self._files), None)
+        name = self._stored(key)
         if name is None:
             return None
         file = self._files[name]
@@ -72,10 +71,34 @@ class Base:
                 f"the base {self.source!r} stores {name!r} as {str(weight.dtype).split('.')[-1]}: "
                 f"it is quantised. Pass --base with the model that it was made from."
             )
+        if not bool(weight.isfinite().all()):
+            raise BaseModelError(
+                f"{str(file)!r}: {name!r} holds values that are not finite. The file is damaged, "
+                f"or its training diverged; copy or download the base again."
+            )
         module = self.module(key)
         if isinstance(module, (Conv1D, nn.Embedding)):
             return weight.t()
         return weight.flatten(1) if isinstance(module, nn.Module) and weight.ndim > 2 else weight
+
+    def _stored(self, key: str) -> str | None:
+        """The name in the files of a module's weight, or of the one that it is tied to."""
+        prefix = getattr(self.model, "base_model_prefix", "") + "."
+        for path in (key, *self._tied_to(key)):
+            names = [f"{path}.weight", f"{path}.in_proj_weight", path]
+            names += [its.removeprefix(prefix) for its in names] + [prefix + its for its in names]
+            for name in names:
+                if name in self._files:
+                    return name
+        return None
+
+    def _tied_to(self, key: str) -> list[str]:
+        """The path of the embedding, if `key` is the head that has its weight; or the reverse."""
+        config = self._config.get_text_config()
+        paths = [path for path, _ in embeddings_of(self.model)]
+        if key not in paths or not getattr(config, "tie_word_embeddings", False):
+            return []
+        return [path for path in paths if path != key]
 
     def module(self, key: str) -> Any:
         """The module, or the parameter, of that path; None where there is none."""
@@ -109,16 +132,10 @@ class Base:
         """Name of a tensor → the file it is in."""
         folder = Path(self.source)
         if not folder.is_dir():
-            import huggingface_hub
-
             with loading_errors_explained(self.source):
-                folder = Path(
-                    huggingface_hub.snapshot_download(
-                        self.source, revision=self._options.revision, allow_patterns=list(_WEIGHTS)
-                    )
-                )
-        # Some publish a second copy of all weights under another name.
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+                folder = download_weights(self.source, self._revision)
+        with loading_errors_explained(self.source):
+            files = weight_files(folder)
         if not files:
             raise BaseModelError(
                 f"the base {self.source!r} has no weights in safetensors, which are read one by "

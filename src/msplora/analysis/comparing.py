@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from msplora.page.environment import short
+from msplora.same_source import same_source
+
 from .kinds import Coordinates
 from .measures import layer_cosines, mean_larger, numerical_ranks, overlaps, spans
 from .results import Comparison, KindComparison, numbers
@@ -13,14 +16,48 @@ from .stored import StoredAdapter, StoredKind, StoredSite
 
 
 def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> Comparison:
-    """Layer by layer, kinds of the same name and shape; without any in common, nothing."""
-    found = []
+    """Layer by layer, kinds of the same name and shape; what is left out is noted."""
+    found: list[KindComparison] = []
+    uncertain: list[str] = []
+    apart: list[str] = []
     for kind in first.kinds:
         other = _counterpart(kind, first, second)
-        if other is not None:
-            its = _compare(kind, other)
-            found += [its] if its else []
-    return Comparison(*names, tuple(found))
+        its = None if other is None else _compare(kind, other)
+        if its:
+            found.append(its)
+        elif other is not None:
+            (uncertain if kind.counted or other.counted else apart).append(kind.name)
+    notes = [*_bases(first, second, names), *_left_out(uncertain, apart)]
+    if not found and not uncertain and not apart:
+        notes.append("They adapt no weight of the same place and shape.")
+    return Comparison(*names, tuple(found), tuple(notes))
+
+
+def _bases(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> list[str]:
+    """That the two were not trained on one base, as far as they name theirs."""
+    ours, theirs = first.base, second.base
+    if not ours or not theirs or same_source(ours, theirs):
+        return []
+    return [
+        f"They name different bases: {names[0]} names {short(ours)}, and {names[1]} names "
+        f"{short(theirs)}. Unless these are one model in two places, likeness of their updates "
+        f"says little: each is relative to weights of its own."
+    ]
+
+
+def _left_out(uncertain: list[str], apart: list[str]) -> list[str]:
+    notes = []
+    if uncertain:
+        notes.append(
+            f"{len(uncertain)} kind(s) are not compared, such as {uncertain[0]}: the numbers of "
+            f"their blocks are only counted from the file. Pass --base, which knows them."
+        )
+    if apart:
+        notes.append(
+            f"{len(apart)} kind(s) are not compared, such as {apart[0]}: they adapt them in "
+            f"different blocks."
+        )
+    return notes
 
 
 def _counterpart(kind: StoredKind, first: StoredAdapter, second: StoredAdapter) -> Any:

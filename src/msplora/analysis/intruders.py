@@ -23,12 +23,17 @@ def intruders(
 
     Both decompositions are dense, in float32 (in float64 where the weight is): of all figures only
     this one takes them.
+
+    Raises:
+        OverflowError: the adapted weight has numbers beyond that dtype.
     """
     dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     weight_OI = weight_OI.to(dtype)
     before = torch.linalg.svd(weight_OI, full_matrices=False).U
     # Into the copy: no update is made beside it.
     adapted = torch.addmm(weight_OI, b_OR.to(dtype), a_RI.to(dtype))
+    if not bool(adapted.isfinite().all()):
+        raise OverflowError(f"the adapted weight does not fit {str(dtype).rpartition('.')[2]}")
     after = torch.linalg.svd(adapted, full_matrices=False).U[:, :count]
     cosines = (before.mT @ after).abs().amax(0).clamp_max(1.0)
     return Intruders(tuple(cosines.tolist()), threshold)

@@ -9,6 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from msplora.spectrum import is_nothing
+
+from .chance import random_principal_cosines
 from .measures import (
     Updates,
     cosines,
@@ -16,6 +19,7 @@ from .measures import (
     effective_ranks,
     explained_by_a_pair,
     explained_by_a_space,
+    explained_of_unlike,
     inside,
     joint_span,
     layer_cosines,
@@ -53,6 +57,9 @@ class Coordinates:
         self._scales = [pair.scale for pair in pairs]
         ends = accumulate(ranks)
         self._columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+        for its in self._columns:
+            if is_nothing(self._a_PP[:, its].mT, self._b_PP[:, its]):
+                self._b_PP[:, its] = 0  # else noise would be measured
 
     def updates(self, sums: Sequence[Sequence[int]]) -> Updates:
         """For each entry the sum of the updates ``s B A`` of the pairs that it numbers."""
@@ -197,6 +204,8 @@ def _similarity(kind: StoredKind, total: Updates) -> Similarity:
         principal_columns,
         principal_rows,
         *_shares_of(kind, larger, larger),
+        numbers(random_principal_cosines(ranks, kind.out_features)),
+        numbers(random_principal_cosines(ranks, kind.in_features)),
     )
 
 
@@ -216,10 +225,13 @@ def _between(spans_LPK: Tensor) -> tuple[Matrix, Numbers]:
 def _shared(total: Updates) -> Shared:
     left, values, right = total
     ranks = values.shape[-1]  # what each layer has now
+    unlike = explained_of_unlike(values)[:ranks]
     return Shared(
         numbers(explained_by_a_space(left, values)[:ranks]),
         numbers(explained_by_a_space(right, values)[:ranks]),
         numbers(explained_by_a_pair(total)[:ranks]),
+        numbers(unlike),
+        numbers(unlike / len(values)),
     )
 
 

@@ -94,7 +94,12 @@ def decompose(sides: Iterable[tuple[Tensor, Tensor]], layers: int, rank: int) ->
 
 
 def numerical_ranks(values_LK: Tensor, out_features: int, in_features: int) -> Tensor:
-    """How many singular values float32 tells from zero: ``σ > max(O, I) · ε₃₂ · σ₁``, (L,)."""
+    """How many singular values are not small beside the largest, (L,).
+
+    ``σ > max(O, I) · ε₃₂ · σ₁``: what a decomposition of the dense update in float32 would tell
+    from zero. The values here are of the factors, in float64, and exact far below: a smaller one
+    may be a direction that is used, and weak.
+    """
     threshold = max(out_features, in_features) * torch.finfo(torch.float32).eps
     return (values_LK > threshold * values_LK[..., :1]).sum(-1)
 
@@ -223,6 +228,18 @@ def explained_by_a_pair(updates: Updates) -> Tensor:
     rank k.
     """
     return _cumulated(_gram_of_sum(updates), updates.values.square().sum() * len(updates.values))
+
+
+def explained_of_unlike(values_LK: Tensor) -> Tensor:
+    """For k = 1 …: what one space of rank k explains of updates that are orthogonal, (L K,).
+
+    Then every singular vector of a layer is one of all layers together, and the best are those of
+    the largest values. Whatever the spaces are, no less is explained. Of one pair it is a part of
+    1 / L of that: the mean of L orthogonal updates has their values, over L.
+    """
+    squares = values_LK.square().flatten().sort(descending=True).values
+    total = squares.sum()
+    return squares.cumsum(0) / torch.where(total > 0, total, math.nan)
 
 
 def _gram_of_sum(updates: Updates) -> Tensor:

@@ -4,8 +4,7 @@ const button = document.getElementById("open-all");
 const tables = document.querySelectorAll("details");
 button.hidden = tables.length === 0;
 button.addEventListener("click", () => {
-  const open = button.getAttribute("aria-pressed") !== "true";
+  const open = button.textContent === "Open all tables";
   for (const table of tables) table.open = open;
-  button.setAttribute("aria-pressed", String(open));
   button.textContent = open ? "Close all tables" : "Open all tables";
 });

@@ -18,16 +18,10 @@ from msplora.loading import BaseOptions
 
 from .base import Base
 from .on_disk import TensorsOnDisk
+from .other_products import beside_the_product, other_product
 from .reading_lora import lora_kinds
 from .reading_pyramid import counted_kinds, planned_kinds
 from .stored import StoredAdapter
-
-_REWRITES_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
-_OTHER_PRODUCTS = {
-    "use_dora": "DoRA, which also rescales the base's weights",
-    "use_qalora": "QALoRA, which pools a layer's inputs before A reads them",
-    "use_bdlora": "BD-LoRA, whose A or B is stored as the blocks on its diagonal",
-}
 
 
 def read_adapter(
@@ -49,12 +43,12 @@ def read_adapter(
         BaseModelError: the base cannot be read, or is not the adapter's.
     """
     config = lora_or_pyramid(folder, "analysed")
-    for name, what in _OTHER_PRODUCTS.items():
-        if getattr(config, name, None):
-            raise UnsupportedError(
-                f"{str(folder)!r} uses {what}: its update is not the product of the two factors in "
-                f"the file. Adapters without it are analysed."
-            )
+    what = other_product(config)
+    if what:
+        raise UnsupportedError(
+            f"{str(folder)!r} uses {what}: its update is not the product of the two factors in the "
+            f"file. Adapters without it are analysed."
+        )
     tensors = TensorsOnDisk(folder)
     found = Base(base, config) if base and base.source else None
     is_pyramid = isinstance(config, MSPLoraConfig)
@@ -92,22 +86,4 @@ def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
             f"{len(others)} more tensor(s) in the file, such as {others[0]}, are no low-rank "
             f"update and are not looked at: a head, biases or trained tokens."
         )
-    biases = [key for key in tensors if key.endswith(".lora_B.bias")]
-    if biases:
-        notes.append(
-            f"It adds a bias beside s·BA in {len(biases)} weight(s) (lora_bias), such as "
-            f"{biases[0]}: these are not looked at."
-        )
-    if getattr(config, "alora_invocation_tokens", None):
-        notes.append(
-            "It is an activated LoRA (alora_invocation_tokens): what is shown acts from these "
-            "tokens on, and before them the model is the base."
-        )
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(_REWRITES_THE_BASE):
-        notes.append(
-            f"It was started with init_lora_weights={config.init_lora_weights!r}, which takes a "
-            f"part out of the base's weights and puts it into B A: unless it was converted on "
-            f"saving, what is shown is not the change from the original model."
-        )
-    return notes
+    return [*notes, *beside_the_product(config, tensors)]

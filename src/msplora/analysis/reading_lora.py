@@ -18,6 +18,7 @@ from msplora.spectrum import as_matrices
 
 from .asked_of_lora import Asked, asked_of
 from .base import Base
+from .names_of_now import by_names_of_now
 from .on_disk import TensorsOnDisk
 from .stored import StoredKind, StoredPair, StoredSite
 
@@ -27,6 +28,8 @@ LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([A
 
 def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[StoredKind, ...]:
     """Sort a LoRA's pairs into kinds; raises as `read_adapter`."""
+    if base is not None:
+        tensors = by_names_of_now(tensors, config, base)
     pairs: dict[str, StoredPair] = {}
     factors = _factors(tensors)
     for key, asked in _asked(factors, tensors, config, base).items():
@@ -41,6 +44,7 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
                 )
             read = partial(_read_site, tensors, asked, names, number)
             rank, in_features = a_RI.shape
+            _check_rank(rank, asked, key, tensors.path)
             its = "lora", 0, asked.scale(rank)
             pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], read)
         if asked.is_parameter and len(a) % asked.rank:
@@ -107,6 +111,19 @@ def _asked(
     return {key: its[0] for key, its in found.items()}
 
 
+def _check_rank(rank: int, asked: Asked, key: str, where: Path) -> None:
+    """Refuse a rank that the config does not ask for: it would be scaled by the wrong number.
+
+    Of a parameter A has a rank for each expert, which is looked at where these are told apart.
+    """
+    if rank and (asked.is_parameter or rank == asked.rank):
+        return
+    raise AdapterFileError(
+        f"{where}: A and B of {key!r} have rank {rank}, and the config asks for {asked.rank} (r or "
+        f"rank_pattern). The file is not this config's; save or copy the adapter again."
+    )
+
+
 def _read_site(
     tensors: TensorsOnDisk, asked: Asked, names: tuple[str, str], number: int
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +141,7 @@ def _as_sites(asked: Asked, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Ten
             (f"{asked.name}[expert {number}]", a_RI, b_OR)
             for number, (a_RI, b_OR) in enumerate(zip(*stacked, strict=True))
         ]
-    groups = len(a) // b.shape[1] if a.ndim > 2 and b.ndim == a.ndim else 1
+    groups = len(a) // b.shape[1] if a.ndim > 2 and b.ndim == a.ndim and b.shape[1] else 1
     return [(asked.name, *as_matrices(a, b, groups=groups))]
 
 

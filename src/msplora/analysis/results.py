@@ -89,6 +89,9 @@ class Similarity:
     """What `columns` of two layers would be, in expectation, of random spaces of these ranks: a
     mean over the pairs that have a value."""
     random_rows: Number
+    random_principal_columns: Numbers
+    """What `principal_columns` would be of random spaces of these ranks: a mean over draws."""
+    random_principal_rows: Numbers
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,11 @@ class Shared:
     """One space of inputs, with each layer's own columns."""
     pair: Numbers
     """One pair (A, B), the same update for every layer, as a pyramid's first level."""
+    unlike: Numbers
+    """What `columns` and `rows` would be of layers with nothing in common, whose spaces are
+    orthogonal: the k largest squared singular values of all layers, over the sum of all."""
+    unlike_pair: Numbers
+    """What `pair` would be then: a part of 1 / layers of that."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class SwitchedOff:
-    """The held-out loss without some levels."""
+    """The loss on the rows without some levels."""
 
     levels: tuple[str, ...]
     """Which are off; none is the adapter as it is."""
@@ -199,7 +207,7 @@ class SwitchedOff:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What each level is worth on data."""
+    """What each level is worth on data: what it learned of rows it was trained on says less."""
 
     data: str
     rows: int
@@ -225,18 +233,29 @@ class AdapterResult:
 
     def inside_coarser(self, level: str) -> tuple[Number, Number]:
         """How much of a level lies in the span of all before it, columns and rows: means."""
+        found = self._within_coarser(level)
+        return (
+            mean(value for its in found for value in its.columns),
+            mean(value for its in found for value in its.rows),
+        )
+
+    def random_inside_coarser(self, level: str) -> tuple[Number, Number]:
+        """What that would be of random updates."""
+        found = self._within_coarser(level)
+        return (
+            mean(its.random_columns for its in found),
+            mean(its.random_rows for its in found),
+        )
+
+    def _within_coarser(self, level: str) -> list[LevelOverlap]:
         before = tuple(its.level for its in self.levels)
         before = before[: before.index(level)]
-        found = [
+        return [
             its
             for kind in self.kinds
             for its in kind.decoupling
             if its.level == level and its.of == before
         ]
-        return (
-            mean(value for its in found for value in its.columns),
-            mean(value for its in found for value in its.rows),
-        )
 
 
 @dataclass(frozen=True)
@@ -261,6 +280,8 @@ class Comparison:
     first: str
     second: str
     kinds: tuple[KindComparison, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out and why, and other things that the reader should know, in sentences."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,7 @@ def analyse(
     from msplora.extras import report_extra
     from msplora.loading import BaseOptions
 
-    from .analyse_table import tables
+    from .analyse_table import print_analysis
     from .progress_bar import progress_bar
 
     if output is not None:
@@ -66,6 +67,7 @@ def analyse(
             intruder_vectors=10 if intruders is None else intruders,
             data=data,
             progress=progress,
+            notify=_tell,
         )
     written = [] if output is None else found.write(output, force=force)
     if as_json:
@@ -74,7 +76,12 @@ def analyse(
     from rich.console import Console
 
     console = Console()
-    for table in tables(found):
-        console.print(table)
+    print_analysis(found, console)
     for file in written:
         console.print(f"Wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(sentence: str) -> None:
+    """On stderr, and not under `msplora -q`."""
+    if logging.getLogger("msplora").isEnabledFor(logging.INFO):
+        typer.echo(sentence, err=True)

@@ -1,4 +1,4 @@
-"""An analysis on the terminal: one table of levels, one of layers' likeness, one of the data's."""
+"""An analysis on the terminal: tables of levels, of layers' likeness and of the data's; notes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,57 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from msplora.analysis.results import AdapterResult, Analysis, Comparison
 
 
-def tables(analysis: Analysis) -> Iterator[Table]:
-    """For each adapter its tables, then how alike the adapters are."""
+def print_analysis(analysis: Analysis, console: Console) -> None:
+    """For each adapter its tables and notes, then how alike the adapters are."""
     for adapter in analysis.adapters:
-        yield _levels(adapter)
-        yield _kinds(adapter)
-        if adapter.ablation is not None:
-            yield _ablation(adapter)
+        for table in _tables(adapter):
+            console.print(table)
+            console.print()
+        _print_notes(adapter.notes, console)
     for comparison in analysis.comparisons:
-        yield _comparison(comparison)
+        console.print(_comparison(comparison))
+        console.print()
+        _print_notes(comparison.notes, console)
+
+
+def _tables(adapter: AdapterResult) -> Iterator[Table]:
+    yield _levels(adapter)
+    if len(adapter.levels) > 1:
+        yield _between_levels(adapter)
+    yield _between_layers(adapter)
+    if any(kind.relative_norm is not None for kind in adapter.kinds):
+        yield _against_the_base(adapter)
+    if adapter.ablation is not None:
+        yield _ablation(adapter)
+
+
+def _print_notes(notes: tuple[str, ...], console: Console) -> None:
+    from rich.markup import escape
+
+    for note in notes:
+        console.print(f"[dim]·[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), caption=caption, title_justify="left")
+    table = Table(
+        title=escape(title),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0),
+    )
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place else "left", overflow="fold")
     return table
@@ -36,10 +66,8 @@ def _levels(adapter: AdapterResult) -> Table:
     table = _table(
         f"{adapter.name} ({adapter.method}, {adapter.parameters:,} parameters)",
         *("level", "rank", "‖s·BA‖", "share", "effective rank", "stable rank"),
-        *("columns in the coarser", "rows"),
     )
     for level in adapter.levels:
-        inside = adapter.inside_coarser(level.level)
         table.add_row(
             level.level,
             str(level.rank),
@@ -47,33 +75,53 @@ def _levels(adapter: AdapterResult) -> Table:
             percent(level.share),
             number(level.effective_rank),
             number(level.stable_rank),
-            percent(inside[0]),
-            percent(inside[1]),
         )
     return table
 
 
-def _kinds(adapter: AdapterResult) -> Table:
+def _between_levels(adapter: AdapterResult) -> Table:
+    table = _table("within the coarser levels", "level", "columns", "random", "rows", "random")
+    for level in adapter.levels[1:]:
+        columns, rows = adapter.inside_coarser(level.level)
+        random_columns, random_rows = adapter.random_inside_coarser(level.level)
+        shares = columns, random_columns, rows, random_rows
+        table.add_row(level.level, *map(percent, shares))
+    return table
+
+
+def _between_layers(adapter: AdapterResult) -> Table:
     from rich.markup import escape
 
     table = _table(
         "between layers",
-        *("kind", "layers", "cosine", "columns", "rows", "one pair explains"),
-        *("‖ΔW‖ / ‖W₀‖", "intruders"),
+        *("kind", "layers", "cosine", "columns", "random", "rows", "random"),
+        *("one pair\nexplains", "of unlike\nlayers"),  # rich would fold the names first
+        caption="of unlike layers: what it would explain if they had nothing in common",
     )
     for kind in adapter.kinds:
-        likeness = kind.likeness()
-        pair = kind.shared.pair[-1] if kind.shared else None
-        table.add_row(
-            escape(kind.name),
-            str(len(kind.sites)),
-            percent(likeness[0]),
-            percent(likeness[1]),
-            percent(likeness[2]),
-            percent(pair),
-            percent(kind.relative_norm),
-            "–" if kind.intruders is None else f"{kind.intruders[0]} of {kind.intruders[1]}",
+        cosine, columns, rows = kind.likeness()
+        random, shared = kind.similarity, kind.shared
+        shares = (
+            cosine,
+            columns,
+            random.random_columns if random else None,
+            rows,
+            random.random_rows if random else None,
+            shared.pair[-1] if shared else None,
+            shared.unlike_pair[-1] if shared else None,
         )
+        table.add_row(escape(kind.name), str(len(kind.sites)), *map(percent, shares))
+    return table
+
+
+def _against_the_base(adapter: AdapterResult) -> Table:
+    from rich.markup import escape
+
+    table = _table("against the base", "kind", "‖ΔW‖ / ‖W₀‖", "intruders")
+    for kind in adapter.kinds:
+        found = kind.intruders
+        of = "–" if found is None else f"{found[0]} of {found[1]}"
+        table.add_row(escape(kind.name), percent(kind.relative_norm), of)
     return table
 
 

@@ -9,11 +9,14 @@ import torch
 from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer
 
+from msplora import _peft
+from msplora.forms import WRAPPED
 from msplora.inspection.adapter import look_at_adapter
 from msplora.inspection.suspicions import NOT_WHOLE, some
 from msplora.inspection.tensor_file import TensorFiles
 from msplora.loading import WEIGHTS_FILE
 from msplora.matching import input_embedding
+from msplora.same_source import same_source
 
 from .patient import Patient
 from .results import Check, figures
@@ -23,6 +26,11 @@ BASE = "made for this base"
 LOADED = "all of it is loaded"
 _MOST_SAID = 300
 """Letters of an error that is not ours."""
+_OWN_CODE = (
+    " The tokenizer beside the adapter brings its own Python code, which was not run: whether its "
+    "tokens fit is not known."
+)
+_TRUST = "If you trust it, opt in with --trust-remote-code."
 
 
 def file_is_whole(folder: Path, config: Any) -> Check:
@@ -39,6 +47,7 @@ def file_is_whole(folder: Path, config: Any) -> Check:
 def base_fits(patient: Patient) -> Check:
     """The base's name, architecture and vocabulary; that the shapes fit is proved by loading."""
     named = patient.config.base_model_name_or_path
+    recorded = getattr(patient.config, "revision", None)
     model_type = patient.base.config.model_type
     wanted = getattr(patient.config, "model_type", None)
     if wanted not in (None, model_type):
@@ -48,16 +57,13 @@ def base_fits(patient: Patient) -> Check:
             f"It was made for a {wanted}, and this is a {model_type}.",
             "Pass the model that the adapter was made for.",
         )
+    tokens, unread = None, ""
     try:
-        tokens = _tokens(patient.folder)
+        tokens = _tokens(patient.folder, patient.trust_remote_code)
     except Exception as error:  # the readers of tokenizers raise whatever they like
-        return Check(
-            BASE,
-            "failed",
-            f"The tokenizer beside the adapter cannot be read: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:_MOST_SAID]}",
-            "Copy its files again, or take them away to use the base's tokenizer.",
-        )
+        if patient.trust_remote_code or "trust_remote_code" not in str(error):
+            return _unreadable_tokenizer(error)
+        unread = _OWN_CODE
     embedding = input_embedding(patient.base)
     rows = None if embedding is None else len(embedding[1])
     numbers = figures(**({"tokens": tokens} if tokens else {}), **({"rows": rows} if rows else {}))
@@ -72,54 +78,90 @@ def base_fits(patient: Patient) -> Check:
         )
     vocabulary = f", {tokens:,} tokens of {rows:,}" if tokens and rows else ""
     said = f"Names and shapes fit a {model_type}{vocabulary}."
+    said += _resized(patient, embedding[0], rows) if embedding and rows else ""
     if not named:
-        return Check(BASE, "passed", f"{said} The adapter does not name its base.", "", numbers)
-    if not _same(named, patient.source):
+        said += " The adapter does not name its base."
+    elif not same_source(named, patient.source):
         return Check(
             BASE,
             "warning",
-            f"{said} But the adapter names {named!r}.",
+            f"{said} But the adapter names {named!r}.{unread}",
             "If this is that model in another place, all is well; a different one of the same "
             "shape gives wrong answers without an error.",
             numbers,
         )
-    return Check(BASE, "passed", f"{said} It is the base that the adapter names.", "", numbers)
+    elif recorded and recorded != patient.revision:
+        return Check(
+            BASE,
+            "warning",
+            f"{said} It is the base that the adapter names, but at revision {patient.revision!r}, "
+            f"where the adapter names {recorded!r}.{unread}",
+            "Leave --revision out to examine it on the revision that it was trained on.",
+            numbers,
+        )
+    else:
+        said += " It is the base that the adapter names."
+    if unread:
+        return Check(BASE, "skipped", f"{said}{unread}", _TRUST, numbers)
+    return Check(BASE, "passed", said, "", numbers)
 
 
-def _same(named: str, source: str) -> bool:
-    one, other = Path(named).expanduser(), Path(source).expanduser()
-    return named == source or (one.exists() and other.exists() and one.samefile(other))
+def _unreadable_tokenizer(error: Exception) -> Check:
+    return Check(
+        BASE,
+        "failed",
+        f"The tokenizer beside the adapter cannot be read: {type(error).__name__}: "
+        f"{' '.join(str(error).split())[:_MOST_SAID]}",
+        "Copy its files again, or take them away to use the base's tokenizer.",
+    )
 
 
-def _tokens(folder: Path) -> int | None:
+def _resized(patient: Patient, path: str, rows: int) -> str:
+    """What was done where the adapter brings embeddings of another number than the base's."""
+    own = patient.own_vocabulary
+    brought = {f"{WRAPPED}{path}.weight", f"{WRAPPED}{path}.base_layer.weight"}
+    if own in (None, rows) or not brought & set(patient.tensors):
+        return ""
+    return (
+        f" The adapter brings embeddings of {rows:,} tokens, and the base has {own:,}: it was "
+        f"given as many, as before the training."
+    )
+
+
+def _tokens(folder: Path, trust_remote_code: bool) -> int | None:
     """The tokens of the tokenizer that was saved with the adapter, if there is one."""
     names = ("tokenizer.json", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None
-    return len(AutoTokenizer.from_pretrained(str(folder)))
+    return len(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
 
 
 def everything_is_loaded(patient: Patient) -> Check:
     """Each tensor of the file is in the model with its numbers, and no pair is without one.
 
-    PEFT leaves out what it finds no place for.
+    PEFT leaves out what it finds no place for. What it translates on the way, as other releases of
+    transformers name or store some weights otherwise, is compared as it is loaded.
     """
     held: dict[str, Any] = dict(
         get_peft_model_state_dict(patient.model, save_embedding_layers=False)
     )
     whole = patient.model.state_dict()
+    loaded = _peft.as_loaded(patient.model, patient.config, patient.tensors)
     lost, changed = [], []
-    for name, its in patient.tensors.items():
+    for name, its in loaded.items():
         found = held.get(name, whole.get(name))
         if found is None:
             lost.append(name)
         elif found.shape != its.shape or not torch.equal(found.cpu(), its.to(found.dtype)):
             changed.append(name)
-    new = [name for name in held if name not in patient.tensors]
+    new = [name for name in held if name not in loaded]
     count = len(patient.tensors)
     numbers = figures(tensors=count, lost=len(lost), changed=len(changed), new=len(new))
     if not lost and not changed and not new:
-        return Check(LOADED, "passed", f"All {count} tensors of the file are in it.", "", numbers)
+        said = f"All {count} tensors of the file are in it."
+        if loaded.keys() != patient.tensors.keys():
+            said += " Their names are another transformers', which PEFT translates."
+        return Check(LOADED, "passed", said, "", numbers)
     parts = [
         f"{len(names)} {what}: {some(names)}"
         for names, what in (

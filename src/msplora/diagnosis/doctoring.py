@@ -76,13 +76,14 @@ def doctor(
     if not options.source:
         raise BaseModelError("no base is given. Give its folder, or its id on the hub.")
     source = resolve_source(options.source)
-    options = replace(options, source=source)
+    asked = options = replace(options, source=source)
     folder = adapter_folder(Path(adapter).expanduser())
     config = lora_or_pyramid(folder, "examined")
+    options = replace(options, revision=options.revision_for(config))
     method = "MSPLoRA" if isinstance(config, MSPLoraConfig) else "LoRA"
     tensors = read_tensors(folder)
     with loading_errors_explained(source):
-        transformers.AutoConfig.from_pretrained(
+        of_base = transformers.AutoConfig.from_pretrained(
             source, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     report = progress or (lambda what, done, total: None)
@@ -98,11 +99,23 @@ def doctor(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they warn of is what is checked
         try:
-            adapted, batch = _load(folder, config, tensors, options, data)
+            adapted, batch = _load(
+                folder, config, tensors, options if data is None else asked, data
+            )
         except Misfit as error:
             found.append(_misfit(error, whole))
             return done()
-        patient = Patient(folder, source, adapted, batch, tensors, whole.status == "passed")
+        patient = Patient(
+            folder,
+            source,
+            adapted,
+            batch,
+            tensors,
+            whole.status == "passed",
+            getattr(of_base.get_text_config(), "vocab_size", None),
+            options.revision,
+            options.trust_remote_code,
+        )
         dtype = name_of(patient.dtype)
         for step, checks in enumerate(_examine(patient), start=1):
             found += checks

@@ -83,6 +83,15 @@ def _without_effect(patient: Patient, numbers: Mapping[str, float | None]) -> Ch
             "Give rows that hold them with --data.",
             numbers,
         )
+    if not patient.is_reached:
+        return Check(
+            APPLIED,
+            "skipped",
+            "The inputs do not reach the weights that it adapts, such as a vision tower's without "
+            "an image.",
+            "Run it on inputs of your own, through PEFT.",
+            numbers,
+        )
     said = "With and without it the output is the same, bit by bit."
     advice = "Look at it with msplora inspect: B may be zero. Was it saved before it was trained?"
     if patient.dtype != torch.float32:

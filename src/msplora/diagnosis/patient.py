@@ -17,7 +17,7 @@ from torch import Tensor
 from msplora.config import MSPLoraConfig
 from msplora.probing import inputs_it_takes, logits
 
-from .restored import Restored, merged_and_unmerged
+from .restored import Restored, adapted_layers, merged_and_unmerged
 
 
 @dataclass
@@ -34,6 +34,11 @@ class Patient:
     """Of the adapter's file."""
     is_whole: bool = True
     """Whether that file holds what its config asks for."""
+    own_vocabulary: int | None = None
+    """The tokens that the base's own config tells of."""
+    revision: str | None = None
+    """Of the base, where it is not the newest."""
+    trust_remote_code: bool = False
 
     @property
     def config(self) -> Any:
@@ -90,6 +95,21 @@ class Patient:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether any of the adapter's layers runs on the inputs."""
+        ran = []
+        hooks = [
+            layer.register_forward_hook(lambda *_, path=path: ran.append(path))
+            for path, layer in adapted_layers(self.base)
+        ]
+        try:
+            logits(self.model, self.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return bool(ran)
 
     @property
     def why_not_compared(self) -> str | None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+
+from msplora.adapted import fit_vocabulary
+from msplora.loading import open_tensors
 
 _MOST_SAID = 600
 """Letters of PEFT's own errors, which list every tensor."""
@@ -16,11 +20,17 @@ class Misfit(Exception):
 
 
 def put_on(base: Any, folder: Path) -> PeftModel:
-    """The adapter of a folder on a base.
+    """The adapter of a folder on a base, which is given as many embeddings as the adapter brings.
 
     Raises:
         Misfit: it does not fit.
     """
+    with open_tensors(folder) as opened:
+        shapes = {
+            name: torch.empty(opened.get_slice(name).get_shape(), device="meta")
+            for name in opened.keys()  # noqa: SIM118  (it is no mapping)
+        }
+    fit_vocabulary(base, shapes)
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except KeyError as error:  # PEFT looks for a head's tensors without asking

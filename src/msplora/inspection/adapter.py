@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+from msplora.analysis.other_products import beside_the_product, is_bias, other_product
+from msplora.analysis.reading_lora import place_of
 from msplora.analysis.reading_pyramid import path_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
 from msplora.loading import resolve_source
-from msplora.spectrum import as_matrices, norm_of
+from msplora.spectrum import as_matrices, is_nothing, norm_of
 
-from .blocks import absent_layers, absent_targets, gaps
+from .blocks import absent_layers, absent_targets
 from .entries import Entries, Entry, entries_of
+from .gaps import gaps
 from .results import Finding, KindReport, LevelReport, PairReport
 from .suspicions import (
     MAGNITUDES,
@@ -29,8 +32,7 @@ from .suspicions import (
     without_effect,
 )
 from .tensor_file import TensorFiles
-
-_REWRITES_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
+from .widths import of_other_widths
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def look_at_adapter(
         if not files.is_finite(name):
             infinite.append(name)
         done(place, total)
+    is_pyramid = isinstance(config, MSPLoraConfig)
+    if is_pyramid:  # a LoRA's pairs are each for a weight of its own
+        unfit = of_other_widths(files, entries.pairs) | unfit
     findings = [
         *entries.findings,
         *missing_parts(config, others),
@@ -80,7 +85,6 @@ def look_at_adapter(
     ]
     kinds = _kinds(files, entries)
     layers = {kind.kind: kind.layers for kind in kinds if kind.layers}
-    is_pyramid = isinstance(config, MSPLoraConfig)
     if is_pyramid:
         findings += uneven(layers)
     # A pair that is known to be missing is named already.
@@ -88,7 +92,8 @@ def look_at_adapter(
         paths = [path_of(its.kind) if is_pyramid else its.address for its in entries.pairs]
         findings += absent_targets(config, paths)
         findings += absent_layers(config, layers)
-        findings += [] if is_pyramid else gaps(config, _blocks(entries))
+        if not is_pyramid:
+            findings += gaps(config, [place_of(path, config, None) for path in paths])
     return AdapterReport(
         _levels(entries, pairs),
         kinds,
@@ -115,7 +120,8 @@ def _measured(
         )
     elif not bad:
         a_RI, b_OR = matrices
-        norm = abs(entry.level.scale) * norm_of(a_RI, b_OR)
+        nothing = entry.level.scale == 0 or is_nothing(a_RI, b_OR)
+        norm = 0.0 if nothing else abs(entry.level.scale) * norm_of(a_RI, b_OR)
         size = min(b_OR.shape[-2], a_RI.shape[-1]) * entry.experts
         relative = norm / math.sqrt(size)
     return PairReport(
@@ -145,14 +151,6 @@ def matrices_of(a: Tensor, b: Tensor, entry: Entry) -> tuple[Tensor, Tensor] | N
     if rest or groups < 1 or (a.ndim == 2 and b.shape[1] != a.shape[0]) or b.shape[0] % groups:
         return None
     return as_matrices(a, b, groups=groups)
-
-
-def _blocks(entries: Entries) -> dict[str, list[int]]:
-    """Kind → the numbers of the blocks that have it."""
-    found: dict[str, list[int]] = {}
-    for entry in entries.pairs:
-        found.setdefault(entry.kind, []).extend(entry.layers)
-    return found
 
 
 def _levels(entries: Entries, pairs: Sequence[PairReport]) -> tuple[LevelReport, ...]:
@@ -230,11 +228,14 @@ def _of_base(config: Any) -> list[Finding]:
 
 def _notes(config: Any, others: Sequence[str]) -> list[Finding]:
     found = []
-    if config.use_dora:
+    what = other_product(config)
+    if what:
         found.append(
-            note("It uses DoRA, which also rescales the base's weights: norms are those of s·BA.")
+            note(f"It uses {what}: its update is not s·BA alone, and norms are those of s·BA.")
         )
-    rest = [name for name in others if not any(its in name for its in MAGNITUDES)]
+    rest = [
+        name for name in others if not is_bias(name) and not any(its in name for its in MAGNITUDES)
+    ]
     if rest:
         found.append(
             note(
@@ -243,11 +244,4 @@ def _notes(config: Any, others: Sequence[str]) -> list[Finding]:
                 *rest,
             )
         )
-    if str(config.init_lora_weights).lower().startswith(_REWRITES_THE_BASE):
-        found.append(
-            note(
-                f"It was started with init_lora_weights={config.init_lora_weights!r}, which takes "
-                f"a part of the base's weights into B A: norms are not those of the change."
-            )
-        )
-    return found
+    return [*found, *map(note, beside_the_product(config, others))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from .results import Finding
@@ -54,33 +53,6 @@ def absent_layers(config: Any, layers: Mapping[str, int]) -> list[Finding]:
     said = some([f"{kind} has {its}" for kind, its in unlike.items()])
     text = f"layers_to_transform lists {wanted} block(s), and {said}. {ALL_ALIKE}"
     return [Finding("missing layer", "warning", text, tuple(unlike))]
-
-
-def gaps(config: Any, blocks: Mapping[str, Sequence[int]]) -> list[Finding]:
-    """Blocks between the first and the last of a LoRA's kind that the file has no pair for.
-
-    Args:
-        config: PEFT's.
-        blocks: kind → the numbers of its blocks.
-    """
-    targets = config.target_modules
-    # Whoever asks by a regular expression or by full paths may have left blocks out.
-    chosen = isinstance(targets, str) or any(
-        part.isdigit() for its in targets or () for part in its.split(".")
-    )
-    if chosen or config.layers_to_transform is not None:
-        return []
-    found = {}
-    for kind, numbers in blocks.items():
-        have = sorted(set(numbers))
-        after = [low + 1 for low, high in pairwise(have) if high > low + 1]
-        if after:
-            found[kind] = after[0]
-    if not found:
-        return []
-    said = some([f"{kind} lacks block {number}" for kind, number in found.items()])
-    text = f"Blocks are left out in the middle: {said}. {ALL_ALIKE}"
-    return [Finding("missing layer", "warning", text, tuple(found))]
 
 
 def _listed(config: Any) -> set[int]:

@@ -36,12 +36,13 @@ RULES = {
     "unused pair": "the file holds a pair that no layer borrows",
     "missing target": "the config's target_modules list a name that no pair of the file is for",
     "missing layer": "a kind has not as many layers as layers_to_transform lists, or a LoRA lacks "
-    "a block in the middle",
-    "misshapen": "A and B have no product, or not the config's rank",
+    "a block before the last, or one that others of the same module have",
+    "misshapen": "A and B have no product, not the config's rank, or another width than their kind",
     "not finite": "a tensor holds a NaN or an infinity",
     "no effect": "every pair's product is zero: the adapter changes nothing",
     "zero B": "a pair's B is zero, as at the start: it has learned nothing",
-    "zero product": "A is zero, or A and B are not and their product is",
+    "zero product": "A is zero, or the scale is, or A and B are not and their product is, but for "
+    "rounding",
     "exploded norm": f"‖s·BA‖ / √min(out, in) above {LARGE:g}, or above {OUTLIER:g} times the "
     f"median of its level ({FEWEST} pairs or more)",
     "base not found": "the base that the adapter names is a path, and there is nothing",
@@ -112,7 +113,8 @@ def misshapen(found: Mapping[str, str]) -> list[Finding]:
     if not found:
         return []
     first = next(iter(found))
-    text = f"{len(found)} pair(s) do not fit the config: {first} has {found[first]}. {_AGAIN}"
+    text = f"{len(found)} pair(s) do not fit the config or their kind: {first} has {found[first]}. "
+    text += _AGAIN
     return [Finding("misshapen", "problem", text, tuple(found))]
 
 
@@ -157,6 +159,11 @@ def without_effect(pairs: Sequence[PairReport]) -> list[Finding]:
             f"All {len(still)} pairs are zero: the adapter changes nothing. It was saved before it "
             f"was trained, or its parameters were not trainable."
         )
+        if all(pair.scale == 0 for pair in still):
+            text = (
+                f"The scale of all {len(still)} pairs is 0: the adapter changes nothing. The "
+                f"config's alpha (lora_alpha or alpha_pattern) is 0."
+            )
         return [Finding("no effect", "problem", text, tuple(pair.address for pair in still))]
     found = []
     # A LoRA written for servers has pairs of zeros where a layer is not adapted: no B was left out.
@@ -176,7 +183,14 @@ def without_effect(pairs: Sequence[PairReport]) -> list[Finding]:
             f"learned nothing; were they frozen, or are their layers never run?"
         )
         found.append(Finding("zero B", "warning", text, tuple(untrained)))
-    others = [its.address for its in still if "B" not in its.zero]
+    scaled = [its.address for its in still if "B" not in its.zero and its.scale == 0]
+    if scaled:
+        text = (
+            f"The scale is 0 in {len(scaled)} of {len(pairs)} pairs: {some(scaled)}. They change "
+            f"nothing: the config's alpha (lora_alpha or alpha_pattern) is 0 there."
+        )
+        found.append(Finding("zero product", "warning", text, tuple(scaled)))
+    others = [its.address for its in still if "B" not in its.zero and its.scale]
     if others:
         text = (
             f"The product is zero in {len(others)} of {len(pairs)} pairs: {some(others)}. They "

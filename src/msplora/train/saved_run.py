@@ -13,6 +13,7 @@ import torch
 
 from msplora.errors import MSPLoraError
 from msplora.loading import TASK_FILE, BaseOptions, read_config
+from msplora.same_source import same_source
 
 from .base_model import Base, load_base
 from .init_from import holds_tokenizer
@@ -66,8 +67,10 @@ def open_run(
     if not adapted:
         settings.model = str(weights)
     else:
-        if options.source:  # the recorded revision is one of the recorded base
-            settings.model, settings.revision = options.source, None
+        if options.source:
+            if not same_source(settings.model, options.source):
+                settings.revision = None  # the recorded one is of the recorded base
+            settings.model = options.source
         settings.revision = options.revision or settings.revision
         settings.trust_remote_code |= options.trust_remote_code
     # The tokenizer was saved with the weights, and with it what the run set on it.

@@ -1,0 +1,87 @@
+"""Which weights of a base `msplora analyse` reads: of the hub's files, and of tied embeddings."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+import msplora
+from adapted_llama import adapted
+from analysed import refused, save
+from msplora.analysis.weight_files import weight_files
+from tiny import MODELS, llama
+
+
+def test_a_head_that_is_tied_has_the_weight_of_the_embedding(tmp_path: Path) -> None:
+    base: Any = llama(2, tie_word_embeddings=True)
+    config = LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    base.save_pretrained(tmp_path / "base")
+    folder = save(get_peft_model(base, config), tmp_path)
+    stored = load_file(tmp_path / "base/model.safetensors")
+    assert not any("lm_head" in name for name in stored)
+    (found,) = msplora.analyse(folder, base=str(tmp_path / "base"), intruder_vectors=1).adapters
+    (head,) = [kind for kind in found.kinds if kind.name == "lm_head"]
+    norm = float(stored["model.embed_tokens.weight"].norm())
+    assert head.sites[0].base_norm == pytest.approx(norm, rel=1e-5)
+    assert not any("in another form" in note for note in found.notes)
+
+
+def test_of_a_hub_s_files_only_the_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts, hub = tmp_path / "whole", tmp_path / "parts", tmp_path / "hub"
+    MODELS["llama"].model().save_pretrained(whole)
+    MODELS["llama"].model().save_pretrained(parts, max_shard_size="50KB")
+    shards = {file.name for file in parts.glob("*.safetensors")}
+    assert len(shards) > 1
+    for repository in (whole, parts):
+        (repository / "original").mkdir()
+        for copy in ("consolidated.safetensors", "original/model.safetensors"):
+            (repository / copy).write_bytes(b"a second copy")
+    read_config = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoConfig,
+        "from_pretrained",
+        lambda source, **_: read_config(str(tmp_path / source.partition("/")[2])),
+    )
+
+    def download(source: str, *, allow_patterns: list[str], **_: Any) -> str:
+        to = hub / source
+        repository = tmp_path / source.partition("/")[2]
+        paths = [str(its.relative_to(repository)) for its in repository.rglob("*") if its.is_file()]
+        for path in huggingface_hub.utils.filter_repo_objects(paths, allow_patterns=allow_patterns):
+            (to / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / path, to / path)
+        to.mkdir(parents=True, exist_ok=True)
+        return str(to)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = save(adapted(), tmp_path / "pyramid")
+    norms = []
+    for name in ("whole", "parts"):
+        (found,) = msplora.analyse(folder, base=f"org/{name}", intruder_vectors=0).adapters
+        norms.append([site.base_norm for kind in found.kinds for site in kind.sites])
+        fetched = {its.name for its in (hub / "org" / name).rglob("*") if its.is_file()}
+        assert {its for its in fetched if its.endswith(".safetensors")} == (
+            {"model.safetensors"} if name == "whole" else shards
+        )
+    assert norms[0] == norms[1]
+    assert None not in norms[0]
+
+
+def test_the_index_says_which_files_there_are(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    MODELS["llama"].model().save_pretrained(base, max_shard_size="50KB")
+    shards = sorted(base.glob("model-*.safetensors"))
+    (base / "model.fp16.safetensors").write_bytes(b"of another dtype")
+    assert weight_files(base) == shards
+    folder = save(adapted(), tmp_path / "pyramid")
+    (base / "model.safetensors.index.json").write_text("[]")
+    refused(folder, base=str(base), match="has no weight_map")

@@ -1,0 +1,138 @@
+"""What `msplora doctor` knows of right bases: resized, of a revision, with names of old."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import msplora
+from analysed import edit as set_config
+from analysed import refused
+from examined import WEIGHTS, edit, save_lora, scale_b, statuses
+from msplora.loading import BaseOptions
+from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
+
+BASE, LOADED = "made for this base", "all of it is loaded"
+conversions = pytest.mark.skipif(
+    not EXPERTS_ARE_PARAMETERS, reason="transformers 4 has the names that 5 translates"
+)
+
+
+@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
+def test_a_base_is_given_the_embeddings_that_the_adapter_brings(
+    method: Any, tmp_path: Path
+) -> None:
+    llama(2).save_pretrained(tmp_path / "base")  # pyright: ignore
+    model: Any = LlamaForCausalLM.from_pretrained(str(tmp_path / "base"))
+    model.resize_token_embeddings(70)
+    config = method(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    scale_b(get_peft_model(model, config), 0.1).save_pretrained(str(tmp_path / "adapter"))
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found.ok, statuses(found)
+    assert found[BASE].status == "passed"
+    assert f"embeddings of 70 tokens, and the base has {VOCABULARY}" in found[BASE].said
+    assert found[BASE].figures["rows"] == 70
+
+
+def test_a_tokenizer_with_its_own_code_is_not_run(tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    set_config(adapter, base_model_name_or_path=base)
+    (adapter / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}})
+    )
+    (adapter / "mine.py").write_text(
+        "from pathlib import Path\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class Mine:\n"
+        "    @classmethod\n"
+        "    def from_pretrained(cls, *_, **__):\n"
+        f"        return range({VOCABULARY - 4})\n"
+        "    @classmethod\n"
+        "    def register_for_auto_class(cls):\n"
+        "        pass\n"
+    )
+    found = msplora.doctor(base, adapter)
+    assert found[BASE].status == "skipped"
+    assert "brings its own Python code, which was not run" in found[BASE].said
+    assert not (tmp_path / "ran").exists()
+    found = msplora.doctor(BaseOptions(base, trust_remote_code=True), adapter)
+    assert found[BASE].status == "passed"
+    assert f"{VOCABULARY - 4} tokens of {VOCABULARY}" in found[BASE].said
+
+
+def test_another_revision_than_the_adapter_names(tmp_path: Path) -> None:
+    base, adapter = save_lora(tmp_path)
+    set_config(adapter, base_model_name_or_path=base, revision="v2")
+    check = msplora.doctor(base, adapter)[BASE]
+    assert check.status == "passed"
+    assert check.said.endswith("It is the base that the adapter names.")
+    check = msplora.doctor(BaseOptions(base, revision="v3"), adapter)[BASE]
+    assert check.status == "warning"
+    assert "at revision 'v3', where the adapter names 'v2'" in check.said
+
+
+def save_llava(folder: Path, targets: str) -> tuple[str, Path]:
+    MODELS["llava"].model().save_pretrained(folder / "base")
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model: Any = get_peft_model(MODELS["llava"].model(), config)
+    model.save_pretrained(folder / "adapter")
+    return str(folder / "base"), folder / "adapter"
+
+
+def test_a_vision_tower_that_no_image_reaches(tmp_path: Path) -> None:
+    base, adapter = save_llava(tmp_path, r".*vision_tower.*q_proj")
+    found = msplora.doctor(base, adapter)
+    assert found.ok, statuses(found)
+    check = found["changes the output"]
+    assert check.status == "skipped"
+    assert "The inputs do not reach the weights that it adapts" in check.said
+
+
+@conversions
+def test_names_that_an_earlier_transformers_gave(tmp_path: Path) -> None:
+    base, adapter = save_llava(tmp_path, r".*language_model.*(q|v)_proj")
+    now = msplora.analyse(adapter, base=base, intruder_vectors=0).adapters[0]
+    old = "base_model.model.language_model.model."
+    new = "base_model.model.model.language_model."
+    edit(adapter, lambda its: {name.replace(new, old): t for name, t in its.items()})
+    assert all(name.startswith(old) for name in load_file(adapter / WEIGHTS))
+    found = msplora.doctor(base, adapter)
+    assert found.ok, statuses(found)
+    assert found[LOADED].status == "passed"
+    assert "which PEFT translates" in found[LOADED].said
+    then = msplora.analyse(adapter, base=base, intruder_vectors=0).adapters[0]
+    assert then.kinds == now.kinds
+    edit(adapter, lambda its: {name.replace("layers.1", "layrs.1"): t for name, t in its.items()})
+    check = msplora.doctor(base, adapter)[LOADED]
+    assert (check.status, check.figures["lost"]) == ("failed", 4)
+
+
+@conversions
+def test_experts_that_an_earlier_transformers_had_as_layers(tmp_path: Path) -> None:
+    MODELS["mixtral"].model(2).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(MODELS["mixtral"].model(2), config).save_pretrained(tmp_path / "adapter")
+    adapter, shapes = tmp_path / "adapter", {"w1": (24, 32), "w3": (24, 32), "w2": (32, 24)}
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            for name, (out_features, in_features) in shapes.items():
+                key = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                key = f"base_model.model.{key}"
+                tensors[f"{key}.lora_A.weight"] = torch.randn(4, in_features) / 8
+                tensors[f"{key}.lora_B.weight"] = torch.randn(out_features, 4) / 8
+    save_file(tensors, adapter / WEIGHTS)
+    set_config(adapter, target_modules=sorted(shapes))
+    base = str(tmp_path / "base")
+    found = msplora.doctor(base, adapter)
+    assert found[LOADED].status == "passed", found[LOADED].said
+    assert found["changes the output"].status == "passed"
+    msplora.analyse(adapter)
+    refused(adapter, base=base, match=r"stores as one now.* Analyse it without --base")
