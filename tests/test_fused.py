@@ -23,7 +23,7 @@ import msplora
 from msplora import layer, narrow
 from msplora.fused import Mix, linear_with_pairs, linear_with_stacks
 from msplora.product import stack_a, stack_b
-from msplora.stacking import FEW_TOKENS, Stack
+from msplora.stacking import FEW_TOKENS
 from oracle import randomise
 
 IN, OUT, RANKS, SCALES = 6, 5, (3, 2, 1), (2.0, 0.7, 5.0)
@@ -236,7 +236,7 @@ def test_the_node_for_few_tokens_and_its_derivatives(
 
     def node(x: Tensor, weight: Tensor, bias: Any, a_RI: Tensor, b_RO: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return linear_with_stacks(x, weight, bias, Stack(a_RI), Stack(b_RO), dropout)
+        return linear_with_stacks(x, weight, bias, a_RI, b_RO, dropout)
 
     if not dropout:
         expected = F.linear(x, weight + (a_RI.t() @ b_RO).t(), bias)
@@ -253,7 +253,7 @@ def test_for_few_tokens_too_only_what_asks_gets_a_gradient(trained: int) -> None
     inputs = [torch.randn(2, IN, dtype=torch.float64), *stacks()]
     leaves = [its.detach().requires_grad_(place == trained) for place, its in enumerate(inputs)]
     x, weight, bias, a_RI, b_RO = leaves
-    linear_with_stacks(x, weight, bias, Stack(a_RI), Stack(b_RO), 0.0).sum().backward()
+    linear_with_stacks(x, weight, bias, a_RI, b_RO, 0.0).sum().backward()
     assert [its.grad is not None for its in leaves] == [n == trained for n in range(5)]
 
 

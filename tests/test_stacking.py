@@ -287,14 +287,6 @@ def test_a_call_that_is_interrupted_leaves_nothing_behind() -> None:
     assert its_call(model) is None
 
 
-def test_gradients_are_put_side_by_side_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(3)  # of uneven groups the sums are stacked
-    expected = alone(model, monkeypatch)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "stack", None)
-        assert_same(gradients(model), expected)
-
-
 @pytest.mark.parametrize("path", [[0, 1, 2, 3, 4, 1], [0, 1, 2]], ids=str)
 def test_a_layer_called_twice_or_not_at_all_has_its_gradient(
     path: list[int], monkeypatch: pytest.MonkeyPatch
@@ -334,7 +326,7 @@ def test_factors_of_several_dtypes_each_get_their_gradient_unrounded() -> None:
     assert tensors is not None
     weights = torch.randn(2, 2, WIDTH)
     stacks = its(tensors, torch.float32)
-    sum((its.tensor_RD * w).sum() for its, w in zip(stacks, weights, strict=True)).backward()  # pyright: ignore
+    sum((its * w).sum() for its, w in zip(stacks, weights, strict=True)).backward()  # pyright: ignore
     assert torch.equal(factors[1].factor.grad, weights[1])  # pyright: ignore
     assert torch.equal(factors[0].factor.grad, weights[0].bfloat16())  # pyright: ignore
 

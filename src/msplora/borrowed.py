@@ -13,7 +13,7 @@ from . import _peft
 from .factor import Factor
 from .product import stack_a, stack_b
 from .pyramid import Pair
-from .stacking import Stack, Stacking, Stacks
+from .stacking import Stacking, Stacks
 
 
 class Assembled(nn.Module):
@@ -156,7 +156,7 @@ class SitePairs(nn.Module):
         places = of_a.join(order, owners_a), of_b.join(order, owners_b)
         self.joined = stacks, (of_a, of_b), places
 
-    def stacked_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Stack, Stack]:
+    def stacked_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, I) and B times the scales (R, O), over all levels."""
         assert self.joined is not None
         stacks, stackings, (place_a, place_b) = self.joined
@@ -169,8 +169,8 @@ class SitePairs(nn.Module):
                 its.join((), owners)
             self.alone = alone  # whole: another thread may be in its first call too
         factors = self.factors_on(device)
-        a, b = (its(f, dtype)[0] for its, f in zip(self.alone, factors, strict=True))
-        return a, b
+        a_RI, b_RO = (its(f, dtype)[0] for its, f in zip(self.alone, factors, strict=True))
+        return a_RI, b_RO
 
     def scales_R(self, factor: torch.dtype, device: torch.device, scaling: float) -> Tensor:
         """Every level's scale times `scaling`, repeated as often as its rank.

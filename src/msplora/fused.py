@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from .narrow import both_products, narrow_product, product_of_few_rows
-from .stacking import Rooms, Stack
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # each look-up costs as much as the call
 
@@ -75,8 +74,8 @@ def linear_with_stacks(
     x_NI: Tensor,
     weight_OI: Tensor,
     bias_O: Tensor | None,
-    a: Stack,
-    b: Stack,
+    a_RI: Tensor,
+    b_RO: Tensor,
     dropout: float,
 ) -> Tensor:
     """The same for few tokens, out of stacks that are kept for backward (`stacking.py`).
@@ -87,16 +86,15 @@ def linear_with_stacks(
         x_NI: the input, in the dtype of the weight.
         weight_OI: the layer's weight; it may be a transposed view.
         bias_O: the layer's bias.
-        a: A, (R, I); its dtype, at least as precise as the input's, is the low-rank product's.
-        b: B transposed, times the scales, (R, O), in the same dtype.
+        a_RI: A; its dtype, at least as precise as the input's, is that of the low-rank product.
+        b_RO: B transposed, times the scales, in the same dtype.
         dropout: the probability that an input of A is set to zero; 0 in half precision, in which
             what makes up for it would be rounded.
     """
     if torch.is_grad_enabled():
-        factors = (a.tensor_RD, b.tensor_RD)
-        inputs: Any = (x_NI, weight_OI, bias_O, dropout, *factors, a.room, b.room)
+        inputs: Any = (x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)
         return _LinearWithStacks.apply(*inputs)  # pyright: ignore[reportReturnType]
-    return _forward_of_stacks(x_NI, weight_OI, bias_O, dropout, a.tensor_RD, b.tensor_RD)[0]
+    return _forward_of_stacks(x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)[0]
 
 
 def _forward(
@@ -229,12 +227,10 @@ class _LinearWithStacks(torch.autograd.Function):
         dropout: float,
         a_RI: Tensor,
         b_RO: Tensor,
-        a_room: tuple[Rooms, int] | None,
-        b_room: tuple[Rooms, int] | None,
     ) -> Tensor:
         y_NO, h_MR, noise_MI = _forward_of_stacks(x_NI, weight_OI, bias_O, dropout, a_RI, b_RO)
-        ctx.shape, ctx.rooms = x_NI.shape, (a_room, b_room)
-        wants_x, wants_weight, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+        ctx.shape = x_NI.shape
+        wants_x, wants_weight, _, _, wants_a, wants_b = ctx.needs_input_grad
         ctx.save_for_backward(
             *_needed(x_NI, weight_OI, h_MR, noise_MI, wants_x, wants_weight, wants_a, wants_b),
             a_RI,
@@ -249,8 +245,7 @@ class _LinearWithStacks(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _, wants_a, wants_b, *_ = ctx.needs_input_grad
-        a_room, b_room = ctx.rooms
+        wants_x, wants_weight, wants_bias, _, wants_a, wants_b = ctx.needs_input_grad
         x_MI: Any = None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1])
         inner_MI = x_MI
         grad_MO = inner_grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
@@ -264,11 +259,11 @@ class _LinearWithStacks(torch.autograd.Function):
 
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
         if wants_b:
-            grad_b = _in_its_room(b_room, h_MR.t(), inner_grad_MO)
+            grad_b = product_of_few_rows(h_MR.t(), inner_grad_MO)
         if wants_x or wants_a:
             grad_h_MR = narrow_product(inner_grad_MO, b_RO)
             if wants_a:
-                grad_a = _in_its_room(a_room, grad_h_MR.t(), inner_MI)
+                grad_a = product_of_few_rows(grad_h_MR.t(), inner_MI)
             if wants_x:
                 grad_x = both_products(grad_MO, weight_OI, grad_h_MR, a_RI, mask_MO=noise_MI).view(
                     ctx.shape
@@ -277,23 +272,7 @@ class _LinearWithStacks(torch.autograd.Function):
             grad_weight = torch.mm(grad_MO.t(), x_MI)
         if wants_bias:
             grad_bias = grad_MO.sum(0)
-        return grad_x, grad_weight, grad_bias, None, grad_a, grad_b, None, None
-
-
-def _in_its_room(room: tuple[Rooms, int] | None, left_RM: Tensor, right_MD: Tensor) -> Tensor:
-    """``left @ right``, the gradient of a stack, where the other layers' are."""
-    out_RD = None
-    batched = _is_batched(left_RM) or _is_batched(right_MD)
-    if room is not None and not batched and not torch.is_grad_enabled():
-        rooms, row = room
-        out_RD = rooms.take(row, len(left_RM), right_MD.shape[1], right_MD)
-    return product_of_few_rows(left_RM, right_MD, out_RD)
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for many, as where many gradients are asked for at once."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+        return grad_x, grad_weight, grad_bias, None, grad_a, grad_b
 
 
 def _needed(

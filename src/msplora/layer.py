@@ -158,8 +158,8 @@ class PyramidLayer(_peft.OwnLayer):
         if x.is_nested or not isinstance(scaling, (int, float)):
             return None
         if scaling == 1 and _few_tokens(x) and not (dropout and of_product in _HALF):
-            a, b = borrowed.stacked_on(x.device, of_product)
-            return linear_with_stacks(x, weight_OI, bias, a, b, dropout)
+            a_RI, b_RO = borrowed.stacked_on(x.device, of_product)
+            return linear_with_stacks(x, weight_OI, bias, a_RI, b_RO, dropout)
         a_factors, b_factors = borrowed.factors_on(x.device)
         scales_R = borrowed.scales_R(factor_dtype, x.device, scaling)
         mix = Mix(borrowed.ranks, scales_R, dropout, of_product)

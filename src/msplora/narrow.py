@@ -94,22 +94,18 @@ def narrow_product(wide_MD: Tensor, factor_RD: Tensor) -> Tensor:
     return product_of_few_rows(factor_RD, wide_MD.t()).t()
 
 
-def product_of_few_rows(left_RK: Tensor, right_KN: Tensor, out_RN: Tensor | None = None) -> Tensor:
-    """``left @ right``, (R, N), for R much smaller than N; in `out` if it is given.
+def product_of_few_rows(left_RK: Tensor, right_KN: Tensor) -> Tensor:
+    """``left @ right``, (R, N), for R much smaller than N.
 
     In float32 on a CPU in blocks of N: MKL, whose products are cut for square matrices, takes about
     twice as long for the whole. The blocks are as many as divide N, so that a batch of 8 rows of
     any length has them.
     """
     if not _takes_blocks(right_KN) or right_KN.numel() < BLOCKED:
-        return torch.mm(left_RK, right_KN, out=out_RN)
+        return torch.mm(left_RK, right_KN)
     blocks = math.gcd(right_KN.shape[1], 8)
     right_nKb = right_KN.unflatten(1, (blocks, -1)).transpose(0, 1)
-    product_Rnb = torch.bmm(left_RK.expand(blocks, -1, -1), right_nKb).transpose(0, 1)
-    if out_RN is None:
-        return product_Rnb.flatten(1)
-    out_RN.unflatten(1, (blocks, -1)).copy_(product_Rnb)
-    return out_RN
+    return torch.bmm(left_RK.expand(blocks, -1, -1), right_nKb).transpose(0, 1).flatten(1)
 
 
 def _takes_blocks(wide_KN: Tensor) -> bool:

@@ -22,7 +22,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from itertools import groupby, islice, zip_longest
+from itertools import groupby, islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -75,8 +75,8 @@ class Stacks:
 
     def of(
         self, stackings: Sequence[Stacking], device: torch.device, dtype: torch.dtype
-    ) -> list[list[Stack]] | None:
-        """For each stacking the stacks of its layers; `None` if layers stack their own."""
+    ) -> list[list[Tensor]] | None:
+        """For each stacking the stacks (R, D) of its layers; `None` if layers stack their own."""
         call = self._call
         if call is None or call.thread != threading.get_ident():
             return None
@@ -128,47 +128,7 @@ def _around(model: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
 class _Call:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.made: defaultdict[Any, dict[Stacking, list[Stack] | None]] = defaultdict(dict)
-
-
-class Stack(NamedTuple):
-    """One layer's factors."""
-
-    tensor_RD: Tensor
-    room: tuple[Rooms, int] | None = None
-    """Where its gradient belongs."""
-
-
-class Rooms:
-    """The gradients of the stacks of one call, side by side as they will be summed.
-
-    Each layer puts its own in its place. One that is called twice, or differentiated twice, finds
-    the place taken and makes a tensor of its own.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self._whole_LRD: Tensor | None = None
-        self._rooms: Sequence[Tensor] = ()
-        self._taken: set[int] = set()
-
-    def take(self, row: int, rank: int, width: int, like: Tensor) -> Tensor | None:
-        """The place (R, D) of a layer, uninitialised; `None` if it is taken."""
-        if row in self._taken:
-            return None
-        self._taken.add(row)
-        if self._whole_LRD is None:
-            self._whole_LRD = like.new_empty((self.layers, rank, width))
-            self._rooms = self._whole_LRD.unbind()
-        return self._rooms[row]
-
-    def collect(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
-        """All of it (L, R, D) if these are what was put there, and start anew."""
-        whole_LRD, rooms = self._whole_LRD, self._rooms
-        self._whole_LRD, self._rooms, self._taken = None, (), set()
-        if all(its is room for its, room in zip_longest(gradients, rooms, fillvalue=self)):
-            return whole_LRD
-        return None
+        self.made: defaultdict[Any, dict[Stacking, list[Tensor] | None]] = defaultdict(dict)
 
 
 class Stacking:
@@ -211,16 +171,15 @@ class Stacking:
             found.append(its)
         return found
 
-    def __call__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> list[Stack]:
-        """One per layer, in `dtype`, out of the tensors that `tensors_on` gives."""
+    def __call__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """One (R, D) per layer, in `dtype`, out of the tensors that `tensors_on` gives."""
         layout = self._laid_out()
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            inputs: Any = (layout, dtype, *factors)
+            stacked = cast(tuple[Tensor, ...], _Stacked.apply(*inputs))
+        else:
             stacked = layout.stack(factors, dtype)
-            return [Stack(stacked[row]) for row in layout.row_of]
-        rooms = Rooms(len(layout.row_of))
-        inputs: Any = (layout, dtype, rooms, *factors)
-        stacked = cast(tuple[Tensor, ...], _Stacked.apply(*inputs))
-        return [Stack(stacked[row], (rooms, row)) for row in layout.row_of]
+        return [stacked[row] for row in layout.row_of]
 
     def _laid_out(self) -> Layout:
         if self._layout is None:
@@ -283,21 +242,11 @@ class Layout:
         return stacked_LRD.to(dtype).unbind()
 
     def gradients(
-        self,
-        by_layer: Sequence[Tensor | None],
-        dtype: torch.dtype,
-        wanted: Sequence[bool],
-        grad_LRD: Tensor | None = None,
+        self, by_layer: Sequence[Tensor | None], dtype: torch.dtype, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of the factors, in `dtype`, out of those of the stacks.
 
         A factor whose layers did not run has none, as without the stacks.
-
-        Args:
-            by_layer: those of the stacks.
-            dtype: of the factors.
-            wanted: which factors' are.
-            grad_LRD: those of the stacks in one tensor, if they are there.
         """
         ran = [its is not None for its in by_layer]
         if not any(ran):
@@ -305,9 +254,7 @@ class Layout:
         if not all(ran):
             zeros = torch.zeros_like(cast(Any, by_layer[ran.index(True)]))
             by_layer = [zeros if its is None else its for its in by_layer]
-        if grad_LRD is None:
-            grad_LRD = torch.stack(cast(Any, by_layer))
-        grad_LRD = grad_LRD.to(dtype)
+        grad_LRD = torch.stack(cast(Any, by_layer)).to(dtype)
         found: list[Tensor | None] = []
         for share in self.shares:
             layers = iter(ran)
@@ -339,15 +286,14 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, layout: Layout, dtype: torch.dtype, rooms: Rooms, *factors: Tensor
+        ctx: Any, layout: Layout, dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         # Autograd casts to each factor's own dtype, so this is the most precise among them.
         ctx.layout, ctx.dtype = layout, reduce(torch.promote_types, {its.dtype for its in factors})
-        ctx.rooms = rooms
         ctx.set_materialize_grads(False)
         return layout.stack(factors, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        wanted, whole_LRD = ctx.needs_input_grad[3:], ctx.rooms.collect(grads)
-        return None, None, None, *ctx.layout.gradients(grads, ctx.dtype, wanted, whole_LRD)
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *ctx.layout.gradients(grads, ctx.dtype, wanted)
