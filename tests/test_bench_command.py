@@ -187,6 +187,11 @@ def test_a_continued_file_skips_what_it_has(
         file.holds({"shape": "x", "batch": 1}, ["lora"], rounds=60)
     file.add([{"shape": "x", "batch": 2, "method": "lora", "rounds": 3}])
     assert len(results.read(path)["rows"]) == 3
+    first = results.read(path)["command"]
+    for argv in (["msplora", "b"], ["msplora", "c"], ["msplora", "b"]):  # stopped, and gone on with
+        monkeypatch.setattr(sys, "argv", argv)
+        results.ResultFile(path, "speed", append=True).add([])
+    assert results.read(path)["command"] == f"{first} && msplora b && msplora c"
     with pytest.raises(MSPLoraError, match="kind is 'speed' there and 'memory' here"):
         results.ResultFile(path, "memory", append=True)
     monkeypatch.setenv("COMMIT", "fedcba9")

@@ -156,7 +156,7 @@ class _LinearWithPairs(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
         a_RI, b_OR = _stacked(mix, factors[:levels], factors[levels:])
         grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
-        x_MI: Any = None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1])
+        x_MI = cast(Any, None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1]))
 
         grad_x = grad_weight = grad_bias = None
         grad_a: Sequence[Tensor | None] = [None] * levels
@@ -246,7 +246,7 @@ class _LinearWithStacks(torch.autograd.Function):
     def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _, wants_a, wants_b = ctx.needs_input_grad
-        x_MI: Any = None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1])
+        x_MI = cast(Any, None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1]))
         inner_MI = x_MI
         grad_MO = inner_grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
         if grad_MO.dtype != a_RI.dtype:

@@ -154,7 +154,8 @@ class ResultFile:
         self.rows = list(found["rows"])
         commands = str(found.get("command", "")).split(" && ")
         if self.header["command"] not in commands:
-            self.header["command"] = " && ".join([*commands, self.header["command"]])
+            commands.append(self.header["command"])
+        self.header["command"] = " && ".join(commands)
 
     def holds(self, keys: Mapping[str, Any], methods: Iterable[str], **same: Any) -> bool:
         """Whether a point is in the file already.
