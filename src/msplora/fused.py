@@ -156,7 +156,7 @@ class _LinearWithPairs(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
         a_RI, b_OR = _stacked(mix, factors[:levels], factors[levels:])
         grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
-        x_MI = cast(Any, None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1]))
+        x_MI = _tokens(x_NI)
 
         grad_x = grad_weight = grad_bias = None
         grad_a: Sequence[Tensor | None] = [None] * levels
@@ -246,12 +246,12 @@ class _LinearWithStacks(torch.autograd.Function):
     def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, h_MR, noise_MI, a_RI, b_RO = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _, wants_a, wants_b = ctx.needs_input_grad
-        x_MI = cast(Any, None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1]))
+        x_MI = _tokens(x_NI)
         inner_MI = x_MI
         grad_MO = inner_grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
         if grad_MO.dtype != a_RI.dtype:
             inner_grad_MO = grad_MO.to(a_RI.dtype)
-            inner_MI = None if x_MI is None else x_MI.to(a_RI.dtype)
+            inner_MI = x_MI if x_MI is None else x_MI.to(a_RI.dtype)
         if noise_MI is not None and inner_MI is not None:
             inner_MI = inner_MI * noise_MI
         if wants_b and torch.is_grad_enabled():  # for a second derivative, h depends on x and A
@@ -295,6 +295,11 @@ def _needed(
         h_MR if wants_b else None,
         noise_MI if wants_x or wants_a or wants_b else None,
     )
+
+
+def _tokens(x_NI: Any) -> Any:
+    """The input as rows of tokens, (M, I), where backward keeps it."""
+    return None if x_NI is None else x_NI.reshape(-1, x_NI.shape[-1])
 
 
 def _unfolded(y_MO: Tensor, x_NI: Tensor) -> Tensor:
