@@ -251,8 +251,9 @@ class _LinearWithStacks(torch.autograd.Function):
         grad_MO = inner_grad_MO = grad_NO.reshape(-1, grad_NO.shape[-1])
         if grad_MO.dtype != a_RI.dtype:
             inner_grad_MO = grad_MO.to(a_RI.dtype)
-            inner_MI = x_MI if x_MI is None else x_MI.to(a_RI.dtype)
-        if noise_MI is not None and inner_MI is not None:
+            if x_NI is not None:
+                inner_MI = inner_MI.to(a_RI.dtype)
+        if noise_MI is not None and x_NI is not None:
             inner_MI = inner_MI * noise_MI
         if wants_b and torch.is_grad_enabled():  # for a second derivative, h depends on x and A
             h_MR = narrow_product(inner_MI, a_RI)
