@@ -49,6 +49,7 @@ variants="--targets all-linear --batch 1 --output $out/speed-variants-cpu.json"
 # Peak memory.
 "$msplora" bench memory $roberta $both --dropout 0.0 --dropout 0.05 --dtype float32 --dtype bfloat16 \
   --output $out/memory-cpu.json
+"$msplora" bench memory $roberta $both --batch 1 --output $out/memory-cpu.json
 "$msplora" bench memory $roberta --targets all-linear --batch 2 $every --output $out/memory-methods-cpu.json
 
 # Planning, injecting, files, singular values.

@@ -273,3 +273,26 @@ def test_what_was_trained_on_what_is_said(made_up: MadeUp) -> None:
     ) in text
     assert "- Method hydra: method = hydra, hydra.r_parallel = 2." in text
     assert "/elsewhere" not in text
+
+
+def test_runs_that_ended_at_their_best_are_counted(made_up: MadeUp) -> None:
+    outcome = run_bake_off(prepared())
+    runs = [row for row in outcome.finals.values() if row]
+    for row in runs:
+        row.evaluations = [{"step": step, "accuracy": 0.5} for step in (5, 10)]
+        row.best = row.evaluations[0]
+    assert "may still have been improving" not in markdown(outcome, {})
+    runs[0].best = runs[0].evaluations[1]
+    assert f"1 of the {len(runs)} runs that count were at their best" in markdown(outcome, {})
+    runs[0].status = "failed"
+    assert "may still have been improving" not in markdown(outcome, {})
+
+
+def test_a_difference_has_its_lowest_and_highest_pair(made_up: MadeUp) -> None:
+    outcome = shifted(run_bake_off(prepared()), {"pyramid": 0.02})
+    row = row_of(outcome, "pyramid", "one", 1)
+    assert row.value is not None
+    row.value += 0.02
+    lines = section_of(markdown(outcome, {}), "How they stand")
+    (line,) = [its for its in lines if "pyramid" in its]
+    assert "+0.0250 (+0.0200 to +0.0400)" in line

@@ -16,8 +16,8 @@ import pytest
 
 from msplora.bakeoff.report import NOT_OVER
 from msplora.bench.measured import Measured, gather
-from msplora.bench.reading import STEP, read_results
-from msplora.bench.tables import Verdict, overhead_share, ratio_to_lora, rounded, verdict
+from msplora.bench.reading import STEP, Results, read_results
+from msplora.bench.tables import Verdict, overhead_share, ratio_to_lora, rounded, spread, verdict
 from msplora.train.target import find_target
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -37,7 +37,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def spread(values: list[float]) -> str:
+def mean_of(values: list[float]) -> str:
     """A mean with the lowest and the highest, or the one value there is."""
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else ""
@@ -54,7 +54,7 @@ def table(rows: list[dict[str, Any]], value: str) -> list[str]:
     shown = [f"lr {rate:.0e}".replace("e-0", "e-") for rate in rates]
     lines = [f"| | parameters | {' | '.join(shown)} |", "|---|---:|" + "---|" * len(rates)]
     for name, by_rate in found.items():
-        cells = " | ".join(spread(by_rate[rate]) for rate in rates)
+        cells = " | ".join(mean_of(by_rate[rate]) for rate in rates)
         lines.append(f"| {NAMES.get(name, name)} | {parameters[name]:,} | {cells} |")
     return lines
 
@@ -89,54 +89,19 @@ def test_the_readme_of_the_benchmarks_names_no_folder_of_a_machine() -> None:
 
 
 def test_the_readme_says_what_a_step_costs_beside_lora() -> None:
-    """Its sentences, with the page's own rounding, which never favours us."""
-    text = " ".join((BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").split())
-    text = text.partition("**Speed and memory.**")[2].partition("- **")[0]
+    """Its table and sentences, with the page's own rounding, which never favours us."""
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    part = readme.partition("**Speed and memory.**")[2].partition("- **")[0]
     files = {its.name: its for its in read_results(BENCHMARKS / "results")}
+    shown = [line.strip() for line in part.splitlines() if line.strip().startswith("| ")]
+    assert shown[1:] == what_a_step_costs(files)
+
+    text = " ".join(part.split())
     # One verdict is made of all of them, so they are of one processor, and it is said where they
     # are not of one commit.
     assert len({its.hardware for its in files.values()}) == 1
     several = len({its.commit for its in files.values()}) > 1
     assert ("of which of several commits it is" in text) == several
-
-    def at(file: str, **keys: Any) -> Measured:
-        keys = {"shape": "roberta-base", "layers": 12, "targets": "all-linear"} | keys
-        kind = files[file].kind
-        (point,) = gather([files[file]], kind, keys, lambda r: keys.items() <= r.items())
-        return point
-
-    def ratio(point: Measured, method: str = "msplora", field: str = "to_lora") -> str:
-        return rounded(point.rows[method][field][1], 3, method)
-
-    def memory(**keys: Any) -> tuple[str, str]:
-        point = at("memory-cpu.json", batch=8, length=128, dropout=0.0, **keys)
-        shares = [
-            ratio_to_lora(point, "msplora", field)
-            for field in ("peak_live_bytes", "step_live_bytes")
-        ]
-        peak, own = (rounded(its, 3, "msplora") for its in shares if its is not None)
-        return peak, own
-
-    main = at("speed-cpu.json", batch=8, length=128)
-    share = overhead_share(main)
-    assert share is not None
-    assert (
-        f"takes {ratio(main)} of its time with PEFT's LoRA r = 8 (the same LoRA once more: "
-        f"{ratio(main, 'lora-again')}); what the adapter adds to the frozen model's own step is "
-        f"{rounded(share, 3, 'msplora')} of what LoRA adds." in text
-    )
-    few = at("speed-cpu.json", batch=8, length=128, targets="qv")
-    assert f"with query and value alone, as in the example above, it takes {ratio(few)}" in text
-    peak, own = memory(dtype="float32")
-    assert f"Live tensors at a step's peak take {peak} of LoRA's memory" in text
-    qv = " and ".join(memory(dtype="float32", targets="qv"))
-    assert f"what the step itself adds, {own} (query and value: {qv})." in text
-    half = at("speed-bfloat16-cpu.json", batch=4, length=128, dtype="bfloat16")
-    halves = " and ".join(memory(dtype="bfloat16"))
-    assert (
-        f"In bfloat16 a step takes {ratio(half)} of the time (4 × 128 tokens), and {halves}" in text
-    )
-
     points = gather(files.values(), "speed", (*STEP, "compiled"))
     found = Counter(map(verdict, points))
     above = [
@@ -153,6 +118,58 @@ def test_the_readme_says_what_a_step_costs_beside_lora() -> None:
     assert f"at {len(above)} of the others its median is above LoRA's" in text
     worst = max(point.rows["msplora"]["to_lora"][1] for point in points)
     assert f"at most {rounded(worst, 3, 'msplora')}" in text
+
+
+def what_a_step_costs(files: dict[str, Results]) -> list[str]:
+    """The lines of the README's table: all linear layers, then query and value."""
+
+    def at(file: str, batch: int, length: int = 128, **keys: Any) -> list[Measured]:
+        found = []
+        for targets in ("all-linear", "qv"):
+            keys |= {"shape": "roberta-base", "layers": 12, "targets": targets}
+            wanted = {"dtype": "float32", "batch": batch, "length": length} | keys
+            its = files[file]
+            found += gather([its], its.kind, wanted, lambda row, w=wanted: w.items() <= row.items())
+        return found
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def step(name: str, points: list[Measured], method: str = "msplora") -> str:
+        return line(name, [spread(its.rows[method]["to_lora"], 3, method) for its in points])
+
+    def share(name: str, points: list[Measured], method: str = "msplora") -> str:
+        found = [overhead_share(its, method) for its in points]
+        return line(name, [rounded(its, 3, method) if its else "in the noise" for its in found])
+
+    def memory(name: str, *points: Measured) -> str:
+        cells = []
+        for point in points:
+            fields = ("peak_live_bytes", "step_live_bytes")
+            shares = (ratio_to_lora(point, "msplora", field) for field in fields)
+            peak, own = (rounded(its, 3, "msplora") for its in shares if its is not None)
+            cells.append(f"{peak}, of it {own}")
+        return line(name, cells)
+
+    main, few = at("speed-cpu.json", 8), at("speed-cpu.json", 1, 16)
+    dtypes = ("bfloat16-autocast", "bfloat16")
+    half = [at("speed-bfloat16-cpu.json", 4, dtype=its) for its in dtypes]
+    live = [
+        at("memory-cpu.json", batch, dtype=dtype, dropout=0.0)
+        for batch, dtype in ((8, "float32"), (8, "bfloat16"), (1, "float32"))
+    ]
+    return [
+        step("a step, 8 × 128 tokens, float32", main),
+        step("the same LoRA once more", main, "lora-again"),
+        share("of what LoRA adds to the frozen model's step", main),
+        share("the same LoRA once more", main, "lora-again"),
+        step("a step, 4 × 128, bfloat16 autocast", half[0]),
+        step("a step, 4 × 128, bfloat16", half[1]),
+        step("a step, 1 × 16, float32", few),
+        memory("memory, 8 × 128, float32", *live[0]),
+        memory("memory, 8 × 128, bfloat16", *live[1]),
+        memory("memory, 1 × 128, float32", *live[2]),
+    ]
 
 
 def test_mrpc() -> None:

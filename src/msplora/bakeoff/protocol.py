@@ -35,6 +35,8 @@ def protocol(outcome: Outcome) -> list[str]:
         f"more so of a method that tried more rates. Tried: "
         f"{', '.join(f'{len(its.tried)} by {name}' for name, its in outcome.choices.items())}.",
     ]
+    if still := _still_improving(outcome):
+        said.append(still)
     if settings.reject:
         said.append(
             f"While rates are chosen a run is given up, after {settings.reject.after:.0%} of it, "
@@ -84,6 +86,20 @@ def _scored_again(bake_off: BakeOff) -> str:
         f" {twice} of the {len(settings.tasks) * len(settings.seeds)} pairs of each method "
         f"{'is' if twice == 1 else 'are'} of the runs that chose its rate: what luck did for them "
         f"there counts here again."
+    )
+
+
+def _still_improving(outcome: Outcome) -> str:
+    """Of how many runs that count the last evaluation was the best of several."""
+    rows = [row for row in outcome.finals.values() if row and row.status == "complete"]
+    several = [row for row in rows if len(row.evaluations) > 1 and row.best]
+    still = sum(row.best["step"] == row.evaluations[-1]["step"] for row in several)
+    if not still:
+        return ""
+    return (
+        f"{still} of the {len(several)} runs that count were at their best at their last "
+        f"evaluation, so they may still have been improving: with more training methods may "
+        f"stand in another order."
     )
 
 

@@ -65,8 +65,8 @@ _CAPTIONS = {
 
 _IN_WORDS = {
     "front": "The table has the numbers.",
-    "differences": "The table has the mean and the lowest and highest task; the file of results "
-    "has each seed's.",
+    "differences": "The table has the mean and the lowest and highest pair; the file of results "
+    "has each pair's.",
     "rates": "The table has the numbers.",
 }
 """Where those who do not see a plot find what it shows."""

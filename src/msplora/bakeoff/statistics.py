@@ -47,7 +47,7 @@ class Paired:
     by_task: Mapping[str, float]
     """Task -> mean difference."""
     p: float
-    """Two-sided, by flipping signs: the share of flips whose mean is as far from 0."""
+    """Of a two-sided sign-flip test: the share of flips whose mean is as far from 0."""
     adjusted: float = 1.0
     """`p` after Holm, for all entrants that are to be compared."""
 
@@ -199,7 +199,7 @@ def pair(name: str, other: str, values: Values, tasks: Sequence[str], sign: int)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """The two-sided p-value of a mean of 0, by flipping signs.
+    """The p-value of a two-sided sign-flip permutation test for a mean of 0.
 
     If neither method were better, each difference could as well have the other sign: the share of
     all assignments of signs whose mean is at least as far from 0 as the one found. Exact up to 16

@@ -77,12 +77,12 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         f"{_of(seeds, 'seed')} (± their standard deviation).",
         *_of_several_metrics(outcome),
         f"Difference: from {bake_off.baseline} on the same task with the same seed, mean (lowest "
-        f"to highest task), above 0 where the method is better; pairs: of how many; p by flipping "
-        f"signs, and after Holm's correction.",
+        f"to highest pair), above 0 where the method is better; pairs: of how many; p of a "
+        f"two-sided sign-flip permutation test, and after Holm's correction.",
         f"Seconds: of training and the evaluations in it, {_where_timed(outcome)}.",
         "MiB: the most that a run took of the GPU; where there was none, of its whole process, "
         "which compares nothing.",
-        "* no other of this size or smaller is as good.",
+        "* Pareto-optimal: no other of this size or smaller is as good.",
     ]
     if changing:
         notes.append(
@@ -217,9 +217,9 @@ def _spread(spread: Spread | None, seeds: int) -> str:
 def _difference(paired: Paired | None) -> str:
     if paired is None:
         return "–"
-    low, high = min(paired.by_task.values()), max(paired.by_task.values())
+    low, high = min(paired.differences), max(paired.differences)
     said = f"{paired.mean:+.4f}"
-    return f"{said} ({low:+.4f} to {high:+.4f})" if len(paired.by_task) > 1 else said
+    return f"{said} ({low:+.4f} to {high:+.4f})" if len(paired.differences) > 1 else said
 
 
 def _pairs(paired: Paired | None, most: int) -> str:

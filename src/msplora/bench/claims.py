@@ -32,7 +32,7 @@ def judged(points: Sequence[Measured], among: Sequence[Measured] | None = None) 
 
 
 def speed_claim(found: Sequence[Judged]) -> str:
-    """Say at how many points ours is not slower than LoRA, and name all the others."""
+    """Say at how many points ours is not slower than LoRA, naming all others, and faster."""
     where = {kind: [name for its, name, _ in found if its is kind] for kind in Verdict}
     total = len(found) - len(where[Verdict.UNJUDGED])
     sentences = []
@@ -45,7 +45,8 @@ def speed_claim(found: Sequence[Judged]) -> str:
     else:
         sentences.append("No point here can be judged.")
     if where[Verdict.FASTER]:
-        sentences.append(_listed("Beyond that spread it is faster at", where[Verdict.FASTER]))
+        faster = _points(len(where[Verdict.FASTER]))
+        sentences.append(f"Beyond that spread it is faster at {faster}.")
     reasons = [f"{name} ({escape(why)})" for kind, name, why in found if kind is Verdict.UNJUDGED]
     if reasons:
         sentences.append(_listed("Not judged", reasons))
@@ -95,7 +96,12 @@ def share_claim(points: Sequence[Measured]) -> str:
             f", at the {_points(len(shares))} of {len(may_be)} where LoRA adds more to the floor "
             f"than it is from itself"
         )
-    return f"MSPLoRA's overhead over the floor is {_range(shares, 100, 1, '%')} of LoRA's{where}."
+    again = [found for point in may_be if (found := overhead_share(point, AGAIN)) is not None]
+    control = _between(*(percent(share, AGAIN) for share in _ends(again)))
+    return (
+        f"MSPLoRA's overhead over the floor is {_range(shares, 100, 1, '%')} of LoRA's{where}; "
+        f"that of LoRA measured again, {control}."
+    )
 
 
 def main_claim(point: Measured) -> str:
@@ -106,6 +112,9 @@ def main_claim(point: Measured) -> str:
     share = overhead_share(point)
     if share is not None:
         step += f"; its overhead over the floor is {percent(share, OURS)} of LoRA's"
+        again = overhead_share(point, AGAIN)
+        if again is not None:
+            step += f" (that of LoRA measured again, {percent(again, AGAIN)})"
     why = unjudged(point)
     if why:
         return f"{step}. No claim is made of it: {escape(why)}."
