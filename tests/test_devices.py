@@ -242,6 +242,22 @@ def test_other_than_the_processes_that_are_asked_for_are_refused(bases: Path, he
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("method", ["adalora", "elalora"])
+def test_a_launcher_of_ones_own_does_not_start_several_of_what_takes_one(
+    bases: Path, here: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `torchrun --nproc-per-node 2` starts them, where the settings ask for nothing."""
+    settings = make_settings(config_on(bases, method=method), "a test")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("msplora.train.run.join", lambda: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match=f"'{method}' trains in one process.*and 2 train here"):
+        train_run(settings)
+    assert not list(here.iterdir())
+    with pytest.raises(pytest.fail.Exception, match="it went on"):
+        train_run(make_settings(config_on(bases), "a test"))
+
+
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_accelerate_knows_every_preset(strategy: str) -> None:
     from accelerate.commands.launch import launch_command_parser

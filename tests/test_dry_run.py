@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -150,10 +151,12 @@ def assert_close(found: DryRun) -> None:
     assert sum(found.estimate.training.parts.values()) == found.estimate.training.total
 
 
-@pytest.mark.parametrize("method", ["msplora", "lora", "full", "frozen"])
+@pytest.mark.parametrize("method", ["msplora", "lora", "full", "frozen", "randlora", "lily"])
 def test_trainable_numbers_and_files_are_the_real_ones(
     method: str, folder: Path, tmp_path: Path
 ) -> None:
+    if method == "lily" and not hasattr(peft, "LilyConfig"):
+        pytest.skip("new in PEFT 0.19")
     settings = make_settings(config(folder, method=method), "test")
     found, job = without_weights(settings), prepare_job(settings)
     assert found.adapted.trainable == job.adapted.trainable

@@ -19,6 +19,7 @@ from test_elalora import X, adamw, small, train
         (["first", "second"], {"r": 1}, "Raise r,"),
         (["first"], {"r": 2}, "Raise r,"),
         (["first"], {"r": 3, "pool_per_site": 1}, "Raise pool_per_site,"),
+        (["first", "second"], {"r": 8}, "16 in all and take no more than 16.*Lower r,"),
     ],
 )
 def test_ranks_that_can_never_move(
@@ -27,6 +28,14 @@ def test_ranks_that_can_never_move(
     adapted = small(*targets, **changes)
     with pytest.raises(ConfigError, match=f"would never move: .*{option}"):
         RankMover(adapted, adamw(adapted), 12)
+
+
+def test_a_single_free_place_is_enough_to_move() -> None:
+    adapted = small(r=8, rank_pattern={"second": 7})
+    mover, moved = train(adapted, batch={"x": X})
+    assert sum(its.count for its in moved) > 0
+    assert sum(its.room("default") for its in mover.layers.values()) == 1
+    RankMover(adapted, mover.optimizer, 12)  # as a run that is resumed would
 
 
 def test_what_has_moved_may_go_on() -> None:

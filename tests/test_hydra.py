@@ -134,15 +134,18 @@ def test_without_biases_it_converts_to_a_plain_lora() -> None:
 
 
 def test_dropout_is_between_the_factors() -> None:
-    model = layer()
-    model.base_model.model[0].lora_dropout["default"] = nn.Dropout(0.999999)
+    """Of the input it would leave the biases of A too, and of the output nothing."""
+    model = layer(branch_bias=True)
+    site = model.base_model.model[0]
+    site.lora_dropout["default"] = nn.Dropout(1.0)
     x = torch.randn(3, 24, dtype=torch.float64)
     model.train()
     with model.disable_adapter():
         base = model(x)
-    assert close(model(x), base)  # all of it dropped: biases there are none
+    parallel, sequential = (its.b_O for its in site.branches("default"))
+    assert close(model(x), base + 0.5 * (parallel + sequential))
     model.eval()
-    assert not close(model(x), base)
+    assert not close(model(x), base + 0.5 * (parallel + sequential))
 
 
 def test_a_config_made_of_another_has_the_ranks_it_asks_for() -> None:

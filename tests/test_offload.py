@@ -1,4 +1,4 @@
-"""A base whose layers wait on the disk or stand on another device: the pyramid is brought there."""
+"""A base whose layers wait on the disk or stand on another device: adapters are brought there."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import transformers as hf
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
 import msplora
-from adapted_llama import BATCH, close, config, logits, step
+from adapted_llama import BATCH, TARGETS, close, config, logits, step
+from msplora.sisters import ElaLoraConfig, HydraConfig
 from oracle import randomise
+from test_sisters import randomise as randomise_all
 from tiny import llama
 
 LAYERS = 4
@@ -96,6 +98,47 @@ def test_merging_writes_into_the_layers_on_the_disk(folder: Path, offloaded: Any
     expected = logits(model.eval())
     assert not close(expected, logits(whole(folder)), 1e-2)
     assert close(logits(model.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("config_of", [HydraConfig, ElaLoraConfig])
+def test_a_sister_trains_and_merges_over_layers_on_the_disk(
+    folder: Path, offloaded: Any, config_of: Any
+) -> None:
+    def sister(base: Any) -> Any:
+        model = get_peft_model(base, config_of(target_modules=TARGETS)).eval()
+        randomise_all(model)
+        return model
+
+    there, here = sister(offloaded), sister(whole(folder))
+    before = logits(here)
+    assert close(logits(there), before)
+    trained = {name: its for name, its in there.named_parameters() if its.requires_grad}
+    assert {its.device.type for its in trained.values()} == {"cpu"}
+    for _ in range(3):
+        step(there)
+        step(here)
+    expected = dict(here.named_parameters())
+    for name, its in trained.items():
+        assert torch.allclose(its, expected[name], rtol=1e-5, atol=1e-8), name
+    adapted = logits(here)
+    assert not close(adapted, before, 1e-3)
+    assert not close(adapted, logits(whole(folder)), 1e-2)
+    assert close(logits(there), adapted)
+    assert close(logits(there.merge_and_unload()), adapted)
+
+
+@pytest.mark.parametrize("config_of", [HydraConfig, ElaLoraConfig])
+def test_a_sister_is_loaded_over_layers_on_the_disk(
+    folder: Path, offloaded: Any, tmp_path: Path, config_of: Any
+) -> None:
+    trained = get_peft_model(whole(folder), config_of(target_modules=TARGETS))
+    randomise_all(trained)
+    trained.save_pretrained(str(tmp_path / "adapter"))
+    loaded = get_peft_model(offloaded, PeftConfig.from_pretrained(tmp_path / "adapter"))
+    weights = load_peft_weights(str(tmp_path / "adapter"))
+    for low in (False, True):
+        set_peft_model_state_dict(loaded, weights, low_cpu_mem_usage=low)
+        assert close(logits(loaded.eval()), logits(trained.eval()))
 
 
 def test_a_shared_pair_follows_its_layers_to_another_device(folder: Path) -> None:

@@ -114,6 +114,22 @@ def test_several_adapters(config_of: Any, tmp_path: Path) -> None:
     assert not any(".third" in name for name in model.state_dict())
 
 
+def test_whether_there_is_a_factor_is_told_without_computing_it(
+    config_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT asks so of each active adapter in every pass; Hydra's A is a product with W0."""
+    model = adapted(config_of)
+    site = model.base_model.model.model.layers[0].self_attn.q_proj
+    for name in ("a_RI", "b_OR"):
+        monkeypatch.setattr(type(site), name, lambda *_: pytest.fail("a factor was computed"))
+    for factors in (site.lora_A, site.lora_B):
+        for its in (factors, factors.keys()):
+            assert "default" in its
+            assert "other" not in its
+        with pytest.raises(pytest.fail.Exception, match="a factor was computed"):
+            factors["default"]
+
+
 @pytest.mark.parametrize("base", ["llama", "gpt2", "bert"])
 def test_merged_is_adapted_and_unmerged_is_the_base(config_of: Any, base: str) -> None:
     tiny = MODELS[base]

@@ -83,7 +83,12 @@ def test_a_run_with_moving_ranks(bases: Path, tmp_path: Path) -> None:
     assert metrics["reloaded"]["loss"] == pytest.approx(metrics["best"]["loss"])
     ranks = [len(its) for name, its in tensors(tmp_path / "run/adapter").items() if "_E" in name]
     assert sum(ranks) == 4 * len(ranks)
-    assert "import msplora.sisters" in (tmp_path / "run/README.md").read_text()
+    numbers = sum(its.numel() for its in tensors(tmp_path / "run/adapter").values())
+    card = (tmp_path / "run/README.md").read_text()
+    assert "import msplora.sisters" in card
+    at_the_start = metrics["trainable"]
+    assert f"| adapter | {numbers:,} |\n| adapter, at the start | {at_the_start:,} |" in card
+    assert "numbers train at the start" in (tmp_path / "run/plan.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,8 @@ def test_adalora_prunes_as_it_is_told(bases: Path, tmp_path: Path) -> None:
     assert sum(kept) == 4 * len(kept)
     ranks = [len(its) for name, its in tensors(tmp_path / "run/adapter").items() if "_E" in name]
     assert sorted(ranks) == sorted(kept)
+    numbers = sum(its.numel() for its in tensors(tmp_path / "run/adapter").values())
+    assert f"| adapter | {numbers:,} |" in (tmp_path / "run/README.md").read_text()
 
 
 def test_each_method_gets_what_it_reads(bases: Path) -> None:
@@ -195,6 +202,8 @@ def test_what_a_method_cannot_do_is_refused(
     flat = content(bases, "elalora")
     flat["adapter"]["r"] = 1
     assert "never move: the adapted layers" in refused(tmp_path, flat)
+    flat["adapter"]["r"] = 32  # as wide as the layers are
+    assert "and take no more than 256" in refused(tmp_path, flat)
     error = refused(tmp_path, content(bases, "adalora", adalora={"tfinal": 500}))
     assert "never prune" in error
     error = refused(tmp_path, content(bases, "elalora", devices={"processes": 2}))

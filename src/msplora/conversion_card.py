@@ -11,13 +11,6 @@ from .serving import SERVERS
 
 CARD_FILE = "README.md"
 
-AUTOLOAD = (
-    "In a program that cannot import msplora, PEFT stops with `KeyError: 'MSPLORA'`. Say once, in "
-    "that program's environment, `python -m msplora.autoload enable`: PEFT then knows the adapter "
-    "in every process (`disable` takes it back)."
-)
-"""What the card of every pyramid says of programs that load adapters by path."""
-
 _RESIZED = (
     "It was trained with another vocabulary than its base has: load the base, call "
     "`base.resize_token_embeddings({})`, and put the adapter on that with "
@@ -34,6 +27,19 @@ _LOADERS = {
 }
 
 
+def on_autoload(peft_type: str) -> str:
+    """What the card of an adapter of this package says of programs that load adapters by path.
+
+    Args:
+        peft_type: the type in its config, which PEFT looks up and does not find.
+    """
+    return (
+        f"In a program that cannot import msplora, PEFT stops with `KeyError: '{peft_type}'`. Say "
+        "once, in that program's environment, `python -m msplora.autoload enable`: PEFT then knows "
+        "the adapter in every process (`disable` takes it back)."
+    )
+
+
 def card_of_pyramid(config: Any, plan: Plan, source: str, explained: float) -> str:
     """README.md of a pyramid that was fitted to another adapter."""
     ranks, groups = ", ".join(map(str, config.ranks)), ", ".join(map(str, config.groups))
@@ -46,7 +52,7 @@ def card_of_pyramid(config: Any, plan: Plan, source: str, explained: float) -> s
             f"{explained:.2%} of the squared norm of that adapter's updates.",
         ],
         ["import msplora  # makes the adapter's type known to PEFT"],
-        AUTOLOAD,
+        on_autoload("MSPLORA"),
     )
 
 

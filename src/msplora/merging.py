@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import _peft
 from .adapted import embeddings_of
-from .errors import UnsupportedError
+from .errors import MSPLoraError, UnsupportedError
 from .spectrum import norm_of, site_factors
 from .verifying import VerificationError
 
@@ -44,7 +44,7 @@ def merge_layers(model: Any, adapter_name: str = "default") -> Rounding | None:
 
     Raises:
         VerificationError: a weight did not become the sum, rounded; or it is not finite.
-        UnsupportedError: PEFT cannot merge such a layer.
+        UnsupportedError: PEFT, or the adapter's method, cannot merge such a layer.
     """
     root = model.get_base_model()
     quantised = bool(getattr(root, "is_quantized", False))
@@ -97,6 +97,8 @@ def _merge(layer: Any, path: str) -> None:
         layer.merge(safe_merge=True)
     except NotImplementedError as error:
         raise UnsupportedError(f"PEFT cannot merge {path!r}: {error}") from error
+    except MSPLoraError:  # a `ValueError` too, and says itself why
+        raise
     except ValueError as error:  # what PEFT raises of numbers that are not finite
         raise VerificationError(
             f"the merged weight of {path!r} is not finite: the sum is beyond its dtype. Nothing "

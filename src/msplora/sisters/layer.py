@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +48,10 @@ class Computed(Mapping[str, Factor]):
         if adapter_name not in self.names:
             raise KeyError(adapter_name)
         return Factor(self.compute(adapter_name))
+
+    def __contains__(self, adapter_name: object) -> bool:
+        # `Mapping` would ask `__getitem__`, which computes it: Hydra's A is a product with W0.
+        return adapter_name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -127,6 +132,14 @@ class SisterLayer(_peft.OwnLayer):
                     f"{container}.{adapter_name}.{name}" for name in held[adapter_name].state_dict()
                 ]
         return names
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT goes by the base's weights, and those of an offloaded layer are on meta.
+        layer: Any = self
+        device = device or _peft.device_of(layer.get_base_layer())
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # pyright: ignore
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(

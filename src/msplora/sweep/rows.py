@@ -16,7 +16,7 @@ from msplora.errors import MSPLoraError
 from msplora.train.absolute_paths import PATHS, absolute_value
 from msplora.train.checkpoints import write_whole
 from msplora.train.run_folder import HISTORY, METRICS
-from msplora.train.same_settings import FREE_TO_CHANGE, flat
+from msplora.train.same_settings import EVAL_BATCH_SIZE, flat, free_to_change
 from msplora.train.settings import Settings
 
 RESULTS = "results.jsonl"
@@ -175,7 +175,10 @@ def essence(settings: Settings) -> dict[str, Any]:
     Defaults are left out so that a later version with further keys finds the same run.
     """
     found = flat(settings.model_dump(mode="json", exclude_defaults=True))
-    return {key: value for key, value in found.items() if key not in FREE_TO_CHANGE}
+    free = free_to_change(settings.method)
+    if settings.training.eval_batch_size == settings.training.batch_size:
+        free |= {EVAL_BATCH_SIZE}  # its default, which is another key's
+    return {key: value for key, value in found.items() if key not in free}
 
 
 def _read_json(file: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from msplora.errors import MSPLoraError
@@ -25,10 +26,7 @@ def check_space(job: Job, output: Path) -> list[str]:
         DiskTooSmall: there is no room for one checkpoint and the result.
     """
     model, settings = job.adapted.model, job.record.settings
-    parameters = list(model.parameters())
-    training = sum(its.nbytes for its in parameters if its.requires_grad)
-    whole = settings.method in ("full", "frozen")
-    result = sum(its.nbytes for its in parameters) if whole else training
+    result = saved_bytes(model)
     checkpoint = result + optimiser_bytes(model)
     free = _free(output)
     if free < checkpoint + result:
@@ -44,6 +42,23 @@ def check_space(job: Job, output: Path) -> list[str]:
             f"{free_space(output)} Lower training.save_limit, or free some space meanwhile."
         ]
     return []
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What the weights take in a file: of an adapter its tensors, else those of the whole model.
+
+    More than what trains: VeRA and RandLoRA save their frozen projections, and what Lily's layers
+    have in common is written for each of them.
+    """
+    if isinstance(model, PeftModel):
+        # Not by `state_dict()`, in which quantised layers ask for numbers of their scales.
+        named = dict(model.named_parameters(remove_duplicate=False))
+        named |= dict(model.named_buffers(remove_duplicate=False))
+        kept = get_peft_model_state_dict(model, state_dict=named)
+        return sum(its.nbytes for its in kept.values())
+    # Tied weights are in a file once.
+    tensors = {id(its.untyped_storage()): its for its in model.state_dict().values()}
+    return sum(its.nbytes for its in tensors.values())
 
 
 def optimiser_bytes(model: nn.Module) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
 
 from msplora.errors import ConfigError
 
 from .absolute_paths import with_absolute_paths
 from .base_model import base_without_weights
 from .devices import planned
-from .disk_space import optimiser_bytes
+from .disk_space import optimiser_bytes, saved_bytes
 from .dry_run_devices import is_sharded, not_foreseen
 from .estimate import Estimate, estimate
 from .job import Job
@@ -254,15 +253,7 @@ def _schedule(settings: Settings, rows: Rows) -> Schedule:
 def disk_use(job: Job) -> Disk:
     """What a job will write, without the tokenizer and what is small beside it."""
     model = job.adapted.model
-    if isinstance(model, PeftModel):
-        # Not by `state_dict()`, in which quantised layers ask for numbers of their scales.
-        named = dict(model.named_parameters()) | dict(model.named_buffers())
-        kept = get_peft_model_state_dict(model, state_dict=named)
-    else:
-        kept = model.state_dict()
-    # Tied weights are in a file once.
-    tensors = {id(its.untyped_storage()): its for its in kept.values()}.values()
-    weights = sum(its.numel() * its.element_size() for its in tensors)
+    weights = saved_bytes(model)
     checkpoint = weights + optimiser_bytes(model)
     # A new one is whole before an old one goes, the best stays beside those that the limit names,
     # and the weights are written when the last is.

@@ -67,7 +67,7 @@ def adapt(base: Base, settings: Settings) -> Adapted:
     if settings.method in ("full", "frozen"):
         return _without_adapter(base, settings)
     config = adapter_config(settings, base)
-    notes = _inapplicable(settings)
+    notes = _inapplicable(settings) + _said_of(settings.method)
     folder = start_folder(settings)
     if folder:
         config = _config_to_start_from(folder, base, settings, config)
@@ -232,6 +232,11 @@ def _inapplicable(settings: Settings) -> list[str]:
         if getattr(getattr(settings, section), name) != _default(section, name)
     ]
     return [f"method {settings.method} does not read {', '.join(keys)}"] if keys else []
+
+
+def _said_of(method: str) -> list[str]:
+    note = METHODS[method].note if method in METHODS else None
+    return [f"method {method}: {note}"] if note else []
 
 
 def _default(section: str, key: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from msplora.conversion_card import AUTOLOAD
+from msplora.conversion_card import on_autoload
 
 from .data_sources import named_sources
 from .devices import world_size
@@ -20,8 +20,18 @@ def model_card(
     metrics: dict[str, Any],
     versions: dict[str, str],
     run: Path,
+    saved: int | None = None,
 ) -> str:
-    """Return README.md, for the run folder and for the folder of the weights."""
+    """Return README.md, for the run folder and for the folder of the weights.
+
+    Args:
+        settings: of the run.
+        adapted: what it trained; its numbers are counted at the start.
+        metrics: the content of metrics.json.
+        versions: of what it was made with.
+        run: its folder.
+        saved: the numbers of the saved adapter, where they are others than at the start.
+    """
     trainable = adapted.trainable
     has_adapter = adapted.rank is not None
     lines = [
@@ -39,7 +49,7 @@ def model_card(
         "| | numbers |",
         "|---|---|",
         f"| base | {trainable.base:,} |",
-        f"| {'adapter' if has_adapter else 'of it, trained'} | {trainable.adapter:,} |",
+        *_adapter_rows(adapted, saved),
         f"| head | {trainable.head:,} |",
     ]
     if adapted.plan and trainable.lora:
@@ -59,6 +69,15 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _adapter_rows(adapted: Adapted, saved: int | None) -> list[str]:
+    at_the_start = adapted.trainable.adapter
+    if adapted.rank is None:
+        return [f"| of it, trained | {at_the_start:,} |"]
+    if saved is None:
+        return [f"| adapter | {at_the_start:,} |"]
+    return [f"| adapter | {saved:,} |", f"| adapter, at the start | {at_the_start:,} |"]
 
 
 def _pipeline(settings: Settings) -> str:
@@ -160,5 +179,5 @@ def _loading(settings: Settings, adapted: Adapted) -> list[str]:
         f'model = {auto}.from_pretrained("adapter"{outputs})',
         "```",
         "",
-        *([AUTOLOAD, ""] if ours else []),
+        *([on_autoload(settings.method.upper()), ""] if ours else []),
     ]

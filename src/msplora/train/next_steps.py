@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msplora.server_limits import features, why_not_served
 from msplora.serving import SERVERS, serve_command
+from msplora.sisters.hydra.model import layers_without_bias
 
 from .methods import Adapted
 from .peft_methods import METHODS
@@ -32,6 +33,8 @@ def next_steps(settings: Settings, run: Path, adapted: Adapted) -> list[tuple[st
         lora = _short(run.with_name(run.name + "-lora"))
         steps.append(("convert", f"msplora convert {adapter} --to lora {shlex.quote(lora)}"))
     if settings.method in METHODS and not METHODS[settings.method].merges:
+        return steps
+    if layers_without_bias(model):  # into which Hydra's own could be merged
         return steps
     merged = shlex.quote(_short(run.with_name(run.name + "-merged")))
     rounded = is_quantised(model.get_base_model()) and not settings.quantization

@@ -40,11 +40,21 @@ class PeftMethod:
     """`msplora convert --to merged` takes it."""
     one_process: str | None = None
     """Why it trains in one process only."""
+    one_place: str | None = None
+    """Why `fsdp2` and `device_map`, which take layers apart, are not for it."""
+    ranks_change: bool = False
+    """Its layers have other ranks at the end than at the start."""
+    note: str | None = None
+    """What a run says of it before it begins."""
     own: Mapping[str, str] = field(default_factory=dict)
     """Its own section's key -> what its config calls it, where that differs."""
 
 
 _SHAPES = "it changes what trains from step to step, which processes cannot agree on here"
+_AT_THE_START = (
+    "its ranks change while it trains: the numbers are those at the start, and the model card has "
+    "those of the saved adapter too"
+)
 
 METHODS = {
     "hydra": PeftMethod("HydraConfig", _AS_LORA, quantises=True, merges=True),
@@ -54,6 +64,8 @@ METHODS = {
         quantises=True,
         merges=True,
         one_process=_SHAPES,
+        ranks_change=True,
+        note=_AT_THE_START,
     ),
     "gralora": PeftMethod(
         "GraloraConfig",
@@ -71,6 +83,8 @@ METHODS = {
         {**_AS_LORA, "r": "target_r", "lora_alpha": "lora_alpha"},
         merges=True,
         one_process=_SHAPES,
+        ranks_change=True,
+        note=_AT_THE_START,
     ),
     "vera": PeftMethod(
         "VeraConfig",
@@ -85,6 +99,9 @@ METHODS = {
         "LilyConfig",
         {**_EVERYWHERE, "exclude_modules": "exclude_modules", "init_lora_weights": "init_weights"},
         since="0.19",
+        one_place="the same trained parts stand in several of its layers",
+        note="it mixes its B for a whole batch, padding included: what a row is answered depends "
+        "on the rows beside it, and so do the results on training.eval_batch_size",
     ),
 }
 """Method -> what it is; without msplora, LoRA's kinds, and those without an adapter."""
@@ -109,11 +126,7 @@ def check_method(settings: Settings, source: str) -> None:
     if found is None:
         return
     config_class(method)
-    if settings.devices.processes > 1 and found.one_process:
-        raise ConfigError(
-            f"in {source}: method {method!r} trains in one process: {found.one_process}. Set "
-            f"devices.processes to 1."
-        )
+    _check_devices(settings, found, source)
     if settings.adapter.exclude_modules and "exclude_modules" not in found.reads:
         raise ConfigError(
             f"in {source}: PEFT's {method} cannot leave modules out (adapter.exclude_modules). "
@@ -124,6 +137,42 @@ def check_method(settings: Settings, source: str) -> None:
         raise ConfigError(
             f"in {source}: training.optimizer = {training.optimizer!r} keeps what cannot follow "
             f"the ranks that ElaLoRA moves. Use adamw_torch, adamw_torch_fused or sgd."
+        )
+
+
+def _check_devices(settings: Settings, found: PeftMethod, source: str) -> None:
+    devices, method = settings.devices, settings.method
+    if devices.processes > 1 and found.one_process:
+        raise ConfigError(
+            f"in {source}: method {method!r} trains in one process: {found.one_process}. Set "
+            f"devices.processes to 1."
+        )
+    if not found.one_place:
+        return
+    if devices.processes > 1 and devices.strategy == "fsdp2":
+        raise ConfigError(
+            f"in {source}: devices.strategy = 'fsdp2' shards layer by layer, and method {method!r} "
+            f"cannot be taken apart: {found.one_place}. Use strategy ddp."
+        )
+    if devices.device_map:
+        raise ConfigError(
+            f"in {source}: devices.device_map = {devices.device_map!r} spreads the layers, and "
+            f"method {method!r} cannot be taken apart: {found.one_place}. Leave it out."
+        )
+
+
+def check_one_process(method: str, processes: int) -> None:
+    """Refuse to train in several processes, whatever started them, what takes one.
+
+    Raises:
+        ConfigError: there are several, and it does.
+    """
+    found = METHODS.get(method)
+    if found and found.one_process and processes > 1:
+        raise ConfigError(
+            f"method {method!r} trains in one process: {found.one_process}, and {processes} train "
+            f"here. Start the run by `msplora train` without a launcher, or let the launcher start "
+            f"one process."
         )
 
 
@@ -192,6 +241,11 @@ def unread_sections(settings: Settings) -> list[str]:
         for name, section in METHOD_SECTIONS.items()
         if name != settings.method and getattr(settings, name) != section()
     ]
+
+
+def ranks_change(method: str) -> bool:
+    """Whether a method's layers have other ranks at the end than at the start."""
+    return method in METHODS and METHODS[method].ranks_change
 
 
 def has_adapter(method: str) -> bool:

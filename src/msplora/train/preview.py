@@ -11,7 +11,7 @@ from rich.table import Table
 from .data_check import DataCheck
 from .job import Job
 from .methods import Adapted
-from .peft_methods import has_adapter
+from .peft_methods import has_adapter, ranks_change
 
 
 def show_preview(job: Job, console: Console) -> None:
@@ -60,9 +60,11 @@ def plan_text(adapted: Adapted, method: str) -> str:
     if method == "full":
         lines.append(f"method full: all {trainable.total:,} numbers of the model train")
     else:
+        at_the_start = " at the start" if ranks_change(method) else ""
         lines.append(
-            f"method {method}: {trainable.total:,} numbers train ({trainable.adapter:,} in the "
-            f"adapter, {trainable.head:,} in the head) beside a base of {trainable.base:,}"
+            f"method {method}: {trainable.total:,} numbers train{at_the_start} "
+            f"({trainable.adapter:,} in the adapter, {trainable.head:,} in the head) beside a base "
+            f"of {trainable.base:,}"
         )
     if adapted.plan and trainable.lora:
         lines.append(

@@ -17,11 +17,11 @@ from msplora.versions import versions
 from .devices import is_main_process, is_sharded, wait_for_everyone
 from .job import Job
 from .model_card import model_card
-from .peft_methods import has_adapter
+from .peft_methods import has_adapter, ranks_change
 from .preview import plan_record, plan_text
 from .progress import plain_metrics
 from .run_folder import BEFORE, HISTORY, METRICS, RunFolder
-from .saved_adapter import save_trained
+from .saved_adapter import adapter_numbers, save_trained
 from .scored_on import ScoredOn
 from .settings import Settings
 
@@ -101,7 +101,10 @@ def write_records(
     (here / "plan.txt").write_text(plan_text(adapted, settings.method), encoding="utf-8")
     judged = [entry for entry in [metrics["before"], *metrics["evaluations"]] if entry]
     draw_loss(history, judged, job.best, here / "loss.png")
-    card = model_card(settings, adapted, metrics, versions(), folder.path)
+    saved = None
+    if ranks_change(settings.method):
+        saved = adapter_numbers(weights, adapted.model.base_model.prefix)
+    card = model_card(settings, adapted, metrics, versions(), folder.path, saved)
     (here / "README.md").write_text(card, encoding="utf-8")
     (weights / "README.md").write_text(card, encoding="utf-8")
 

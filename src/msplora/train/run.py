@@ -27,6 +27,7 @@ from .init_from import check_task
 from .job import Job
 from .methods import check_levels
 from .next_steps import next_steps
+from .peft_methods import check_one_process
 from .preview import show_preview, show_sample, show_warnings
 from .progress import ShowProgress, plain_metrics
 from .quiet import quiet_libraries
@@ -66,13 +67,14 @@ def train_run(
 
     Raises:
         ConfigError: the settings, or their data, are for no run; or `devices.processes` is not
-            how many processes call this together.
+            how many processes call this together, or these are too many for the method.
         Interrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to go on.
         NotWritten: the disk is full. The checkpoints before are whole.
         EndedFromOutside: another error of the system, such as a connection's.
         NoNumber: the loss is none before the first step.
     """
     check_started(settings.devices)
+    check_one_process(settings.method, world_size())
     join()
     forget_peak()
     console = console or Console()

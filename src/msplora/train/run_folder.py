@@ -29,7 +29,7 @@ from msplora.folders import (
 from . import inputs
 from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
 from .devices import world_size
-from .same_settings import FREE_TO_CHANGE, can_start_from, differences
+from .same_settings import can_start_from, differences, free_to_change
 from .settings import Settings
 from .settings_file import read_settings, write_settings
 
@@ -329,7 +329,7 @@ class RunFolder:
         return json.loads((self.working / INPUTS).read_text(encoding="utf-8"))
 
     def _check_same_settings(self, folder: Path) -> None:
-        before, free = read_settings(folder / CONFIG), FREE_TO_CHANGE
+        before, free = read_settings(folder / CONFIG), free_to_change(self.settings.method)
         if self.checkpoints.exists():
             free |= {"devices.processes"}  # where there is a checkpoint, it knows how many it needs
         changed = differences(before, self.settings, free)

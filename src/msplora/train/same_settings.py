@@ -8,11 +8,12 @@ from typing import Any
 from .settings import Settings
 from .settings_methods import LORAS
 
-# Settings that change no number of the result, so a run may be resumed under others.
-FREE_TO_CHANGE = frozenset(
+EVAL_BATCH_SIZE = "training.eval_batch_size"
+
+_FREE_TO_CHANGE = frozenset(
     {
         "output",
-        "training.eval_batch_size",
+        EVAL_BATCH_SIZE,
         "training.report_to",
         "training.save_limit",
         "training.save_steps",
@@ -20,8 +21,23 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
-def differences(before: Settings, now: Settings, free: Set[str] = FREE_TO_CHANGE) -> str:
-    """What changed, in words; nothing where a run of the one goes on under the other."""
+def free_to_change(method: str) -> frozenset[str]:
+    """Keys that change no number of a run's result, so that it may be resumed under others.
+
+    With Lily what a row is answered depends on the rows beside it, so that evaluations in other
+    batches may keep another checkpoint.
+    """
+    return _FREE_TO_CHANGE - {EVAL_BATCH_SIZE} if method == "lily" else _FREE_TO_CHANGE
+
+
+def differences(before: Settings, now: Settings, free: Set[str]) -> str:
+    """What changed, in words; nothing where a run of the one goes on under the other.
+
+    Args:
+        before: what it began with.
+        now: what it is to go on with.
+        free: keys that may change.
+    """
     first, second = flat(before.to_dict()), flat(now.to_dict())
     return "; ".join(
         f"{key} was {first.get(key)!r} and is {second.get(key)!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from msplora import sisters
 from msplora.errors import AdapterFileError, MSPLoraError
+from msplora.loading import open_tensors
 
 from .adalora import is_adalora, leave_penalty_out
 
@@ -57,6 +59,24 @@ def save_trained(model: Any, folder: Path, state_dict: dict[str, Any] | None = N
     if isinstance(model, peft.PeftModel):
         adapters["selected_adapters"] = ["default"]
     model.save_pretrained(str(folder), state_dict=state_dict, **adapters)
+
+
+def adapter_numbers(folder: Path, prefix: str) -> int:
+    """How many numbers a saved adapter has, without what trained whole beside it.
+
+    Args:
+        folder: of the adapter.
+        prefix: of its method, which PEFT gives the names of its tensors.
+
+    Raises:
+        AdapterFileError: there is no file, or it is cut short.
+    """
+    with open_tensors(folder) as opened:
+        return sum(
+            math.prod(opened.get_slice(name).get_shape())
+            for name in opened.keys()  # noqa: SIM118
+            if f".{prefix}" in name
+        )
 
 
 def to_float32(model: nn.Module) -> bool:

@@ -49,7 +49,7 @@ class ElaLoraSettings(Section):
         None, ge=1, description="Steps between two moves; 4 % of the run's if unset."
     )
     warmup_steps: int | None = Field(
-        None, ge=0, description="Steps before the first move; a fifth of the run's if unset."
+        None, ge=0, description="Steps before ranks begin to move; a fifth of the run's if unset."
     )
     final_steps: int | None = Field(
         None, ge=0, description="Steps without moves at the end; a quarter of the run's if unset."
@@ -105,7 +105,7 @@ class RandLoraSettings(Section):
 
 
 class LilySettings(Section):
-    """Lily, PEFT's: A shared by neighbouring layers, B mixed for each input."""
+    """Lily, PEFT's: A shared by neighbouring layers, B mixed for each batch, padding included."""
 
     r: int = Field(32, ge=1, description="Rank.")
     stride_A: int = Field(1, ge=1, description="Neighbouring layers that share an A.")

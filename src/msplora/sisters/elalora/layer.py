@@ -87,6 +87,11 @@ class ElaLoraLayer(SisterLayer):
         """Container -> this adapter's parameter in it."""
         return {name: getattr(self, name)[adapter_name].weight for name in self.containers}
 
+    def room(self, adapter_name: str) -> int:
+        """How many ranks an adapter can gain here: a new one is at right angles to the others."""
+        layer: Any = self
+        return min(layer.in_features, layer.out_features) - layer.r[adapter_name]
+
     def replace(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
         """Put tensors of another rank in the places of an adapter's. The parameters stay, so that
         whoever holds them (an optimiser, above all) holds the new numbers."""
@@ -132,3 +137,12 @@ class ElaLoraLayer(SisterLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Path -> layer, of an ElaLoRA adapter; empty if the model has none of that name."""
+    return {
+        path: its
+        for path, its in model.named_modules()
+        if isinstance(its, ElaLoraLayer) and adapter_name in its.records
+    }

@@ -11,7 +11,7 @@ from msplora.errors import AdapterFileError
 from msplora.sisters.model import SisterModel
 
 from .config import ElaLoraConfig
-from .layer import ElaLoraLayer, rank_of
+from .layer import ElaLoraLayer, adapted_layers, rank_of
 
 
 class ElaLoraModel(SisterModel):
@@ -28,7 +28,8 @@ class ElaLoraModel(SisterModel):
         # Moves write the ranks into it, and the caller's may be another adapter's as well.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        records = [its.records[adapter_name] for its in _layers(model, adapter_name)]
+        layers = adapted_layers(model, adapter_name).values()
+        records = [its.records[adapter_name] for its in layers]
         ranks = {its.key: rank_of(its.config, its.key) for its in records}
         for its in records:
             its.ranks = ranks
@@ -45,7 +46,7 @@ class ElaLoraModel(SisterModel):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         # Loading into an adapter that is there reads no config, so the layers would take on the
         # ranks of an adapter of another r, and keep a scale that is not its own.
-        wanted = sum(its.r[adapter_name] for its in _layers(model, adapter_name))
+        wanted = sum(its.r[adapter_name] for its in adapted_layers(model, adapter_name).values())
         ending = f".elalora_E.{adapter_name}.weight"
         found = sum(len(its) for name, its in remapped.items() if name.endswith(ending))
         if found != wanted:
@@ -56,11 +57,3 @@ class ElaLoraModel(SisterModel):
                 f"with its own config."
             )
         return remapped
-
-
-def _layers(model: nn.Module, adapter_name: str) -> list[Any]:
-    return [
-        its
-        for its in model.modules()
-        if isinstance(its, ElaLoraLayer) and adapter_name in its.records
-    ]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from msplora.errors import MSPLoraError, UnsupportedError
 from msplora.sisters.steps import counts, refuse_scaled
 
-from .layer import RANK_DIMENSION, ElaLoraLayer
+from .layer import RANK_DIMENSION, ElaLoraLayer, adapted_layers
 from .ranks import (
     Moves,
     Phases,
@@ -45,22 +45,6 @@ _BEGIN_AT_ZERO = {
 Rprop's step sizes, a new rank that began at zero would stay there."""
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Path -> layer, of an ElaLoRA adapter.
-
-    Raises:
-        MSPLoraError: the model has no such adapter.
-    """
-    found = {
-        path: its
-        for path, its in model.named_modules()
-        if isinstance(its, ElaLoraLayer) and adapter_name in its.records
-    }
-    if not found:
-        raise MSPLoraError(f"the model has no ElaLoRA adapter {adapter_name!r}.")
-    return found
-
-
 def check_ranks_can_move(model: nn.Module, adapter_name: str = "default") -> None:
     """Refuse an adapter whose ranks cannot move, however long it trains.
 
@@ -69,8 +53,11 @@ def check_ranks_can_move(model: nn.Module, adapter_name: str = "default") -> Non
         MSPLoraError: the model has no such adapter.
     """
     layers = list(adapted_layers(model, adapter_name).values())
+    if not layers:
+        raise MSPLoraError(f"the model has no ElaLoRA adapter {adapter_name!r}.")
     check_some_can_move(
         [its.r[adapter_name] for its in layers],
+        [its.room(adapter_name) for its in layers],
         layers[0].records[adapter_name].config.pool_per_site,
     )
 
@@ -87,6 +74,10 @@ class RankMover:
             optimizer.step()
             mover.after_step(step)
             optimizer.zero_grad()
+
+    In float16, whose gradients a `GradScaler` scales, `scaler.unscale_(optimizer)` has to come
+    before `before_step`: the penalty's gradient is not scaled, and `scaler.step` would divide it by
+    the scale too, down to nothing.
 
     Args:
         model: with an ElaLoRA adapter that trains.
@@ -113,8 +104,8 @@ class RankMover:
                 "ElaLoRA's moves change the shapes of parameters, which no process group can take "
                 "over from its first step to the next. Train in one process."
             )
-        self.layers = adapted_layers(model, adapter_name)
         check_ranks_can_move(model, adapter_name)
+        self.layers = adapted_layers(model, adapter_name)
         self.optimizer, self.adapter_name, self.seed = optimizer, adapter_name, seed
         self._check_factors()
         self.config = next(iter(self.layers.values())).records[adapter_name].config
@@ -137,7 +128,9 @@ class RankMover:
                     )
 
     def before_step(self) -> None:
-        """Add the gradient of the penalty on factors that are not orthogonal."""
+        """Add the gradient of the penalty on factors that are not orthogonal, to gradients that are
+        not scaled, or no longer.
+        """
         if not self.config.orthogonal_penalty:
             return
         with torch.enable_grad():
@@ -165,10 +158,7 @@ class RankMover:
         self._update_importance()
         if not self.phases.due(step):
             return None
-        room = [
-            min(layer.in_features, layer.out_features) - layer.r[self.adapter_name]
-            for layer in self._layers()
-        ]
+        room = [layer.room(self.adapter_name) for layer in self._layers()]
         count = self.phases.count(step, self.config.prune_per_step)
         scores = [scores.tolist() for scores in self.scores()]
         moves = choose_moves(scores, room, self.config.pool_per_site, count)

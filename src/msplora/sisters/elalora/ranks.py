@@ -95,17 +95,19 @@ def choose_moves(
     return Moves(pruned, {site: its for site, its in grown.items() if its})
 
 
-def check_some_can_move(ranks: Sequence[int], pool_per_site: int) -> None:
-    """Refuse sites whose pool is too small for a move, however their ranks are spread.
+def check_some_can_move(ranks: Sequence[int], room: Sequence[int], pool_per_site: int) -> None:
+    """Refuse sites whose pool is too small for a move, or that are full, however their ranks are
+    spread.
 
     Of that alone, for a run that is resumed begins with the ranks that it has reached.
 
     Args:
         ranks: of each site.
+        room: as in `choose_moves`; moves keep its sum.
         pool_per_site: as in `choose_moves`.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: they are.
     """
     spare, sites = sum(ranks) - len(ranks), len(ranks)
     if min(spare, sites * pool_per_site) < 2:
@@ -114,6 +116,12 @@ def check_some_can_move(ranks: Sequence[int], pool_per_site: int) -> None:
             f"ElaLoRA's ranks would never move: the adapted layers ({sites}) have {sum(ranks)} in "
             f"all, each keeps its last, and of those that are compared (pool_per_site = "
             f"{pool_per_site} of a layer) at most half move. Raise {option}, or adapt more layers."
+        )
+    if sum(room) <= 0:
+        raise ConfigError(
+            f"ElaLoRA's ranks would never move: the adapted layers ({sites}) have {sum(ranks)} in "
+            f"all and take no more than {sum(ranks) + sum(room)}, each as many as it has inputs or "
+            f"outputs, whichever are fewer. Lower r, or adapt larger layers too."
         )
 
 

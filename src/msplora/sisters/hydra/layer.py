@@ -77,6 +77,13 @@ class HydraLayer(SisterLayer):
             y = y + added * layer.scaling[name]
         return y.to(z.dtype)
 
+    def lacks_bias(self, adapter_name: str) -> bool:
+        """Whether an adapter's branches have biases, and the base layer none to merge them into."""
+        layer: Any = self
+        held = layer.hydra_parallel_A
+        has_biases = adapter_name in held and held[adapter_name].bias is not None
+        return has_biases and layer.get_base_layer().bias is None
+
     def a_RI(self, adapter_name: str) -> Tensor:
         parallel, sequential = self.branches(adapter_name)
         projected = self.projected.get(adapter_name)
@@ -106,17 +113,13 @@ class HydraLayer(SisterLayer):
         for name in _peft.check_adapters_to_merge(layer, adapter_names):
             if name not in layer.hydra_parallel_A:
                 continue
+            if self.lacks_bias(name):
+                raise nowhere_to_merge("a layer that they adapt")
             parallel, sequential = self.branches(name)
             bias = base.bias
             for its in self.merged_bias.values():
                 bias = bias - its.to(bias)  # the model may have been moved since
             added = bias_delta(parallel, sequential, layer.scaling[name], bias)
-            if added is not None and base.bias is None:
-                raise UnsupportedError(
-                    "Hydra's branches have biases (branch_bias=True), and a layer that they adapt "
-                    "has none to merge them into. Use the adapter unmerged, or train it with "
-                    "branch_bias=False."
-                )
             if safe_merge and added is not None and not torch.isfinite(added).all():
                 raise ValueError(
                     f"the adapter {name!r} would put numbers that are not finite into "
@@ -148,6 +151,14 @@ class HydraLayer(SisterLayer):
         # A plain LoRA has no place for what a bias passes through the sequential branch.
         has_bias = layer.get_base_layer().bias is not None
         return not has_bias and layer.hydra_parallel_A[adapter_name].bias is None
+
+
+def nowhere_to_merge(where: str) -> UnsupportedError:
+    """The refusal of a merge; `where` names a layer that lacks a bias."""
+    return UnsupportedError(
+        f"Hydra's branches have biases (branch_bias=True), and {where} has none to merge them "
+        f"into. Use the adapter unmerged, or train it with branch_bias=False."
+    )
 
 
 def _initialise(linear: nn.Linear, to_zero: bool) -> None:
