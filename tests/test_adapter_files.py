@@ -270,3 +270,14 @@ def test_a_config_that_was_edited_to_other_ranks_is_refused(saved: Path) -> None
     path.write_text(json.dumps(content | {"ranks": [8, 4, 1]}))
     with pytest.raises(AdapterFileError, match="has shape"):
         PeftModel.from_pretrained(LLAMA.model(), saved)
+
+
+def test_names_of_levels_in_an_older_file_are_kept(tmp_path: Path) -> None:
+    """Any three levels were called so, whatever their groups."""
+    names = ["global", "mid", "local"]
+    model = adapted(levels=names, ranks=[2, 4, 8], groups=[0, 3, 1])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path).eval()
+    assert loaded.peft_config["default"].levels == names
+    assert list(msplora.factors(loaded)) == list(msplora.factors(model))
+    assert torch.equal(logits(loaded), logits(model))

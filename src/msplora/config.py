@@ -19,7 +19,6 @@ FORMAT_VERSION = 1
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
-PAPER_LEVELS = ("global", "mid", "local")
 PAPER_GROUPS = (1, 3, PER_LAYER)
 _LISTS = ("levels", "ranks", "groups", "alphas")
 
@@ -77,7 +76,10 @@ class MSPLoraConfig(LoraConfig):
     )
     levels: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the levels, [a-z0-9_]+; 'global', 'mid', 'local' by default."},
+        metadata={
+            "help": "Names of the levels, [a-z0-9_]+; by default made of groups: 'global' for 1, "
+            "'local' for 0, else 'mid', and numbered where there are several."
+        },
     )
     ranks: list[int] | None = field(
         default=None, metadata={"help": "Rank of each level; [r, r // 2, r // 4] by default."}
@@ -362,8 +364,7 @@ def _halved(rank: int) -> list[int]:
 
 
 def _level_names(groups: list[int]) -> list[str]:
-    if len(groups) == len(PAPER_LEVELS):
-        return list(PAPER_LEVELS)
+    """By how many groups a level has, numbered where several have the same name."""
     names = [{1: "global", PER_LAYER: "local"}.get(count, "mid") for count in groups]
     return [
         name if names.count(name) == 1 else f"{name}{names[:place].count(name)}"
