@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from . import _peft
 from .errors import ConfigError, UnsupportedError, nearest
+from .patterns import check_patterns
 from .pyramid import PER_LAYER, Level
 
 FORMAT_VERSION = 1
@@ -316,7 +317,7 @@ class MSPLoraConfig(LoraConfig):
             _check_rank("rank_pattern", rank)
         for alpha in (self.alpha_pattern or {}).values():
             _check_alpha("alpha_pattern", alpha)
-        self._check_names()
+        check_patterns(self)
         if self.target_parameters:
             for name, neutral in (("lora_dropout", 0), ("use_dora", False)):
                 if getattr(self, name) != neutral:
@@ -325,24 +326,6 @@ class MSPLoraConfig(LoraConfig):
                         f"PEFT's LoRA neither): the delta is added to the parameter itself. Set "
                         f"{name}={neutral}."
                     )
-
-    def _check_names(self) -> None:
-        """Refuse names that could not be meant: a pattern that is none, a word taken for a list."""
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            for pattern in [value] if isinstance(value, str) else []:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ConfigError(
-                        f"{name} = {pattern!r} is one string, so it is read as a regular "
-                        f"expression, and it is none: {error}. Correct it, or give a list of names."
-                    ) from error
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(
-                f"modules_to_save = {self.modules_to_save!r}: give a list of names, "
-                f"[{self.modules_to_save!r}]."
-            )
 
 
 class _FilledIn(list):
