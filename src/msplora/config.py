@@ -22,6 +22,7 @@ DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
 PAPER_GROUPS = (1, 3, PER_LAYER)
 _LISTS = ("levels", "ranks", "groups", "alphas")
+_OF_THE_BASE = ("model_type", "fingerprint")
 
 # What LoraConfig offers that a pyramid refuses: field -> (values that do not ask for it, why not).
 _ADAPT_THE_BASE = "it starts from this layer's own base weight, which shared pairs cannot all do"
@@ -119,6 +120,9 @@ class MSPLoraConfig(LoraConfig):
                 f"the adapter has format_version {self.format_version}; this msplora reads "
                 f"version {FORMAT_VERSION}. Install the msplora that wrote it, or a newer one."
             )
+        for name in _OF_THE_BASE:
+            if isinstance(getattr(self, name), _FilledInText):  # in what `replace` was called on
+                setattr(self, name, None)
         # What the file, if any, says of the base it was made for; the fields are filled in anew.
         self._made_for = (self.model_type, self.fingerprint)
         self._refuse_what_a_pyramid_cannot_do()
@@ -131,7 +135,17 @@ class MSPLoraConfig(LoraConfig):
         fields = super().to_dict()
         for name in _LISTS:
             fields[name] = list(fields[name])
+        for name in _OF_THE_BASE:
+            fields[name] = None if fields[name] is None else str(fields[name])
         return fields
+
+    def record_base(self, model_type: str | None, fingerprint: str) -> None:
+        """Say of which base the adapter is, once it is put on it.
+
+        `dataclasses.replace` leaves that behind: what it makes goes on a base of its own.
+        """
+        self.model_type = None if model_type is None else _FilledInText(model_type)
+        self.fingerprint = _FilledInText(fingerprint)
 
     @property
     def pyramid(self) -> tuple[Level, ...]:
@@ -339,6 +353,10 @@ class _FilledIn(list):
     @property
     def untouched(self) -> bool:
         return tuple(self) == self.made
+
+
+class _FilledInText(str):
+    """A text about the base that an injection filled in, which goes for that base alone."""
 
 
 def _halved(rank: int) -> list[int]:
