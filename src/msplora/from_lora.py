@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _peft
 from .adapted import Adapted, embeddings_of, load_on_base
+from .blocks import place
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
 from .convert import copy_companions, folders_read
@@ -36,7 +37,7 @@ from .loading import (
     dtype_named,
     read_config,
 )
-from .matching import STORE_NAME, model_type_of, place
+from .matching import STORE_NAME, model_type_of
 from .planning import plan
 from .pyramid import Kind, Pair, Plan
 from .released import is_released, load_released

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _peft
+from .blocks import check_layers, check_layers_reached
 from .config import MSPLoraConfig
 from .errors import TargetError, nearest
 from .parameters import own_parameters, targeted_parameters
@@ -162,30 +163,6 @@ def module_shape(path: str, module: nn.Module) -> Shape:
     return Shape(layout, out_features, in_features)
 
 
-def place(
-    model: nn.Module, key: str, layers_pattern: list[str] | str | None = None
-) -> tuple[str, int | None, str]:
-    """Where a site lies: the path of its list of blocks, its block's number, the path inside it.
-
-    The list is the outermost `ModuleList` or `Sequential` with numbered children on the way, or
-    what `layers_pattern` names. A site outside every list is a stack of its own.
-    """
-    names = key.split(".")
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
-    module: Any = model
-    for place_, name in enumerate(names):
-        if name.isdigit():
-            path = ".".join(names[:place_])
-            if patterns:
-                is_list = any(re.search(rf"(^|\.){pattern}$", path) for pattern in patterns)
-            else:
-                is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
-            if is_list:
-                return path, int(name), ".".join(names[place_ + 1 :]) or "self"
-        module = _peft.unwrapped(getattr(module, name)) if hasattr(module, name) else None
-    return key, None, key
-
-
 def pattern_matches(pattern: str, key: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", key) is not None
 
@@ -193,7 +170,7 @@ def pattern_matches(pattern: str, key: str) -> bool:
 def check_names(modules: Mapping[str, nn.Module], config: Any) -> None:
     """Refuse what the config of any method names in vain; the nearest there is is told."""
     paths = [path for path in modules if path]
-    _check_layers(modules[""], config, paths)
+    check_layers(modules[""], config, paths)
     for field in ("target_modules", "exclude_modules", "target_parameters"):
         _check_names(field, getattr(config, field, None), modules)
     for name in config.modules_to_save or ():
@@ -210,6 +187,9 @@ def check_everything_matched(
     """Refuse every entry of the config that selects nothing, naming the nearest that would."""
     check_names(modules, config)
     _check_tokens(modules, config)
+    if not _is_of_a_file(config):
+        adapted = {target.key for target in targets}
+        check_layers_reached(modules, config, adapted, _is_target)
     if not targets and not config.target_modules and not config.target_parameters:
         raise NoMatchError(
             f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
@@ -236,6 +216,14 @@ def check_everything_matched(
                     f"{name} has a key {pattern!r} that matches none of the adapted modules."
                     f"{nearest(pattern, {target.key.rpartition('.')[2] for target in targets})}"
                 )
+
+
+def _is_of_a_file(config: Any) -> bool:
+    """Whether what it adapts was settled when its file was made: there is a fingerprint to tell.
+
+    What is refused of a new adapter is loaded then as it was trained.
+    """
+    return getattr(config, "_made_for", (None, None))[1] is not None
 
 
 def _names(modules: Mapping[str, nn.Module], of_parameters: bool) -> list[str]:
@@ -288,33 +276,6 @@ def _instead_of(entry: str, field: str, modules: Mapping[str, nn.Module]) -> str
         alike = {".".join(name.split(".")[-len(parts) :]) for name in names if name.endswith(last)}
         return f" There is {some(sorted(alike), 3)}."
     return nearest(entry, [*here, *names]) or f" It has {some(here)}."
-
-
-def _check_layers(model: nn.Module, config: MSPLoraConfig, paths: list[str]) -> None:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
-        return
-    lists: dict[str, set[int]] = {}
-    for path in paths:
-        stack, block, _ = place(model, path, config.layers_pattern)
-        if block is not None:
-            lists.setdefault(stack, set()).add(block)
-    if config.layers_pattern and not lists:
-        stacks = {stack for path in paths if (stack := place(model, path)[0]) != path}
-        raise TargetError(
-            f"layers_pattern = {config.layers_pattern!r} names no list of blocks of this model. "
-            f"Its lists are {some(sorted(stacks))}."
-        )
-    known = set().union(*lists.values()) if lists else set()
-    missing = sorted({wanted} - known if isinstance(wanted, int) else set(wanted) - known)
-    if missing:
-        described = ", ".join(
-            f"{stack!r} has blocks 0 to {max(blocks)}" for stack, blocks in lists.items()
-        )
-        raise TargetError(
-            f"layers_to_transform asks for {missing}, which no list of blocks has: "
-            f"{described or 'this model has no list of blocks'}."
-        )
 
 
 def inside_attention(model: nn.Module, path: str) -> bool:
