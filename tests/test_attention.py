@@ -103,6 +103,14 @@ def test_an_attention_may_be_called_by_keyword(tmp_path: Path) -> None:
     check_roads(model.eval(), base, x, tmp_path)
 
 
+def test_half_of_an_attention_is_not_left_out() -> None:
+    said = r"exclude_modules = .*'layers.0.self_attn.out_proj'.* Leave out 'layers.0.self_attn'"
+    with pytest.raises(TargetError, match=said):
+        wrapped(Attentive(), target_modules=["self_attn"], exclude_modules=["out_proj"])
+    model = wrapped(Attentive(), target_modules=["self_attn"], exclude_modules=r".*\.1\..*")
+    assert {site.block for site in plan_of(model).sites} == {0, 2}
+
+
 @pytest.mark.parametrize("targets", [["self_attn"], ["linear1", "linear2"], "all-linear"], ids=str)
 def test_the_fused_kernel_of_an_encoder_layer_does_not_pass_an_adapter_by(targets: Any) -> None:
     torch.manual_seed(0)

@@ -198,6 +198,20 @@ def test_a_linear_layers_parameter_as_a_target() -> None:
         assert not close(expected, base(**batch).logits)
 
 
+def test_parameters_of_some_blocks_beside_modules_of_the_same() -> None:
+    blocks = [0, 2]
+    config = msplora.MSPLoraConfig(
+        target_modules=["v_proj"],
+        target_parameters=[f"model.layers.{block}.self_attn.q_proj.weight" for block in blocks],
+        layers_to_transform=blocks,
+        exclude_modules=["k_proj", "lm_head"],
+    )
+    plan = plan_of(get_peft_model(llama(4), config))
+    assert sorted((site.block, site.key.split(".")[4]) for site in plan.sites) == [
+        (block, name) for block in blocks for name in ("q_proj", "v_proj")
+    ]
+
+
 @on_expert_parameters
 def test_parameters_alone_are_adapted_where_the_model_has_default_modules() -> None:
     """PEFT fills in target_modules of its own for Mixtral where they are unset."""

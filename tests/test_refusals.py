@@ -142,6 +142,22 @@ BAD_TARGETS = {
         r"share.*'q_proj'",
     ),
     "a parameter": ({"target_parameters": ["q_proj.wieght"]}, r"'q_proj.wieght'.*weight"),
+    "a parameter that is excluded": (
+        {
+            "target_modules": [],
+            "target_parameters": ["q_proj.weight"],
+            "exclude_modules": r".*layers\.[13]\..*",
+        },
+        r"'model.layers.1.self_attn.q_proj.weight'.*exclude_modules.*in full.*'model.layers.0",
+    ),
+    "a parameter of another layer": (
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["q_proj.weight"],
+            "layers_to_transform": [0, 2],
+        },
+        r"'model.layers.1.self_attn.q_proj.weight'.*layers_to_transform = \[0, 2\].*in full",
+    ),
     "a module to save": ({"modules_to_save": ["lm_haed"]}, r"'lm_haed'.*'lm_head'"),
     "a norm": ({"target_modules": ["input_layernorm"]}, r"input_layernorm.*LlamaRMSNorm"),
     "a block": ({"target_modules": ["self_attn"]}, r"self_attn.*Inside.*q_proj"),

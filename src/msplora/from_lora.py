@@ -279,7 +279,7 @@ def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any])
         "target_parameters": parameters or None,
         "exclude_modules": None,
         # With the layers that are named the groups are cut by the pattern too, so it stays.
-        "layers_to_transform": _every_layer(model.get_base_model(), modules, own),
+        "layers_to_transform": _every_layer(model.get_base_model(), [*changed], own),
     }
     for targets in ({}, exact):
         config = MSPLoraConfig(**(kept | targets), **shape, inference_mode=True)

@@ -14,7 +14,7 @@ from . import _peft
 from .blocks import check_layers, check_layers_reached
 from .config import MSPLoraConfig
 from .errors import TargetError, nearest
-from .parameters import own_parameters, targeted_parameters
+from .parameters import check_none_left_out, own_parameters, targeted_parameters
 from .pyramid import Shape
 
 STORE_NAME = "pyramid_store"
@@ -190,6 +190,9 @@ def check_everything_matched(
     if not _is_of_a_file(config):
         adapted = {target.key for target in targets}
         check_layers_reached(modules, config, adapted, _is_target)
+        parameters = [its.key for its in targets if its.shape.layout == "experts"]
+        check_none_left_out(modules[""], config, parameters)
+        _check_whole_attention(config, targets)
     if not targets and not config.target_modules and not config.target_parameters:
         raise NoMatchError(
             f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
@@ -216,6 +219,17 @@ def check_everything_matched(
                     f"{name} has a key {pattern!r} that matches none of the adapted modules."
                     f"{nearest(pattern, {target.key.rpartition('.')[2] for target in targets})}"
                 )
+
+
+def _check_whole_attention(config: Any, targets: list[Target]) -> None:
+    for target in targets:
+        is_inner = target.key != target.path and target.shape.layout == "linear"
+        if is_inner and _peft.is_excluded(config, target.key):
+            raise TargetError(
+                f"exclude_modules = {_shown(config.exclude_modules)} leaves out {target.key!r}, "
+                f"but PEFT adapts both projections of an nn.MultiheadAttention or none. Leave out "
+                f"{target.path!r}, or adapt all of it."
+            )
 
 
 def _is_of_a_file(config: Any) -> bool:
