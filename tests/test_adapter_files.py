@@ -315,3 +315,12 @@ def test_a_config_that_was_read_and_replaced_is_still_for_its_base(saved: Path) 
     assert (replaced.model_type, replaced.fingerprint) == ("llama", read.fingerprint)
     with pytest.raises(AdapterFileError, match="another base"):
         get_peft_model(llama(5), replaced)
+
+
+def test_an_adapter_that_was_trained_without_its_tasks_head_is_loaded(saved: Path) -> None:
+    """A new one would be refused; this one's pairs are what they were."""
+    file = saved / "adapter_config.json"
+    head = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | head))
+    loaded = PeftModel.from_pretrained(LLAMA.model(), saved).eval()
+    assert torch.equal(logits(loaded), logits(adapted()))

@@ -159,6 +159,16 @@ BAD_TARGETS = {
         r"'model.layers.1.self_attn.q_proj.weight'.*layers_to_transform = \[0, 2\].*in full",
     ),
     "a module to save": ({"modules_to_save": ["lm_haed"]}, r"'lm_haed'.*'lm_head'"),
+    "a head of no task": ({"modules_to_save": ["classifier"]}, r"names 'classifier'"),
+    "the head of a classifier": (
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+        r"'classifier'.*head would stay as it is.*'lm_head'",
+    ),
+    "the head for answers": ({"task_type": "QUESTION_ANS"}, r"'qa_outputs'.*would stay as it is"),
+    "heads without a task": (
+        {"modules_to_save": ["classifier", "score"]},
+        r"'score'.*would stay as it is",
+    ),
     "a norm": ({"target_modules": ["input_layernorm"]}, r"input_layernorm.*LlamaRMSNorm"),
     "a block": ({"target_modules": ["self_attn"]}, r"self_attn.*Inside.*q_proj"),
     "no target": ({"target_modules": []}, r"names nothing.*'q_proj'"),

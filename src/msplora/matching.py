@@ -20,8 +20,11 @@ from .pyramid import Shape
 STORE_NAME = "pyramid_store"
 """The attribute of the wrapped base model under which the store is registered."""
 
-HEADS = ("classifier", "score", "qa_outputs")
+_CLASSIFIERS = ("classifier", "score")
+_ANSWERS = ("qa_outputs",)
+HEADS = (*_CLASSIFIERS, *_ANSWERS)
 """What PEFT adds to `modules_to_save` by itself, whether the model has it or not."""
+_HEADS_OF = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": _ANSWERS}
 
 
 # Where releases of transformers name the same weights differently.
@@ -173,12 +176,7 @@ def check_names(modules: Mapping[str, nn.Module], config: Any) -> None:
     check_layers(modules[""], config, paths)
     for field in ("target_modules", "exclude_modules", "target_parameters"):
         _check_names(field, getattr(config, field, None), modules)
-    for name in config.modules_to_save or ():
-        if name not in HEADS and not any(path.endswith(name) for path in paths):
-            raise TargetError(
-                f"modules_to_save names {name!r}, but this model has nothing of that name."
-                f"{nearest(name, [*_leaves(paths), *paths])}"
-            )
+    _check_modules_to_save(config, paths)
 
 
 def check_everything_matched(
@@ -230,6 +228,32 @@ def _check_whole_attention(config: Any, targets: list[Target]) -> None:
                 f"but PEFT adapts both projections of an nn.MultiheadAttention or none. Leave out "
                 f"{target.path!r}, or adapt all of it."
             )
+
+
+def _check_modules_to_save(config: Any, paths: list[str]) -> None:
+    """Refuse a module to train whole that there is not; of a task's heads one is enough."""
+    task = config.task_type
+    named = list(config.modules_to_save or ())
+    heads = _HEADS_OF.get(task, ())
+    if task == "QUESTION_ANS":
+        named += heads  # which PEFT names only after it has put the adapter in
+    elif set(named).issuperset(_CLASSIFIERS):
+        heads = _CLASSIFIERS  # as for every adapter of a PeftModelForSequenceClassification
+    of_a_file = _is_of_a_file(config)
+    found = {name for name in named if any(path.endswith(name) for path in paths)}
+    for name in named:
+        if name not in found and name not in (HEADS if of_a_file else heads):
+            raise TargetError(
+                f"modules_to_save names {name!r}, but this model has nothing of that name."
+                f"{nearest(name, [*_leaves(paths), *paths])}"
+            )
+    if named and not found and not of_a_file:
+        raise TargetError(
+            f"modules_to_save = {list(dict.fromkeys(named))}, as PEFT fills it in for a classifier "
+            f"or for answers, and this model has none of these: its head would stay as it is. "
+            f"Name the head in modules_to_save, or leave task_type out. The model's parts are "
+            f"{some([path for path in paths if '.' not in path])}."
+        )
 
 
 def _is_of_a_file(config: Any) -> bool:
