@@ -61,7 +61,7 @@ def test_multihead_attention(tmp_path: Path) -> None:
 
 
 class Decoder(nn.Module):
-    """Attends to one thing by another, as the decoders of DETR and Mask2Former do."""
+    """Attends to one thing by another, as the decoders of Mask2Former and OneFormer do."""
 
     def __init__(self, by_keyword: bool) -> None:
         super().__init__()
