@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from msplora.errors import (
     MSPLoraError,
 )
 from oracle import (
+    plan_of,
     same_tensors,
     snapshot,
     tensors_of,
@@ -270,3 +274,53 @@ def test_a_config_that_was_edited_to_other_ranks_is_refused(saved: Path) -> None
     path.write_text(json.dumps(content | {"ranks": [8, 4, 1]}))
     with pytest.raises(AdapterFileError, match="has shape"):
         PeftModel.from_pretrained(LLAMA.model(), saved)
+
+
+def test_names_of_levels_in_an_older_file_are_kept(tmp_path: Path) -> None:
+    """Any three levels were called so, whatever their groups."""
+    names = ["global", "mid", "local"]
+    model = adapted(levels=names, ranks=[2, 4, 8], groups=[0, 3, 1])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path).eval()
+    assert loaded.peft_config["default"].levels == names
+    assert list(msplora.factors(loaded)) == list(msplora.factors(model))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda its: its, copy.deepcopy, lambda its: pickle.loads(pickle.dumps(its))],
+    ids=["itself", "deepcopy", "pickle"],
+)
+def test_a_used_config_is_replaced_for_another_adapter(copied: Any, saved: Path) -> None:
+    first = config()
+    get_peft_model(LLAMA.model(), first)
+    of_file = PeftModel.from_pretrained(LLAMA.model(), saved).peft_config["default"]
+    for used in (first, of_file):
+        changes = {"target_modules": ["q_proj", "o_proj"], "inference_mode": False}
+        replaced = dataclasses.replace(copied(used), **changes)
+        model: Any = get_peft_model(LLAMA.model(), replaced)
+        plan = plan_of(model)
+        assert {site.key.rpartition(".")[2] for site in plan.sites} == {"q_proj", "o_proj"}
+        assert replaced.fingerprint == plan.fingerprint != used.fingerprint
+        fields = used.to_dict()
+        assert {type(fields[name]) for name in ("model_type", "fingerprint")} == {str}
+    other = dataclasses.replace(first, target_modules=["c_attn"])
+    assert plan_of(get_peft_model(MODELS["gpt2"].model(), other)).sites
+
+
+def test_a_config_that_was_read_and_replaced_is_still_for_its_base(saved: Path) -> None:
+    read: Any = PeftConfig.from_pretrained(str(saved))
+    replaced = dataclasses.replace(read, inference_mode=False)
+    assert (replaced.model_type, replaced.fingerprint) == ("llama", read.fingerprint)
+    with pytest.raises(AdapterFileError, match="another base"):
+        get_peft_model(llama(5), replaced)
+
+
+def test_an_adapter_that_was_trained_without_its_tasks_head_is_loaded(saved: Path) -> None:
+    """A new one would be refused; this one's pairs are what they were."""
+    file = saved / "adapter_config.json"
+    head = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | head))
+    loaded = PeftModel.from_pretrained(LLAMA.model(), saved).eval()
+    assert torch.equal(logits(loaded), logits(adapted()))

@@ -65,6 +65,25 @@ def test_level_names_are_made_up_where_they_are_not_given() -> None:
     assert config.levels == ["global", "mid0", "mid1", "local"]
 
 
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        ([1, 2, 0], ["global", "mid", "local"]),
+        ([0, 3, 1], ["local", "mid", "global"]),
+        ([1, 2, 4], ["global", "mid0", "mid1"]),
+        ([0, 0, 0], ["local0", "local1", "local2"]),
+        ([1, 1, 0], ["global0", "global1", "local"]),
+    ],
+    ids=str,
+)
+def test_three_levels_have_the_papers_names_where_they_are_the_papers(
+    groups: list[int], names: list[str]
+) -> None:
+    config = msplora.MSPLoraConfig(ranks=[2, 4, 8], groups=groups)
+    assert config.levels == names
+    assert dataclasses.replace(config, groups=[1, 3, 0]).levels == ["global", "mid", "local"]
+
+
 def test_split_alpha_shares_one_alpha_out() -> None:
     config = msplora.MSPLoraConfig(lora_alpha=24, split_alpha=True)
     assert config.alphas == [8, 8, 8]

@@ -86,6 +86,21 @@ def test_a_converted_pyramid_is_found_again(name: str, tmp_path: Path) -> None:
     assert (config["ranks"], config["groups"]) == (ranks, [1, 3, 0])
 
 
+@pytest.mark.parametrize("pattern", [None, "layers"])
+def test_a_loras_parameters_may_lie_in_other_blocks_than_its_modules(
+    pattern: str | None, tmp_path: Path
+) -> None:
+    """PEFT adapts parameters in all blocks whatever the layers, and a pyramid's are refused."""
+    options = {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}
+    layers = {"layers_to_transform": [0, 2], "layers_pattern": pattern}
+    lora = save_lora(MODELS["llama"], tmp_path, **options, **layers)
+    found = msplora.to_msplora(lora, tmp_path / "out", ranks=[4], groups=[0])
+    expected = {f"model.layers.{block}.self_attn.v_proj" for block in (0, 2)}
+    expected |= {f"model.layers.{block}.self_attn.q_proj.weight" for block in range(4)}
+    assert {its.site for its in found.sites} == expected
+    assert all(abs(1 - its.share) <= 1e-6 for its in found.sites)
+
+
 def _config_of(folder: Path) -> Any:
     return loading.read_config(folder)
 

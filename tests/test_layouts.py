@@ -1,8 +1,7 @@
-"""Layers other than a linear one: convolutions, embeddings, attention, parameters."""
+"""Layers other than a linear one: convolutions, embeddings, parameters."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -174,91 +173,6 @@ def test_the_embedding_of_a_language_model() -> None:
         assert close(model(**batch).logits, expected, 1e-4)
 
 
-# nn.MultiheadAttention
-
-
-class Attentive(nn.Module):
-    def __init__(self, depth: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-            for _ in range(depth)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def attention_oracle(base: nn.Module, model: Any, x: Tensor) -> Tensor:
-    weights = {}
-    for site in plan_of(model).sites:
-        inner = site.key.endswith("out_proj")
-        name = f"{site.key}.weight" if inner else f"{site.key}.in_proj_weight"
-        weight = base.get_parameter(name)
-        for pair in plan_of(model).pairs_of[site.key]:
-            a, b, scale = msplora.factors(model)[pair.address]
-            weight = weight + scale * b @ a
-        weights[name] = weight.detach()
-    return torch.func.functional_call(base, weights, (x,))
-
-
-def test_multihead_attention(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = Attentive().train()  # in eval its fused kernel reads weights directly
-    x = torch.randn(2, 5, 8)
-    model = wrapped(clone(base), target_modules=["self_attn"]).train()
-    assert close(run(model, x), run(base, x))
-    randomise(model)
-    plan = plan_of(model)
-    assert sorted(kind.name for kind in plan.kinds) == ["self_attn", "self_attn.out_proj"]
-    expected = attention_oracle(base, model, x).detach()
-    assert close(run(model, x), expected)
-    model(x).pow(2).sum().backward()
-    assert all(bool(its.grad.any()) for its in model.parameters() if its.requires_grad)
-    assert close(run(model.eval(), x), expected)
-    check_roads(model, base.eval(), x, tmp_path)
-
-
-@pytest.mark.parametrize("targets", [["self_attn"], ["linear1", "linear2"], "all-linear"], ids=str)
-def test_the_fused_kernel_of_an_encoder_layer_does_not_pass_an_adapter_by(targets: Any) -> None:
-    torch.manual_seed(0)
-    base = Attentive().eval()
-    x = torch.randn(2, 5, 8)
-    model = wrapped(clone(base), target_modules=targets)
-    randomise(model)
-    evaluated = run(model.eval(), x)
-    assert close(evaluated, run(model.train(), x))
-    assert not close(evaluated, run(base, x))
-    model.eval()
-    assert close(run(copy.deepcopy(model), x), evaluated)
-    plain = model.merge_and_unload()
-    assert close(run(plain, x), evaluated)
-    assert not [module for module in plain.modules() if module._forward_pre_hooks]
-
-
-def test_an_attention_with_dora_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"self_attn.*not support DoRA.*use_dora to False"):
-        wrapped(Attentive(), target_modules=["self_attn"], use_dora=True)
-
-
-def test_an_attention_over_keys_of_another_width_is_refused_when_planned() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
-    with pytest.raises(TargetError, match=r"'0' has kdim=6 and vdim=4 .* embed_dim=8"):
-        msplora.plan(model, msplora.MSPLoraConfig(target_modules=["0"]))
-
-
-def test_inside_a_multihead_attention_nothing_can_be_adapted() -> None:
-    with pytest.raises(TargetError, match=r"nn.MultiheadAttention.*'layers.0.self_attn'"):
-        wrapped(Attentive(), target_modules=["out_proj"])
-
-
-def test_all_linear_leaves_the_inside_of_a_multihead_attention_alone() -> None:
-    model = wrapped(Attentive(), target_modules="all-linear")
-    assert {kind.name for kind in plan_of(model).kinds} == {"linear1", "linear2"}
-
-
 # nn.Parameter
 
 
@@ -282,6 +196,20 @@ def test_a_linear_layers_parameter_as_a_target() -> None:
         expected = Untied(base, model, plan)(**batch).logits
         assert close(model(**batch).logits, expected)
         assert not close(expected, base(**batch).logits)
+
+
+def test_parameters_of_some_blocks_beside_modules_of_the_same() -> None:
+    blocks = [0, 2]
+    config = msplora.MSPLoraConfig(
+        target_modules=["v_proj"],
+        target_parameters=[f"model.layers.{block}.self_attn.q_proj.weight" for block in blocks],
+        layers_to_transform=blocks,
+        exclude_modules=["k_proj", "lm_head"],
+    )
+    plan = plan_of(get_peft_model(llama(4), config))
+    assert sorted((site.block, site.key.split(".")[4]) for site in plan.sites) == [
+        (block, name) for block in blocks for name in ("q_proj", "v_proj")
+    ]
 
 
 @on_expert_parameters

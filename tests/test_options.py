@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -130,6 +131,36 @@ def test_modules_to_save_train_are_saved_and_come_back(tmp_path: Path) -> None:
     expected = logits(model.eval(), tiny.batch())
     assert torch.equal(logits(loaded, tiny.batch()), expected)
     assert close(logits(loaded.merge_and_unload(), tiny.batch()), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "head"),
+    [
+        ("BertForSequenceClassification", {"task_type": "SEQ_CLS"}, "classifier"),
+        ("BertForTokenClassification", {"task_type": "TOKEN_CLS"}, "classifier"),
+        ("BertForQuestionAnswering", {"task_type": "QUESTION_ANS"}, "qa_outputs"),
+        ("BertForTokenClassification", {"modules_to_save": ["classifier", "score"]}, "classifier"),
+        (
+            "BertForNextSentencePrediction",
+            {"task_type": "SEQ_CLS", "modules_to_save": ["seq_relationship"]},
+            "cls.seq_relationship",
+        ),
+    ],
+    ids=str,
+)
+def test_the_head_of_a_task_trains_by_whatever_name(
+    name: str, options: dict[str, Any], head: str
+) -> None:
+    tiny = MODELS["bert"]
+    base = getattr(transformers, name)(tiny.model(2).config)
+    numbers = sum(its.numel() for its in base.get_submodule(head).parameters())
+    asked = msplora.MSPLoraConfig(target_modules=tiny.targets, **options)
+    model: Any = get_peft_model(base, asked)
+    assert trainable(model) == plan_of(model).parameters + numbers
+    whole = options.get("modules_to_save")
+    second = msplora.MSPLoraConfig(target_modules=["key"], modules_to_save=whole)
+    model.add_adapter("second", second)
+    assert plan_of(model, "second").sites
 
 
 def test_trainable_token_indices(tmp_path: Path) -> None:

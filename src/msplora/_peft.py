@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import inspect
 import re
@@ -174,6 +175,13 @@ def is_target(config: Any, key: str) -> bool:
     """Whether PEFT would adapt the module called `key`."""
     found = check_target_module_exists(config, key)
     return bool(found) and not isinstance(found, _ExcludedModule)
+
+
+def is_excluded(config: Any, key: str) -> bool:
+    """Whether `exclude_modules` would leave out a module called `key`, were it named in full."""
+    named = copy.copy(config)
+    named.target_modules, named.modules_to_save = {key}, None
+    return not is_target(named, key)
 
 
 def include_all_linear(config: Any, model: torch.nn.Module) -> None:

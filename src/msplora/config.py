@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from . import _peft
 from .errors import ConfigError, UnsupportedError, nearest
+from .patterns import check_patterns
 from .pyramid import PER_LAYER, Level
 
 FORMAT_VERSION = 1
@@ -19,9 +20,9 @@ FORMAT_VERSION = 1
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
-PAPER_LEVELS = ("global", "mid", "local")
 PAPER_GROUPS = (1, 3, PER_LAYER)
 _LISTS = ("levels", "ranks", "groups", "alphas")
+_OF_THE_BASE = ("model_type", "fingerprint")
 
 # What LoraConfig offers that a pyramid refuses: field -> (values that do not ask for it, why not).
 _ADAPT_THE_BASE = "it starts from this layer's own base weight, which shared pairs cannot all do"
@@ -77,7 +78,10 @@ class MSPLoraConfig(LoraConfig):
     )
     levels: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the levels, [a-z0-9_]+; 'global', 'mid', 'local' by default."},
+        metadata={
+            "help": "Names of the levels, [a-z0-9_]+; by default made of groups: 'global' for 1, "
+            "'local' for 0, else 'mid', and numbered where there are several."
+        },
     )
     ranks: list[int] | None = field(
         default=None, metadata={"help": "Rank of each level; [r, r // 2, r // 4] by default."}
@@ -116,6 +120,9 @@ class MSPLoraConfig(LoraConfig):
                 f"the adapter has format_version {self.format_version}; this msplora reads "
                 f"version {FORMAT_VERSION}. Install the msplora that wrote it, or a newer one."
             )
+        for name in _OF_THE_BASE:
+            if isinstance(getattr(self, name), _FilledInText):  # in what `replace` was called on
+                setattr(self, name, None)
         # What the file, if any, says of the base it was made for; the fields are filled in anew.
         self._made_for = (self.model_type, self.fingerprint)
         self._refuse_what_a_pyramid_cannot_do()
@@ -128,7 +135,17 @@ class MSPLoraConfig(LoraConfig):
         fields = super().to_dict()
         for name in _LISTS:
             fields[name] = list(fields[name])
+        for name in _OF_THE_BASE:
+            fields[name] = None if fields[name] is None else str(fields[name])
         return fields
+
+    def record_base(self, model_type: str | None, fingerprint: str) -> None:
+        """Say of which base the adapter is, once it is put on it.
+
+        `dataclasses.replace` leaves that behind: what it makes goes on a base of its own.
+        """
+        self.model_type = None if model_type is None else _FilledInText(model_type)
+        self.fingerprint = _FilledInText(fingerprint)
 
     @property
     def pyramid(self) -> tuple[Level, ...]:
@@ -314,7 +331,7 @@ class MSPLoraConfig(LoraConfig):
             _check_rank("rank_pattern", rank)
         for alpha in (self.alpha_pattern or {}).values():
             _check_alpha("alpha_pattern", alpha)
-        self._check_names()
+        check_patterns(self)
         if self.target_parameters:
             for name, neutral in (("lora_dropout", 0), ("use_dora", False)):
                 if getattr(self, name) != neutral:
@@ -323,24 +340,6 @@ class MSPLoraConfig(LoraConfig):
                         f"PEFT's LoRA neither): the delta is added to the parameter itself. Set "
                         f"{name}={neutral}."
                     )
-
-    def _check_names(self) -> None:
-        """Refuse names that could not be meant: a pattern that is none, a word taken for a list."""
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            for pattern in [value] if isinstance(value, str) else []:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ConfigError(
-                        f"{name} = {pattern!r} is one string, so it is read as a regular "
-                        f"expression, and it is none: {error}. Correct it, or give a list of names."
-                    ) from error
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(
-                f"modules_to_save = {self.modules_to_save!r}: give a list of names, "
-                f"[{self.modules_to_save!r}]."
-            )
 
 
 class _FilledIn(list):
@@ -356,14 +355,17 @@ class _FilledIn(list):
         return tuple(self) == self.made
 
 
+class _FilledInText(str):
+    """A text about the base that an injection filled in, which goes for that base alone."""
+
+
 def _halved(rank: int) -> list[int]:
     """The short form's ranks: r, r // 2, r // 4."""
     return [rank, rank // 2, rank // 4]
 
 
 def _level_names(groups: list[int]) -> list[str]:
-    if len(groups) == len(PAPER_LEVELS):
-        return list(PAPER_LEVELS)
+    """By how many groups a level has, numbered where several have the same name."""
     names = [{1: "global", PER_LAYER: "local"}.get(count, "mid") for count in groups]
     return [
         name if names.count(name) == 1 else f"{name}{names[:place].count(name)}"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _peft
 from .adapted import Adapted, embeddings_of, load_on_base
+from .blocks import place
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
 from .convert import copy_companions, folders_read
@@ -36,7 +37,7 @@ from .loading import (
     dtype_named,
     read_config,
 )
-from .matching import STORE_NAME, model_type_of, place
+from .matching import STORE_NAME, model_type_of
 from .planning import plan
 from .pyramid import Kind, Pair, Plan
 from .released import is_released, load_released
@@ -278,7 +279,7 @@ def _config(model: Any, changed: Mapping[str, Blocks], shape: Mapping[str, Any])
         "target_parameters": parameters or None,
         "exclude_modules": None,
         # With the layers that are named the groups are cut by the pattern too, so it stays.
-        "layers_to_transform": _every_layer(model.get_base_model(), modules, own),
+        "layers_to_transform": _every_layer(model.get_base_model(), [*changed], own),
     }
     for targets in ({}, exact):
         config = MSPLoraConfig(**(kept | targets), **shape, inference_mode=True)

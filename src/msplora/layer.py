@@ -119,10 +119,11 @@ class PyramidLayer(_peft.OwnLayer):
             "would keep both in one layer. Add another MSPLoRA adapter, or merge or unload first."
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        fused = None if args or kwargs else self._fused(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # No name for the input: an attention calls it query, and may be given it by that name.
+        fused = self._fused(args[0]) if len(args) == 1 and not kwargs else None
         if fused is None:
-            return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return fused
 
     def _fused(self, x: Tensor) -> Tensor | None:

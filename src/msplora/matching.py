@@ -11,16 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _peft
+from .blocks import check_layers, check_layers_reached
 from .config import MSPLoraConfig
 from .errors import TargetError, nearest
-from .parameters import own_parameters, targeted_parameters
+from .parameters import check_none_left_out, own_parameters, targeted_parameters
 from .pyramid import Shape
 
 STORE_NAME = "pyramid_store"
 """The attribute of the wrapped base model under which the store is registered."""
 
-HEADS = ("classifier", "score", "qa_outputs")
+_CLASSIFIERS = ("classifier", "score")
+_ANSWERS = ("qa_outputs",)
+HEADS = (*_CLASSIFIERS, *_ANSWERS)
 """What PEFT adds to `modules_to_save` by itself, whether the model has it or not."""
+_HEADS_OF = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": _ANSWERS}
 
 
 # Where releases of transformers name the same weights differently.
@@ -162,30 +166,6 @@ def module_shape(path: str, module: nn.Module) -> Shape:
     return Shape(layout, out_features, in_features)
 
 
-def place(
-    model: nn.Module, key: str, layers_pattern: list[str] | str | None = None
-) -> tuple[str, int | None, str]:
-    """Where a site lies: the path of its list of blocks, its block's number, the path inside it.
-
-    The list is the outermost `ModuleList` or `Sequential` with numbered children on the way, or
-    what `layers_pattern` names. A site outside every list is a stack of its own.
-    """
-    names = key.split(".")
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
-    module: Any = model
-    for place_, name in enumerate(names):
-        if name.isdigit():
-            path = ".".join(names[:place_])
-            if patterns:
-                is_list = any(re.search(rf"(^|\.){pattern}$", path) for pattern in patterns)
-            else:
-                is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
-            if is_list:
-                return path, int(name), ".".join(names[place_ + 1 :]) or "self"
-        module = _peft.unwrapped(getattr(module, name)) if hasattr(module, name) else None
-    return key, None, key
-
-
 def pattern_matches(pattern: str, key: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", key) is not None
 
@@ -193,15 +173,10 @@ def pattern_matches(pattern: str, key: str) -> bool:
 def check_names(modules: Mapping[str, nn.Module], config: Any) -> None:
     """Refuse what the config of any method names in vain; the nearest there is is told."""
     paths = [path for path in modules if path]
-    _check_layers(modules[""], config, paths)
+    check_layers(modules[""], config, paths)
     for field in ("target_modules", "exclude_modules", "target_parameters"):
         _check_names(field, getattr(config, field, None), modules)
-    for name in config.modules_to_save or ():
-        if name not in HEADS and not any(path.endswith(name) for path in paths):
-            raise TargetError(
-                f"modules_to_save names {name!r}, but this model has nothing of that name."
-                f"{nearest(name, [*_leaves(paths), *paths])}"
-            )
+    _check_modules_to_save(config, paths)
 
 
 def check_everything_matched(
@@ -210,6 +185,12 @@ def check_everything_matched(
     """Refuse every entry of the config that selects nothing, naming the nearest that would."""
     check_names(modules, config)
     _check_tokens(modules, config)
+    if not _is_of_a_file(config):
+        adapted = {target.key for target in targets}
+        check_layers_reached(modules, config, adapted, _is_target)
+        parameters = [its.key for its in targets if its.shape.layout == "experts"]
+        check_none_left_out(modules[""], config, parameters)
+        _check_whole_attention(config, targets)
     if not targets and not config.target_modules and not config.target_parameters:
         raise NoMatchError(
             f"target_modules = {_shown(config.target_modules)} names nothing to adapt. Name some "
@@ -236,6 +217,51 @@ def check_everything_matched(
                     f"{name} has a key {pattern!r} that matches none of the adapted modules."
                     f"{nearest(pattern, {target.key.rpartition('.')[2] for target in targets})}"
                 )
+
+
+def _check_whole_attention(config: Any, targets: list[Target]) -> None:
+    for target in targets:
+        is_inner = target.key != target.path and target.shape.layout == "linear"
+        if is_inner and _peft.is_excluded(config, target.key):
+            raise TargetError(
+                f"exclude_modules = {_shown(config.exclude_modules)} leaves out {target.key!r}, "
+                f"but PEFT adapts both projections of an nn.MultiheadAttention or none. Leave out "
+                f"{target.path!r}, or adapt all of it."
+            )
+
+
+def _check_modules_to_save(config: Any, paths: list[str]) -> None:
+    """Refuse a module to train whole that there is not; of a task's heads one is enough."""
+    task = config.task_type
+    named = list(config.modules_to_save or ())
+    heads = _HEADS_OF.get(task, ())
+    if task == "QUESTION_ANS":
+        named += heads  # which PEFT names only after it has put the adapter in
+    elif set(named).issuperset(_CLASSIFIERS):
+        heads = _CLASSIFIERS  # as for every adapter of a PeftModelForSequenceClassification
+    of_a_file = _is_of_a_file(config)
+    found = {name for name in named if any(path.endswith(name) for path in paths)}
+    for name in named:
+        if name not in found and name not in (HEADS if of_a_file else heads):
+            raise TargetError(
+                f"modules_to_save names {name!r}, but this model has nothing of that name."
+                f"{nearest(name, [*_leaves(paths), *paths])}"
+            )
+    if named and not found and not of_a_file:
+        raise TargetError(
+            f"modules_to_save = {list(dict.fromkeys(named))}, as PEFT fills it in for a classifier "
+            f"or for answers, and this model has none of these: its head would stay as it is. "
+            f"Name the head in modules_to_save, or leave task_type out. The model's parts are "
+            f"{some([path for path in paths if '.' not in path])}."
+        )
+
+
+def _is_of_a_file(config: Any) -> bool:
+    """Whether what it adapts was settled when its file was made: there is a fingerprint to tell.
+
+    What is refused of a new adapter is loaded then as it was trained.
+    """
+    return getattr(config, "_made_for", (None, None))[1] is not None
 
 
 def _names(modules: Mapping[str, nn.Module], of_parameters: bool) -> list[str]:
@@ -288,33 +314,6 @@ def _instead_of(entry: str, field: str, modules: Mapping[str, nn.Module]) -> str
         alike = {".".join(name.split(".")[-len(parts) :]) for name in names if name.endswith(last)}
         return f" There is {some(sorted(alike), 3)}."
     return nearest(entry, [*here, *names]) or f" It has {some(here)}."
-
-
-def _check_layers(model: nn.Module, config: MSPLoraConfig, paths: list[str]) -> None:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
-        return
-    lists: dict[str, set[int]] = {}
-    for path in paths:
-        stack, block, _ = place(model, path, config.layers_pattern)
-        if block is not None:
-            lists.setdefault(stack, set()).add(block)
-    if config.layers_pattern and not lists:
-        stacks = {stack for path in paths if (stack := place(model, path)[0]) != path}
-        raise TargetError(
-            f"layers_pattern = {config.layers_pattern!r} names no list of blocks of this model. "
-            f"Its lists are {some(sorted(stacks))}."
-        )
-    known = set().union(*lists.values()) if lists else set()
-    missing = sorted({wanted} - known if isinstance(wanted, int) else set(wanted) - known)
-    if missing:
-        described = ", ".join(
-            f"{stack!r} has blocks 0 to {max(blocks)}" for stack, blocks in lists.items()
-        )
-        raise TargetError(
-            f"layers_to_transform asks for {missing}, which no list of blocks has: "
-            f"{described or 'this model has no list of blocks'}."
-        )
 
 
 def inside_attention(model: nn.Module, path: str) -> bool:

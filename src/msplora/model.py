@@ -125,8 +125,7 @@ class MSPLoraModel(LoraModel):
             raise
         finally:
             self.__dict__.pop("_lending", None)
-        config.model_type = model_type_of(model)
-        config.fingerprint = plan.fingerprint
+        config.record_base(model_type_of(model), plan.fingerprint)
 
     def _create_pairs(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import _peft
+from .blocks import place, wanted_blocks
 from .errors import TargetError
 from .pyramid import Shape
 
@@ -40,6 +41,40 @@ def experts_named_as_modules(modules: Mapping[str, nn.Module], pattern: str) -> 
         for name, parameter in _peft.unwrapped(module).named_parameters(recurse=False)
         if parameter.ndim == 3 and re.fullmatch(pattern, f"{path}.{name}")
     ]
+
+
+def check_none_left_out(model: nn.Module, config: Any, keys: Sequence[str]) -> None:
+    """Refuse to adapt parameters that `exclude_modules` or `layers_to_transform` leaves out.
+
+    PEFT goes by neither where it adapts parameters, so they would train all the same.
+
+    Args:
+        model: the base.
+        config: the adapter's.
+        keys: of all that `target_parameters` matches.
+
+    Raises:
+        TargetError: one of them is left out.
+    """
+    wanted = wanted_blocks(config)
+    left_out = {}
+    for key in keys:
+        if any(_peft.is_excluded(config, its) for its in (key, key.rpartition(".")[0])):
+            left_out[key] = "exclude_modules"
+        elif wanted is not None:
+            block = place(model, key, config.layers_pattern)[1]
+            in_full = block is None and key in config.target_parameters
+            if block not in wanted and not in_full:
+                left_out[key] = "layers_to_transform"
+    if left_out:
+        key, field = next(iter(left_out.items()))
+        kept = [key for key in keys if key not in left_out]
+        advice = f"Name in full what to adapt, as {kept[0]!r}" if kept else "Adapt no parameter"
+        raise TargetError(
+            f"target_parameters matches {key!r}, which {field} = {getattr(config, field)!r} leaves "
+            f"out; but that goes for modules only, and PEFT adapts the parameter all the same. "
+            f"{advice}, or leave {field} out."
+        )
 
 
 def _check_that_peft_wraps_it(

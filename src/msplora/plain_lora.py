@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _peft
+from .blocks import place
 from .errors import ConfigError
 from .layer import PyramidLayer
-from .matching import inside_attention, own_modules, place
+from .matching import inside_attention, own_modules
 from .store import STORE_NAME
 
 _WRAPPED = "base_model.model."

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import _peft
+from .blocks import place
 from .config import MSPLoraConfig
 from .errors import ConfigError, TargetError
 from .matching import (
@@ -23,7 +24,6 @@ from .matching import (
     model_type_of,
     own_modules,
     pattern_matches,
-    place,
     some,
     trained_whole,
 )

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from msplora.blocks import place
 from msplora.errors import AdapterFileError, BaseModelError, UnsupportedError
-from msplora.matching import place
 from msplora.pyramid import Level, Shape, Site, arrange
 from msplora.spectrum import as_matrices
 
