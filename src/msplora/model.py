@@ -29,6 +29,7 @@ from .layer import PyramidLayer, make_pyramid_layer
 from .matching import STORE_NAME, model_type_of
 from .planning import make_plan, prepared
 from .pyramid import Plan
+from .saving import shapes_in, tensors_to_save
 from .store import Store, find_store, raise_for
 from .weighted import combined_adapter
 
@@ -312,17 +313,9 @@ class MSPLoraModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        selected = cls.tensors_of_adapter(model, adapter_name, state_dict)
+        selected = tensors_to_save(model, adapter_name, state_dict)
         selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return selected
-
-    @staticmethod
-    def tensors_of_adapter(
-        model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What a state dict of the whole model holds of one adapter's pairs."""
-        keys = set(_store_keys(model, adapter_name))
-        return {key: value for key, value in state_dict.items() if key in keys}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -336,7 +329,7 @@ class MSPLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         to_model = {}
-        for key in _store_keys(model, adapter_name):
+        for key in shapes_in(model, adapter_name):
             saved = cls._remove_adapter_name_from_key(key, adapter_name)
             to_model[saved.removeprefix(_WRAPPED)] = key
         remapped = {
@@ -358,20 +351,6 @@ class MSPLoraModel(LoraModel):
 
 _HALF = (torch.float16, torch.bfloat16)
 _WRAPPED = "base_model.model."
-
-
-def _store_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """The names that one adapter's tensors have in the model's state dict."""
-    keys = []
-    for path, module in model.named_modules():
-        if isinstance(module, Store):
-            prefix = path.replace("_fsdp_wrapped_module.", "")
-            keys += [
-                f"{prefix}.{name}"
-                for name in module.state_dict()
-                if name.split(".")[-2] == adapter_name
-            ]
-    return keys
 
 
 def _do_nothing(layer: nn.Module, args: Any) -> None:
