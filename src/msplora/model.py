@@ -19,6 +19,7 @@ from .injecting import (
     base_of,
     check_every_site_borrows,
     check_made_for,
+    check_name_is_free,
     check_not_trained_whole,
     check_request,
     check_type,
@@ -42,6 +43,18 @@ class MSPLoraModel(LoraModel):
     """
 
     prefix: str = _peft.PREFIX
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # If the model has adapters already, PEFT first puts the new config into their dictionary.
+        held: Any = getattr(model, "peft_config", None)
+        before = dict(held) if isinstance(held, dict) else {}
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if isinstance(held, dict):
+                held.clear()
+                held.update(before)
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A call, where older PEFT releases ask for `forward` past the hooks that `stacking.py` has.
@@ -68,6 +81,7 @@ class MSPLoraModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plan, create the pairs, then let PEFT replace the layers; undo all of it on an error."""
+        check_name_is_free(model, adapter_name)  # else undoing would take the other one away
         try:
             self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except BaseException:
