@@ -206,8 +206,10 @@ def parameter_shape(module: torch.nn.Module, name: str) -> tuple[int, int, int]:
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The base layer under any PEFT layers."""
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        inner = getattr(module, "base_layer", None)
-        module = module.original_module if inner is None else inner
+        # Past a wrapper's own look-up, which before 0.21 fails if none of its adapters is active.
+        its: Any = module
+        wrapper = isinstance(module, AuxiliaryTrainingWrapper)
+        module = its.original_module if wrapper else its.base_layer
     return module
 
 

@@ -32,7 +32,7 @@ from .planning import make_plan, prepared
 from .pyramid import Plan
 from .saving import shapes_in, tensors_to_save
 from .store import Store, find_store, raise_for
-from .weighted import combined_adapter
+from .weighted import combined_adapter, take_over_whole
 
 
 class MSPLoraModel(LoraModel):
@@ -285,6 +285,9 @@ class MSPLoraModel(LoraModel):
     ) -> None:
         """Combine adapters level by level into a new one.
 
+        A module that one of them trains whole (a classifier's head), and its trained tokens, are
+        taken over as they are, whatever the weights.
+
         Args:
             adapters: names of adapters on the same sites, with the same levels and groups.
             weights: one factor each.
@@ -315,6 +318,7 @@ class MSPLoraModel(LoraModel):
                 new_a, new_b = store.pair(address, adapter_name)
                 new_a.factor.copy_(a)
                 new_b.factor.copy_(b)
+        take_over_whole(self.model, adapters, adapter_name)
 
     # What PEFT saves and loads: hooks that are new in PEFT 0.21 (see `_peft_older.py`).
 
