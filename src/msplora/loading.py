@@ -23,6 +23,7 @@ from . import sisters
 from .classifier_head import CLASSIFIERS, number_of_labels
 from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .planning import without_storage
 from .same_source import same_source
 
 CONFIG_FILE = "adapter_config.json"
@@ -295,10 +296,7 @@ def without_weights(config: PeftConfig, of_base: Any, source: str, base: BaseOpt
     with loading_errors_explained(source):
         found = base_class(config, source, base)
     try:
-        with torch.device("meta"):
-            if hasattr(found, "from_config"):  # the automatic classes are not made
-                return found.from_config(of_base, trust_remote_code=base.trust_remote_code)
-            return found(of_base)
+        return without_storage(found, of_base, base.trust_remote_code)
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"the base {source!r} is a {of_base.model_type}, and cannot be built as the "
