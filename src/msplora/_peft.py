@@ -231,13 +231,14 @@ def lora_counts_out_proj_twice() -> bool:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["0"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
+    # The first to ask may be within `torch.device("meta")`.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = torch.nn.Sequential(torch.nn.MultiheadAttention(2, 1))
         attention: Any = inject_adapter_in_model(config, model)[0]  # pyright: ignore
-    out_proj = attention.base_layer.out_proj
-    expected = out_proj.weight + out_proj.get_delta_weight("default")
-    attention.merge()
-    return not torch.allclose(out_proj.weight, expected)
+        out_proj = attention.base_layer.out_proj
+        expected = out_proj.weight + out_proj.get_delta_weight("default")
+        attention.merge()
+        return not torch.allclose(out_proj.weight, expected)
 
 
 def device_of(base_layer: torch.nn.Module) -> torch.device | None:
