@@ -242,10 +242,13 @@ def _check_tensors(store: Store, state_dict: Mapping[str, Tensor], prefix: str, 
     loaded; one of which it holds something has to be whole.
     """
     expected = {f"{prefix}{name}": tensor for name, tensor in store.state_dict().items()}
+    by_adapter: dict[str, list[str]] = {}
+    for key in expected:
+        by_adapter.setdefault(key.split(".")[-2], []).append(key)
     given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     problems = [f"{key} is not one of this adapter's" for key in given if key not in expected]
     for adapter_name in store.plans:
-        of_adapter = [key for key in expected if key.split(".")[-2] == adapter_name]
+        of_adapter = by_adapter.get(adapter_name, [])
         present = [key for key in of_adapter if key in given]
         if present:
             problems += [f"{key} is missing" for key in of_adapter if key not in given]
