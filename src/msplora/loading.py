@@ -232,7 +232,7 @@ def load_base_of(
             source, **options, ignore_mismatched_sizes=True, output_loading_info=True
         )
     brought = {key.removeprefix("base_model.model.") for key in tensors}
-    unlike = sorted({entry[0] for entry in info["mismatched_keys"]} - brought)
+    unlike = sorted(set(mismatched_names(info)) - brought)
     random = sorted(set(info["missing_keys"]) - brought)
     if unlike or (random and loader.__name__.endswith("ForImageClassification")):
         raise BaseModelError(
@@ -334,6 +334,14 @@ def dtype_argument() -> str:
     """What `from_pretrained` calls its dtype: renamed in transformers 4.56."""
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
     return "dtype" if version >= (4, 56) else "torch_dtype"
+
+
+def mismatched_names(info: Mapping[str, Any]) -> list[str]:
+    """The weights that had another shape in the files, of what transformers says of a loading.
+
+    The last releases of transformers 4 give names alone, the others both shapes with each.
+    """
+    return [its if isinstance(its, str) else its[0] for its in info["mismatched_keys"]]
 
 
 @contextmanager
