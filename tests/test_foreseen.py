@@ -17,7 +17,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import msplora
-from msplora import loading
+from msplora import _peft, loading
 from msplora.adapted import load_adapted
 from msplora.errors import BaseModelError, ConfigError, MSPLoraError, UnsupportedError
 from msplora.loading import BaseOptions
@@ -91,6 +91,48 @@ def test_nothing_is_loaded_for_what_cannot_be(
 
 def _not_yet(*_: object) -> None:
     raise AssertionError("the base was loaded")
+
+
+@pytest.fixture
+def attention(tmp_path: Path) -> Path:
+    """A pyramid on an `nn.MultiheadAttention`, by the first in a process to adapt one."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "base")
+    base = transformers.SiglipVisionModel.from_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"target_modules": ["head.attention"], "init_lora_weights": False}
+    adapted = get_peft_model(base, msplora.MSPLoraConfig(**options))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    _peft.lora_counts_out_proj_twice.cache_clear()
+    return tmp_path / "adapter"
+
+
+@pytest.mark.filterwarnings("ignore:.*outside every list of blocks")
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [({"server": "vllm"}, "vLLM"), ({"form": "gguf"}, "llama.cpp"), ({"form": "mlx"}, "mlx-lm")],
+)
+def test_an_adapted_attention_is_refused_for_what_it_is(
+    attention: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    title: str,
+) -> None:
+    monkeypatch.setattr("msplora.adapted.load_base_of", _not_yet)
+    with pytest.raises(UnsupportedError, match=f"{title} cannot serve.*nn.MultiheadAttention"):
+        msplora.to_lora(attention, tmp_path / "out", **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*outside every list of blocks")
+def test_an_adapted_attention_is_padded(attention: Path, tmp_path: Path) -> None:
+    assert msplora.to_lora(attention, tmp_path / "out", pad_to="pow2").rank == 16
 
 
 def test_a_missing_library_is_missed_before_the_base_is_loaded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import msplora
 from msplora.adapted import load_adapted
 from msplora.errors import AdapterFileError, BaseModelError, UnsupportedError
 from msplora.loading import dtype_argument
+from msplora.merging import unloaded
 from msplora.probing import probe_inputs
-from tiny import MODELS, llama
+from tiny import EXPERTS_ARE_PARAMETERS, MODELS, llama
 from tiny_saved import byte_tokenizer
 
 hf: Any = transformers  # whose configs take more than their signatures say
@@ -176,6 +178,92 @@ def test_merging_into_a_tied_weight_unties_it(tmp_path: Path, target: str) -> No
     assert torch.equal(merged[f"{other}.weight"], before["model.embed_tokens.weight"])
     with pytest.raises(UnsupportedError, match=r"adapts .*both or none. Leave it a LoRA, or merge"):
         msplora.to_msplora(adapter, tmp_path / "pyramid", ranks=[4], groups=[0])
+
+
+START = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+
+
+def trained_whole(folder: Path, model: Any, name: str, targets: list[str], task: str) -> Path:
+    """An adapter of a saved base that has trained the module `name` whole."""
+    model.save_pretrained(folder / "base")
+    model = type(model).from_pretrained(folder / "base")
+    options = {"r": 4, "init_lora_weights": False, "task_type": task, "modules_to_save": [name]}
+    adapted = get_peft_model(model, msplora.MSPLoraConfig(target_modules=targets, **options))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "modules_to_save" in key:
+                parameter += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(str(folder / "adapter"))
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
+def test_a_head_that_is_no_longer_the_embedding_is_said_to_be_none(
+    tmp_path: Path, trained: str
+) -> None:
+    """Other releases of transformers, and servers, go by the config and would tie them again."""
+    base = llama(2, tie_word_embeddings=True)
+    adapter = trained_whole(tmp_path, base, trained, ["q_proj"], "CAUSAL_LM")
+    its = msplora.to_merged(adapter, tmp_path / "merged").comparison
+    assert its is not None
+    assert its.shown
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+
+
+def test_the_config_of_the_text_model_says_so_too(tmp_path: Path) -> None:
+    model: Any = MODELS["llava"].model(2)
+    for config in (model.config, model.config.text_config):
+        config.tie_word_embeddings = True
+    model.tie_weights()
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    merged = unloaded(get_peft_model(model, msplora.MSPLoraConfig(**options)))
+    assert merged.lm_head.weight is not merged.get_input_embeddings().weight
+    assert merged.config.tie_word_embeddings is False
+    assert merged.config.text_config.tie_word_embeddings is False
+
+
+def test_what_stays_tied_is_left_tied(tmp_path: Path) -> None:
+    kept = llama(2, tie_word_embeddings=True)
+    config = msplora.MSPLoraConfig(target_modules=["q_proj"], trainable_token_indices=[3])
+    assert unloaded(get_peft_model(kept, config)).config.tie_word_embeddings is True
+
+
+BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.skipif(not EXPERTS_ARE_PARAMETERS, reason="transformers 4 ties them as it loads")
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [
+        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**START, **T5)), "q"),
+        (lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**START, **T5)), "q"),
+        (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), "q_proj"),
+    ],
+    ids=["t5", "umt5", "bart"],
+)
+def test_the_embedding_of_an_encoder_and_a_decoder_stays_theirs(
+    tmp_path: Path, build: Callable[[], Any], target: str
+) -> None:
+    """What the config says of the head it says of these too; UMT5 asks it whether to scale."""
+    adapter = trained_whole(tmp_path, build(), "lm_head", [target], "SEQ_2_SEQ_LM")
+    its = msplora.to_merged(adapter, tmp_path / "merged").comparison
+    assert its is not None
+    assert its.shown
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
 
 
 def test_a_pattern_stays_where_a_layer_is_not_changed(tmp_path: Path) -> None:

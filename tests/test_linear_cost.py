@@ -6,7 +6,9 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import msplora
-from msplora import MSPLoraConfig
+from msplora import MSPLoraConfig, from_lora
+from msplora.inspection.adapter import _kinds
+from msplora.inspection.entries import Entries, Entry, entries_of
+from msplora.inspection.tensor_file import Header
 from msplora.plain_lora import lora_of
+from msplora.pyramid import Plan, Shape, Site, arrange
+from msplora.store import STORE_NAME, A, B, _check_tensors, find_store, name_in_file
 from oracle import randomise, trainable
 from tiny import llama
 
@@ -131,6 +138,98 @@ def test_planning_many_names_grows_in_proportion_to_them() -> None:
         for layers in (4, 8, 16, 32)
     ]
     assert counts[3] - counts[2] <= 1.05 * 2 * (counts[2] - counts[1])
+
+
+def grows_in_proportion(prepare: Callable[[int], Callable[[], Any]]) -> bool:
+    """To what there is of something: two, four times as much of it takes as much more work."""
+    prepare(2)()  # what happens once in a process
+    at_8, at_16, at_32 = (calls(prepare(count)) for count in (8, 16, 32))
+    return at_32 - at_16 <= 1.05 * 2 * (at_16 - at_8)
+
+
+def test_checking_what_is_loaded_grows_in_proportion_to_the_adapters() -> None:
+    def checking(adapters: int) -> Callable[[], Any]:
+        model: Any = get_peft_model(llama(1), MSPLoraConfig(target_modules=["q_proj"]))
+        for number in range(adapters):
+            model.add_adapter(f"number{number}", MSPLoraConfig(target_modules=["q_proj"]))
+        store = find_store(model)
+        assert store is not None
+        tensors = store.state_dict()
+        return lambda: _check_tensors(store, tensors, "")
+
+    assert grows_in_proportion(checking)
+
+
+class Kind(str):
+    """A kind's name that is seen to be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+
+def kinds_of(count: int) -> Plan:
+    """A plan of many kinds, each in three layers."""
+    shape = Shape("linear", 4, 4)
+    sites = [
+        Site(f"layers.{block}.kind{number}", "layers", f"kind{number}", block, shape)
+        for block in range(3)
+        for number in range(count)
+    ]
+    return arrange(sites, MSPLoraConfig(target_modules=[]).pyramid)
+
+
+def test_inspecting_grows_in_proportion_to_the_kinds() -> None:
+    def naming(count: int) -> Callable[[], Any]:
+        shapes = {
+            f"base_model.model.{STORE_NAME}.{name_in_file(pair.address, factor)}": (
+                Header(Path(), shape, "F32")
+            )
+            for pair in kinds_of(count).pairs
+            for factor, shape in ((A, (pair.rank, 4)), (B, (4, pair.rank)))
+        }
+        files: Any = SimpleNamespace(headers=shapes)
+        config = MSPLoraConfig(target_modules=[])
+        assert len(entries_of(files, config).pairs) == len(shapes) / 2
+        return lambda: entries_of(files, config)
+
+    def grouping(count: int) -> Callable[[], Any]:
+        plan = kinds_of(count)
+        names = {kind.name: Kind(kind.name) for kind in plan.kinds}
+        levels = {level.name: level for level in plan.levels}
+        header = Header(Path(), (4, 4), "F32")
+        pairs = tuple(
+            Entry(pair.address, names[pair.kind], levels[pair.level], (0,), 1, "a", "b")
+            for pair in plan.pairs
+        )
+        files: Any = SimpleNamespace(headers={"a": header, "b": header})
+        entries = Entries(pairs, plan.levels, (), frozenset())
+        return lambda: _kinds(files, entries)
+
+    assert grows_in_proportion(naming)
+    assert grows_in_proportion(grouping)
+
+
+def test_fitting_grows_in_proportion_to_the_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        from_lora, "fit", lambda _, pairs: SimpleNamespace(pairs=pairs, history=[0], converged=True)
+    )
+    monkeypatch.setattr(from_lora, "laid_out", lambda pair, blocks: pair)
+
+    def fitting(count: int) -> Callable[[], Any]:
+        plan = kinds_of(count)
+        names = {kind.name: Kind(kind.name) for kind in plan.kinds}
+        plan = replace(
+            plan,
+            kinds=tuple(replace(kind, name=names[kind.name]) for kind in plan.kinds),
+            pairs=tuple(replace(pair, kind=names[pair.kind]) for pair in plan.pairs),
+        )
+        updates = {site.key: [None] for site in plan.sites}
+        return lambda: from_lora.fitted_pairs(plan, updates)  # pyright: ignore
+
+    assert grows_in_proportion(fitting)
 
 
 class Memory:

@@ -26,6 +26,7 @@ from msplora.errors import (
 from oracle import (
     assert_shared,
     plan_of,
+    randomise,
     snapshot,
 )
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, llama
@@ -111,6 +112,43 @@ def test_a_lora_injected_into_an_adapted_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"MSPLoRA|lora"):
         inject_adapter_in_model(LoraConfig(target_modules=TARGETS), base, "second")
     assert torch.equal(logits(base), expected)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [{}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_prj"]}, {"use_dora": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("wrap", [get_peft_model, reversed_inject], ids=["peft", "inject"])
+def test_a_second_adapter_of_the_same_name_is_refused(
+    wrap: Any, again: dict[str, Any], tmp_path: Path
+) -> None:
+    """A cell of a notebook that runs again, on the base or on what the first run made of it."""
+    base: Any = LLAMA.model()
+    model: Any = wrap(base, config()).eval()
+    randomise(model)
+    expected, before = logits(model), [snapshot(its) for its in (base, model)]
+    for once_more in (base, model):
+        with pytest.raises(ConfigError, match=r"has an adapter 'default' already.*unload\(\)"):
+            wrap(once_more, config(**again))
+        assert [snapshot(its) for its in (base, model)] == before
+        assert torch.equal(logits(model), expected)
+    saved = {key: its.clone() for key, its in peft.get_peft_model_state_dict(model).items()}
+    other: Any = wrap(LLAMA.model(), config()).eval()
+    peft.set_peft_model_state_dict(other, saved)
+    assert torch.equal(logits(other), expected)
+
+
+def test_the_name_of_an_adapter_that_was_taken_off_is_free() -> None:
+    model = adapted(use_dora=True)
+    expected = logits(adapted(model.unload(), target_modules=["q_proj"]))
+    fresh = adapted(target_modules=["q_proj"])
+    assert torch.equal(expected, logits(fresh))
+    fresh.add_adapter("second", config())
+    fresh.delete_adapter("default")
+    fresh.add_adapter("default", config())
+    assert sorted(fresh.peft_config) == ["default", "second"]
+    assert_shared(fresh, plan_of(fresh))
 
 
 def test_injecting_from_a_state_dict_is_refused() -> None:

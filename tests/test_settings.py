@@ -229,6 +229,14 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
             "training.head_learning_rate = 0.001 is the head's rate itself",
         ),
         (f"{MINIMAL}training: {{head_learning_rate: 1e-3}}", "is for task 'classification'"),
+        (
+            f"{MINIMAL}devices: {{strategy: zero2}}\ntraining: {{stages: [mid]}}",
+            "training.stages freezes levels, and devices.strategy = 'zero2'",
+        ),
+        (
+            f"{MINIMAL}devices: {{strategy: zero3}}\ntraining: {{frozen_levels: [mid]}}",
+            "training.frozen_levels freezes levels, and devices.strategy = 'zero3'",
+        ),
         (CLASSIFIER.replace("{train:", "{validation_fraction: 0, train:"), "needs held-out rows"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b], regression: true, train:"), "is set"),
         (CLASSIFIER.replace("{train:", "{labels: [a, b, a], train:"), "names 'a' more than once"),

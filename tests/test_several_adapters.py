@@ -27,6 +27,7 @@ from adapted_llama import (
 from oracle import (
     assert_shared,
     plan_of,
+    randomise,
     same_tensors,
     tensors_of,
     trainable,
@@ -229,6 +230,63 @@ def test_modules_that_two_adapters_train_whole_are_not_combined() -> None:
     model.add_adapter("second", config(modules_to_save=["lm_head"]))
     with pytest.raises(msplora.MSPLoraError, match="modules_to_save, but found 1 such"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert sorted(model.peft_config) == ["default", "second"]
+
+
+TOKENS = [int(token) for token in BATCH["input_ids"][0, :2]]
+
+
+@pytest.mark.parametrize("owner", ["default", "second"])
+@pytest.mark.parametrize(
+    "changes", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": TOKENS}], ids=str
+)
+def test_a_weighted_adapter_has_the_head_and_the_tokens_that_one_has_trained(
+    tmp_path: Path, owner: str, changes: dict[str, Any]
+) -> None:
+    model = adapted(**(changes if owner == "default" else {}))
+    model.add_adapter("second", config(**(changes if owner == "second" else {})))
+    randomise(model, "second", seed=11)
+    (trained,) = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if f"modules_to_save.{owner}" in name or f"trainable_tokens_delta.{owner}" in name
+    ]
+    with torch.no_grad():
+        trained.normal_()
+    weights = {"default": 0.5, "second": 2.0}
+    model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type="cat")
+    plain = delta_model(model, weights)
+    with torch.no_grad():
+        if "modules_to_save" in changes:
+            plain.lm_head.weight.copy_(trained)
+        else:
+            plain.model.embed_tokens.weight[TOKENS] = trained
+        trained_before = trained.clone()
+    model.set_adapter("sum")
+    assert close(logits(model), logits(plain))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(LLAMA.model(), tmp_path / "sum").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    step(model)  # a copy of its own
+    assert torch.equal(trained, trained_before)
+
+
+def test_tokens_that_two_adapters_train_are_not_combined() -> None:
+    model = adapted(trainable_token_indices=[3])
+    model.add_adapter("second", config(trainable_token_indices=[7]))
+    with pytest.raises(msplora.MSPLoraError, match=r"'default', 'second'.*at most one trains"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert sorted(model.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"bias": "all"}], ids=str
+)
+def test_what_cannot_be_combined_is_refused_of_every_adapter(changes: dict[str, Any]) -> None:
+    model = adapted()
+    model.add_adapter("second", config(**changes))
+    with pytest.raises(msplora.MSPLoraError, match="adapter 'second' has one of them"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
     assert sorted(model.peft_config) == ["default", "second"]
 
 

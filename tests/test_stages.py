@@ -215,6 +215,9 @@ def test_what_cannot_be_staged_is_refused(tmp_path: Path) -> None:
     run.state.max_steps = 9
     with pytest.raises(MSPLoraError, match="cannot restart a StepLR"):
         begin(run.args, run.state, run.control, model=run.model, lr_scheduler=steps)
+    run.args.deepspeed_plugin = object()  # pyright: ignore
+    with pytest.raises(ConfigError, match=r"do not run under DeepSpeed.*FSDP2"):
+        begin(run.args, run.state, run.control, model=run.model, lr_scheduler=steps)
 
 
 def test_frozen_levels_do_not_train(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import msplora
+from adapted_llama import take_the_installed_peft
 from msplora.errors import AdapterFileError, MSPLoraError, UnsupportedError
 from oracle import randomise, same_tensors, tensors_of
 from tiny import MODELS
@@ -62,6 +63,38 @@ def test_other_alphas_go_into_b(tmp_path: Path) -> None:
     msplora.hotswap(model, folder)
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert [scale for _, _, scale in msplora.factors(model).values()] == scales
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_an_injected_adapter_is_swapped(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Its tensors have no "base_model.model." before their names; those of a file have."""
+    other = adapted(2, **changes)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    other.save_pretrained(tmp_path)
+    config = msplora.MSPLoraConfig(**({"target_modules": TARGETS} | changes))
+    model: Any = inject_adapter_in_model(config, LLAMA.model()).eval()
+    randomise(model, seed=1)
+    parameters = {name: id(its) for name, its in model.named_parameters()}
+    assert not torch.allclose(logits(model), logits(other), atol=1e-3)
+    msplora.hotswap(model, tmp_path)
+    assert torch.equal(logits(model), logits(other))
+    assert {name: id(its) for name, its in model.named_parameters()} == parameters
+
+
+def test_an_adapter_that_transformers_loaded_is_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_the_installed_peft(monkeypatch)
+    first, before = saved(tmp_path / "first", seed=1)
+    folder, expected = saved(tmp_path / "second", alphas=[4, 48, 1], lora_alpha=4)
+    model: Any = LLAMA.model()
+    model.load_adapter(str(first), "own")
+    assert torch.equal(logits(model.eval()), before)
+    msplora.hotswap(model, folder, "own")
+    assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
 def test_one_of_two_adapters_is_swapped(tmp_path: Path) -> None:

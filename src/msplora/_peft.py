@@ -214,8 +214,10 @@ def parameter_shape(module: torch.nn.Module, name: str) -> tuple[int, int, int]:
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The base layer under any PEFT layers."""
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        inner = getattr(module, "base_layer", None)
-        module = module.original_module if inner is None else inner
+        # Past a wrapper's own look-up, which before 0.21 fails if none of its adapters is active.
+        its: Any = module
+        wrapper = isinstance(module, AuxiliaryTrainingWrapper)
+        module = its.original_module if wrapper else its.base_layer
     return module
 
 
@@ -237,13 +239,14 @@ def lora_counts_out_proj_twice() -> bool:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["0"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
+    # The first to ask may be within `torch.device("meta")`.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = torch.nn.Sequential(torch.nn.MultiheadAttention(2, 1))
         attention: Any = inject_adapter_in_model(config, model)[0]  # pyright: ignore
-    out_proj = attention.base_layer.out_proj
-    expected = out_proj.weight + out_proj.get_delta_weight("default")
-    attention.merge()
-    return not torch.allclose(out_proj.weight, expected)
+        out_proj = attention.base_layer.out_proj
+        expected = out_proj.weight + out_proj.get_delta_weight("default")
+        attention.merge()
+        return not torch.allclose(out_proj.weight, expected)
 
 
 def device_of(base_layer: torch.nn.Module) -> torch.device | None:

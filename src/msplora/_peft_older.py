@@ -25,6 +25,7 @@ from ._peft import PREFIX, VERSION, OwnLayer
 from .config import MSPLoraConfig
 from .layer import PyramidLayer
 from .model import MSPLoraModel
+from .saving import tensors_to_save
 
 
 def install() -> None:
@@ -62,7 +63,7 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(config, MSPLoraConfig):
             return original(model, state_dict, adapter_name, **options)
         tensors = dict(inner.state_dict() if state_dict is None else state_dict)
-        pairs = MSPLoraModel.tensors_of_adapter(inner, adapter_name, tensors)
+        pairs = tensors_to_save(inner, adapter_name, tensors)
         others = {key: value for key, value in tensors.items() if PREFIX not in key}
         saved = original(model, others, adapter_name, **options)
         saved.update(_biases(inner, config, tensors))

@@ -14,7 +14,7 @@ from .config import MSPLoraConfig
 from .forms import PlainLora, in_form
 from .loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
 from .plain_lora import Padding, lora_of
-from .server_limits import check_served, features
+from .server_limits import check_features, check_served, features
 from .serving import Form, Server
 
 
@@ -40,10 +40,13 @@ def foresee(
     adapted = _adapted_without_weights(config, base)
     if adapted is None:
         return
+    found = features(adapted)
+    if server is not None:  # first: of what it cannot serve there may be no plain LoRA
+        check_features(found, server)
     with torch.device("meta"):
         tensors, lora = lora_of(adapted, pad_to=pad_to)
     if server is not None:
-        check_served(features(adapted), server, lora["r"], max_lora_rank)
+        check_served(found, server, lora["r"], max_lora_rank)
     root: Any = adapted.get_base_model()
     in_form(form, PlainLora(tensors, lora, root.config))
 

@@ -336,9 +336,12 @@ def fitted_pairs(
     """The tensors of every pair by address; the most sweeps; whether all kinds converged."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     sweeps, converged = 0, True
+    of_kind: dict[str, list[Pair]] = {}
+    for pair in found.pairs:
+        of_kind.setdefault(pair.kind, []).append(pair)
     for kind in found.kinds:
         # The most shared first, whatever the order of the levels.
-        own = sorted((its for its in found.pairs if its.kind == kind.name), key=_shared_by)
+        own = sorted(of_kind.get(kind.name, ()), key=_shared_by)
         blocks: list[Blocks] = []
         for block in range(kind.shape.blocks):
             fitted = fit(

@@ -16,7 +16,22 @@ from .errors import AdapterFileError, ConfigError, TargetError, UnsupportedError
 from .layer import PyramidLayer
 from .matching import STORE_NAME, model_type_of, own_modules
 from .pyramid import Plan
-from .store import Store
+from .store import Store, find_store
+
+
+def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a second adapter under the name of one that the model has.
+
+    PEFT only warns, and starts a LoRA anew in the layers that it finds again. Of pairs that layers
+    share some would stay the old ones, where layers borrow them that the new config does not name.
+    """
+    store = find_store(model)
+    if store is not None and adapter_name in store.plans:
+        raise ConfigError(
+            f"this {type(model).__name__} has an adapter {adapter_name!r} already. To make it "
+            f"anew, call unload() of the adapted model, which gives its base back, or load the "
+            f"base again. To have both adapters, give this one another name (adapter_name=…)."
+        )
 
 
 def check_request(

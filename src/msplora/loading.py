@@ -23,6 +23,7 @@ from . import sisters
 from .classifier_head import CLASSIFIERS, number_of_labels
 from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .planning import without_storage
 from .same_source import same_source
 
 CONFIG_FILE = "adapter_config.json"
@@ -231,7 +232,7 @@ def load_base_of(
             source, **options, ignore_mismatched_sizes=True, output_loading_info=True
         )
     brought = {key.removeprefix("base_model.model.") for key in tensors}
-    unlike = sorted({entry[0] for entry in info["mismatched_keys"]} - brought)
+    unlike = sorted(set(mismatched_names(info)) - brought)
     random = sorted(set(info["missing_keys"]) - brought)
     if unlike or (random and loader.__name__.endswith("ForImageClassification")):
         raise BaseModelError(
@@ -295,10 +296,7 @@ def without_weights(config: PeftConfig, of_base: Any, source: str, base: BaseOpt
     with loading_errors_explained(source):
         found = base_class(config, source, base)
     try:
-        with torch.device("meta"):
-            if hasattr(found, "from_config"):  # the automatic classes are not made
-                return found.from_config(of_base, trust_remote_code=base.trust_remote_code)
-            return found(of_base)
+        return without_storage(found, of_base, base.trust_remote_code)
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"the base {source!r} is a {of_base.model_type}, and cannot be built as the "
@@ -336,6 +334,14 @@ def dtype_argument() -> str:
     """What `from_pretrained` calls its dtype: renamed in transformers 4.56."""
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
     return "dtype" if version >= (4, 56) else "torch_dtype"
+
+
+def mismatched_names(info: Mapping[str, Any]) -> list[str]:
+    """The weights that had another shape in the files, of what transformers says of a loading.
+
+    The last releases of transformers 4 give names alone, the others both shapes with each.
+    """
+    return [its if isinstance(its, str) else its[0] for its in info["mismatched_keys"]]
 
 
 @contextmanager

@@ -88,8 +88,25 @@ def _untie(root: Any) -> None:
     if not adapted or bare[0] is bare[1] or bare[0].weight is not bare[1].weight:
         return
     bare[1].weight = nn.Parameter(bare[1].weight.detach().clone(), requires_grad=False)
-    root.config.get_text_config().tie_word_embeddings = False
-    root.config.tie_word_embeddings = False
+    if not _is_shared(bare[0].weight, root):
+        _say_untied(root)
+
+
+def _say_untied(root: Any) -> None:
+    """Let the config say that the embedding and the head have weights of their own."""
+    for config in (root.config.get_text_config(decoder=True), root.config):
+        config.tie_word_embeddings = False
+
+
+def _is_shared(weight: Any, root: nn.Module) -> bool:
+    """Whether a weight is in more than one place of a model."""
+    wrappers = (_peft.BaseTunerLayer, _peft.AuxiliaryTrainingWrapper)
+    places = [
+        path
+        for path, module in root.named_modules(remove_duplicate=False)
+        if not isinstance(module, wrappers) and module._parameters.get("weight") is weight
+    ]
+    return len(places) > 1
 
 
 def _merge(layer: Any, path: str) -> None:
@@ -164,7 +181,22 @@ def _squares(numbers: Tensor) -> float:
 
 
 def unloaded(model: Any) -> Any:
-    """The model of merged layers, without them."""
+    """The model of merged layers, without them.
+
+    A head or an embedding that was trained whole is no longer the weight of the other one. The
+    config has to say so: of a model of several parts in the text's too, which PEFT forgets; but
+    not where an encoder and a decoder still have one embedding, since it speaks of all of them.
+    """
+    config = model.get_base_model().config
+    said = getattr(config, "tie_word_embeddings", None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
-        return model.merge_and_unload(safe_merge=True)
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        merged = model.merge_and_unload(safe_merge=True)
+    weights = [its.weight for _, its in embeddings_of(merged) if hasattr(its, "weight")]
+    if len(weights) == 2 and weights[0] is not weights[1]:
+        if not any(_is_shared(its, merged) for its in weights):
+            _say_untied(merged)
+        elif said is not None:
+            config.tie_word_embeddings = said
+    return merged

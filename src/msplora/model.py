@@ -19,6 +19,7 @@ from .injecting import (
     base_of,
     check_every_site_borrows,
     check_made_for,
+    check_name_is_free,
     check_not_trained_whole,
     check_request,
     check_type,
@@ -29,8 +30,9 @@ from .layer import PyramidLayer, make_pyramid_layer
 from .matching import STORE_NAME, model_type_of
 from .planning import make_plan, prepared
 from .pyramid import Plan
+from .saving import shapes_in, tensors_to_save
 from .store import Store, find_store, raise_for
-from .weighted import combined_adapter
+from .weighted import combined_adapter, take_over_whole
 
 
 class MSPLoraModel(LoraModel):
@@ -41,6 +43,18 @@ class MSPLoraModel(LoraModel):
     """
 
     prefix: str = _peft.PREFIX
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # If the model has adapters already, PEFT first puts the new config into their dictionary.
+        held: Any = getattr(model, "peft_config", None)
+        before = dict(held) if isinstance(held, dict) else {}
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if isinstance(held, dict):
+                held.clear()
+                held.update(before)
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A call, where older PEFT releases ask for `forward` past the hooks that `stacking.py` has.
@@ -67,6 +81,7 @@ class MSPLoraModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plan, create the pairs, then let PEFT replace the layers; undo all of it on an error."""
+        check_name_is_free(model, adapter_name)  # else undoing would take the other one away
         try:
             self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except BaseException:
@@ -269,6 +284,9 @@ class MSPLoraModel(LoraModel):
     ) -> None:
         """Combine adapters level by level into a new one.
 
+        A module that one of them trains whole (a classifier's head), and its trained tokens, are
+        taken over as they are, whatever the weights.
+
         Args:
             adapters: names of adapters on the same sites, with the same levels and groups.
             weights: one factor each.
@@ -299,6 +317,7 @@ class MSPLoraModel(LoraModel):
                 new_a, new_b = store.pair(address, adapter_name)
                 new_a.factor.copy_(a)
                 new_b.factor.copy_(b)
+        take_over_whole(self.model, adapters, adapter_name)
 
     # What PEFT saves and loads: hooks that are new in PEFT 0.21 (see `_peft_older.py`).
 
@@ -311,17 +330,9 @@ class MSPLoraModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        selected = cls.tensors_of_adapter(model, adapter_name, state_dict)
+        selected = tensors_to_save(model, adapter_name, state_dict)
         selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return selected
-
-    @staticmethod
-    def tensors_of_adapter(
-        model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What a state dict of the whole model holds of one adapter's pairs."""
-        keys = set(_store_keys(model, adapter_name))
-        return {key: value for key, value in state_dict.items() if key in keys}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -335,7 +346,7 @@ class MSPLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         to_model = {}
-        for key in _store_keys(model, adapter_name):
+        for key in shapes_in(model, adapter_name):
             saved = cls._remove_adapter_name_from_key(key, adapter_name)
             to_model[saved.removeprefix(_WRAPPED)] = key
         remapped = {
@@ -357,20 +368,6 @@ class MSPLoraModel(LoraModel):
 
 _HALF = (torch.float16, torch.bfloat16)
 _WRAPPED = "base_model.model."
-
-
-def _store_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """The names that one adapter's tensors have in the model's state dict."""
-    keys = []
-    for path, module in model.named_modules():
-        if isinstance(module, Store):
-            prefix = path.replace("_fsdp_wrapped_module.", "")
-            keys += [
-                f"{prefix}.{name}"
-                for name in module.state_dict()
-                if name.split(".")[-2] == adapter_name
-            ]
-    return keys
 
 
 def _do_nothing(layer: nn.Module, args: Any) -> None:

@@ -31,7 +31,7 @@ from .parameters import experts_named_as_modules
 from .pyramid import Level, Plan, Site, arrange
 
 
-def plan(model: Any, config: MSPLoraConfig) -> Plan:
+def plan(model: Any, config: MSPLoraConfig, *, trust_remote_code: bool = False) -> Plan:
     """Say what `config` would adapt and share in `model`, without touching either.
 
     Args:
@@ -39,13 +39,14 @@ def plan(model: Any, config: MSPLoraConfig) -> Plan:
             adapters; or a transformers `PretrainedConfig`, of which the model is then built on the
             meta device, so that no weight is allocated.
         config: the pyramid asked for.
+        trust_remote_code: run the Python code that a transformers config brings for its model.
 
     Returns:
         The frozen plan: print it, or read its `sites`, `pairs`, `parameters`, `lora_parameters`.
 
     Raises:
         TargetError: a target, layer index or pattern that matches nothing, or that cannot be
-            adapted.
+            adapted; or a transformers config of which no model can be built.
     """
     if not isinstance(config, MSPLoraConfig):
         raise ConfigError(f"plan needs an MSPLoraConfig, not a {type(config).__name__}.")
@@ -55,24 +56,50 @@ def plan(model: Any, config: MSPLoraConfig) -> Plan:
                 f"plan needs a model, or a transformers config such as "
                 f"AutoConfig.from_pretrained(...) gives; this is a {type(model).__name__}."
             )
-        model = on_meta(model)
+        model = on_meta(model, trust_remote_code)
     model = _base_model(model)
     return make_plan(model, prepared(model, config))
 
 
-def on_meta(model_config: Any) -> nn.Module:
-    """Build the model of a transformers config on the meta device: shapes without storage."""
+def on_meta(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model of a transformers config on the meta device: shapes without storage.
+
+    Raises:
+        TargetError: the config brings code for its model, which is not to be trusted.
+    """
     import transformers
 
-    architectures = getattr(model_config, "architectures", None) or []
-    classes = [getattr(transformers, name, None) for name in architectures]
-    with torch.device("meta"):
-        if classes and classes[0] is not None:
-            model = classes[0](model_config)
-        else:
-            model = transformers.AutoModel.from_config(model_config)
+    name = (getattr(model_config, "architectures", None) or [""])[0]
+    # The automatic class that loads the model -> "file.Class".
+    brought = {
+        auto: str(its)
+        for auto, its in (getattr(model_config, "auto_map", None) or {}).items()
+        if auto.startswith("AutoModel") and hasattr(transformers, auto)
+    }
+    found = getattr(transformers, name, None) if name else None
+    if brought and trust_remote_code:
+        named = [auto for auto, its in brought.items() if its.rpartition(".")[2] == name]
+        found = getattr(transformers, [*named, *brought][0])
+    try:
+        model = without_storage(found or transformers.AutoModel, model_config, trust_remote_code)
+    except ValueError as error:
+        if not brought or trust_remote_code:
+            raise
+        raise TargetError(
+            f"transformers knows no model of type {model_config.model_type!r}; its config names "
+            f"code of its own ({', '.join(sorted(set(brought.values())))}). Opt in with "
+            f"trust_remote_code if you trust it, or plan on the model itself."
+        ) from error
     model.tie_weights()
     return model
+
+
+def without_storage(found: Any, model_config: Any, trust_remote_code: bool) -> Any:
+    """A model of the class `found`, which may be one of transformers' automatic ones, on meta."""
+    with torch.device("meta"):
+        if hasattr(found, "from_config"):  # the automatic classes are not made
+            return found.from_config(model_config, trust_remote_code=trust_remote_code)
+        return found(model_config)
 
 
 def prepared(model: nn.Module, config: MSPLoraConfig) -> MSPLoraConfig:

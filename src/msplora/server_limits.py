@@ -107,6 +107,15 @@ def asked_server(name: str | None, form: Form, max_lora_rank: int | None = None)
     return server
 
 
+def check_features(found: Mapping[str, str], server: Server) -> None:
+    """Refuse to convert for a server what it cannot serve whatever its rank.
+
+    Raises:
+        UnsupportedError: the server lacks a feature of the adapter, one of `features`.
+    """
+    _refuse(_lacking(found, server))
+
+
 def check_served(
     found: Mapping[str, str], server: Server, rank: int, max_lora_rank: int | None = None
 ) -> None:
@@ -121,9 +130,7 @@ def check_served(
     Raises:
         UnsupportedError: the server lacks a feature, or the rank is above its limit.
     """
-    reason = why_not_served(found, server, rank)
-    if reason is not None:
-        raise UnsupportedError(f"{reason}. Serve the merged model: --to merged.")
+    _refuse(why_not_served(found, server, rank))
     if max_lora_rank is not None and rank > max_lora_rank:
         lifted = server.flag_for(rank) or f"{server.flag} {rank}"
         raise UnsupportedError(
@@ -134,12 +141,22 @@ def check_served(
 
 def why_not_served(found: Mapping[str, str], server: Server, rank: int) -> str | None:
     """What of an adapter a server lacks, or that its rank is above any limit of it."""
-    for feature, where in found.items():
-        if feature in server.lacks:
-            return f"{server.title} cannot serve this adapter ({where}): {server.lacks[feature]}"
-    if server.ranks is not None and rank > server.ranks[-1]:
+    lacking = _lacking(found, server)
+    if lacking is None and server.ranks is not None and rank > server.ranks[-1]:
         return (
             f"the LoRA has rank {rank}, and {server.title}'s {server.flag} goes up to "
             f"{server.ranks[-1]}"
         )
+    return lacking
+
+
+def _lacking(found: Mapping[str, str], server: Server) -> str | None:
+    for feature, where in found.items():
+        if feature in server.lacks:
+            return f"{server.title} cannot serve this adapter ({where}): {server.lacks[feature]}"
     return None
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise UnsupportedError(f"{reason}. Serve the merged model: --to merged.")

@@ -88,6 +88,24 @@ class Store(nn.Module):
                 if adapter_name in by_adapter:  # pyright: ignore[reportOperatorIssue]
                     yield by_adapter[adapter_name]  # pyright: ignore[reportIndexIssue]
 
+    def shapes(self, adapter_name: str) -> dict[str, tuple[int, ...] | None]:
+        """The names of an adapter's tensors in this store's state dict, with their shapes.
+
+        By the plan: here, a tensor that is sharded has another. `None` is a magnitude's, of which
+        only its layer knows.
+        """
+        plan = self.plans.get(adapter_name)
+        planned = {}
+        for pair in plan.pairs if plan else ():
+            planned[name_in_file(pair.address, A)] = pair.shape.a(pair.rank)
+            planned[name_in_file(pair.address, B)] = pair.shape.b(pair.rank)
+        found = {}
+        for name in self.state_dict():
+            place, of_adapter, last = name.rsplit(".", 2)
+            if of_adapter == adapter_name:
+                found[name] = planned.get(f"{place}.{last}")
+        return found
+
     def delete(self, adapter_name: str) -> None:
         """Forget an adapter; deleting one that is gone already does nothing."""
         if self.plans.pop(adapter_name, None) is None:
@@ -224,10 +242,13 @@ def _check_tensors(store: Store, state_dict: Mapping[str, Tensor], prefix: str, 
     loaded; one of which it holds something has to be whole.
     """
     expected = {f"{prefix}{name}": tensor for name, tensor in store.state_dict().items()}
+    by_adapter: dict[str, list[str]] = {}
+    for key in expected:
+        by_adapter.setdefault(key.split(".")[-2], []).append(key)
     given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     problems = [f"{key} is not one of this adapter's" for key in given if key not in expected]
     for adapter_name in store.plans:
-        of_adapter = [key for key in expected if key.split(".")[-2] == adapter_name]
+        of_adapter = by_adapter.get(adapter_name, [])
         present = [key for key in of_adapter if key in given]
         if present:
             problems += [f"{key} is missing" for key in of_adapter if key not in given]
@@ -246,12 +267,16 @@ def raise_for(problems: list[str]) -> None:
     """Raise what is wrong with an adapter's tensors, if anything is."""
     if not problems:
         return
-    more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise AdapterFileError(
         f"the adapter's tensors do not fit this model ({len(problems)} problem(s)); nothing was "
-        f"loaded:\n  " + "\n  ".join(problems[:_SHOWN]) + more + "\nIs it whole, and was it made "
-        "for this base model?"
+        f"loaded:\n{listed(problems)}\nIs it whole, and was it made for this base model?"
     )
+
+
+def listed(problems: list[str]) -> str:
+    """The first of several problems, one a line, and how many more there are."""
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "\n".join(f"  {its}" for its in problems[:_SHOWN] + more)
 
 
 __all__ = ["STORE_NAME", "Factor", "Store", "factors", "find_store"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import MSPLoraConfig
 from .errors import AdapterFileError, MSPLoraError, UnsupportedError
+from .forms import WRAPPED
 from .layer import PyramidLayer
 from .loading import adapter_folder, read_config, read_tensors
 from .planning import plan
@@ -71,17 +72,24 @@ def hotswap(model: nn.Module, source: str | Path, adapter_name: str = "default")
             for key in tensors:
                 if key.endswith(name_in_file(pair.address, B)):
                     tensors[key] = tensors[key] * ratio
-    _check_tensors(model, adapter_name, tensors)
+    tensors = _named_as_loaded(model, adapter_name, tensors)
     with torch.no_grad():
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
 
-def _check_tensors(model: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Refuse a file that would be put in by halves: PEFT copies a head before it sees the pairs."""
+def _named_as_loaded(
+    model: Any, adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A file's tensors by the names of the loaded ones, which have no prefix without a `PeftModel`.
+
+    Refused is a file that would be put in by halves: PEFT copies a head before it sees the pairs.
+    """
     problems = []
     held = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    names = {key.removeprefix(WRAPPED): key for key in held}
+    named = {names.get(key.removeprefix(WRAPPED), key): its for key, its in tensors.items()}
     for key, loaded in held.items():
-        found = tensors.get(key)
+        found = named.get(key)
         if found is None:
             problems.append(f"{key} is missing")
         elif found.shape != loaded.shape:
@@ -90,6 +98,7 @@ def _check_tensors(model: Any, adapter_name: str, tensors: dict[str, Tensor]) ->
         elif not bool(torch.isfinite(found).all()):
             problems.append(f"{key} holds values that are not finite")
     raise_for(problems)
+    return named
 
 
 def _check_not_merged(model: nn.Module, adapter_name: str) -> None:

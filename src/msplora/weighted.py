@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .config import MSPLoraConfig
@@ -44,6 +44,7 @@ def combined_adapter(
         if name not in plans:
             raise ConfigError(f"Adapter {name!r} does not exist; there are {sorted(plans)}.")
     assert store is not None
+    _check_configs(configs, adapters)
     _check_nothing_trained_whole_twice(model, adapters)
     first = plans[adapters[0]]
     concatenate = combination_type == "cat" and len(adapters) > 1
@@ -77,6 +78,34 @@ def combined_adapter(
     return _config(configs, plans, adapters, concatenate), tensors
 
 
+@torch.no_grad()
+def take_over_whole(model: nn.Module, adapters: list[str], adapter_name: str) -> None:
+    """Give a combination the modules and tokens that one of its adapters has trained whole.
+
+    As they are, whatever the weights: they stand in the place of the base's own and are no change
+    of them that could be scaled. PEFT has given the combination those of the base.
+    """
+    for held in _trained_whole(model):
+        source = next((name for name in adapters if name in held), None)
+        if source is not None:
+            for mine, its in zip(_tensors(held[adapter_name]), _tensors(held[source]), strict=True):
+                mine.data = its.detach().clone()
+
+
+def _trained_whole(model: nn.Module) -> Iterator[Any]:
+    """For every module that some adapter trains whole, or tokens of it: adapter -> what it has."""
+    for module in model.modules():
+        its: Any = module
+        if isinstance(module, ModulesToSaveWrapper):
+            yield its.modules_to_save
+        elif isinstance(module, TrainableTokensWrapper) and not its.token_adapter.tied_adapter:
+            yield its.token_adapter.trainable_tokens_delta
+
+
+def _tensors(held: nn.Module | nn.Parameter) -> list[Tensor]:
+    return [held] if isinstance(held, nn.Parameter) else [*held.parameters(), *held.buffers()]
+
+
 def _set_scale(model: nn.Module, adapter_name: str) -> float:
     """What `set_scale` has made of an adapter, in all layers: their pairs are shared."""
     layers: list[Any] = [its for its in model.modules() if isinstance(its, PyramidLayer)]
@@ -96,10 +125,6 @@ def _config(
     configs: Mapping[str, Any], plans: Mapping[str, Plan], adapters: list[str], concatenate: bool
 ) -> MSPLoraConfig:
     config = copy.deepcopy(configs[adapters[0]])
-    if config.rank_pattern or config.alpha_pattern or config.use_dora:
-        raise UnsupportedError(
-            "add_weighted_adapter does not support rank_pattern, alpha_pattern or use_dora."
-        )
     levels = plans[adapters[0]].levels
     ranks = [level.rank for level in levels]
     if concatenate:
@@ -112,7 +137,29 @@ def _config(
     config.split_alpha = False
     config.alphas = [float(rank) for rank in ranks]  # scale 1: the weights are in B
     config.lora_alpha = config.alphas[0]
+    whole = [name for its in adapters for name in configs[its].modules_to_save or ()]
+    config.modules_to_save = list(dict.fromkeys(whole)) or None
+    config.ensure_weight_tying = any(configs[its].ensure_weight_tying for its in adapters)
+    tokens = (configs[its].trainable_token_indices for its in adapters)
+    config.trainable_token_indices = copy.deepcopy(next(filter(None, tokens), None))
     return config
+
+
+def _check_configs(configs: Mapping[str, Any], adapters: list[str]) -> None:
+    for name in adapters:
+        its = configs[name]
+        if its.rank_pattern or its.alpha_pattern or its.use_dora or its.bias != "none":
+            raise UnsupportedError(
+                f"add_weighted_adapter does not support rank_pattern, alpha_pattern, use_dora or "
+                f"bias, and adapter {name!r} has one of them. Leave that adapter out."
+            )
+    with_tokens = [name for name in adapters if configs[name].trainable_token_indices]
+    if len(with_tokens) > 1:
+        raise ConfigError(
+            f"adapters {with_tokens} each have trainable_token_indices, and a token has one row: "
+            f"whose the combination has would be left open. Combine adapters of which at most one "
+            f"trains tokens."
+        )
 
 
 def _check_nothing_trained_whole_twice(model: nn.Module, adapters: list[str]) -> None:

@@ -78,7 +78,7 @@ def plan(
             use_dora=dora,
             target_modules="all-linear" if names == ["all-linear"] else names,
         )
-        found = make_plan(model_config, config)
+        found = make_plan(model_config, config, trust_remote_code=trust_remote_code)
     except MSPLoraError:
         raise
     except ValueError as error:  # PEFT's own checks of a config

@@ -186,8 +186,10 @@ def _levels(entries: Entries, pairs: Sequence[PairReport]) -> tuple[LevelReport,
 
 def _kinds(files: TensorFiles, entries: Entries) -> tuple[KindReport, ...]:
     found = []
-    for kind in dict.fromkeys(entry.kind for entry in entries.pairs):
-        of_kind = [entry for entry in entries.pairs if entry.kind == kind]
+    by_kind: dict[str, list[Entry]] = {}
+    for entry in entries.pairs:
+        by_kind.setdefault(entry.kind, []).append(entry)
+    for kind, of_kind in by_kind.items():
         first = of_kind[0]
         by_level = [
             [entry for entry in of_kind if entry.level.name == level.name]

@@ -63,7 +63,12 @@ def _of_pyramid(files: TensorFiles, config: MSPLoraConfig) -> Entries:
         if place:
             stored.setdefault(place[0], {})[place[1]] = name
     used = frozenset(name for its in stored.values() for name in its.values())
-    kinds = sorted({address.split("/", 2)[2] for address in stored})
+    # (level, kind) -> the numbers of the groups that the file has, whole or not.
+    groups: dict[tuple[str, str], list[int]] = {}
+    for address in stored:
+        level, group, kind = address.split("/", 2)
+        groups.setdefault((level, kind), []).append(int(group))
+    kinds = sorted({kind for _, kind in groups})
     findings: list[Finding] = []
     try:
         levels = levels_of(config, kinds)
@@ -73,7 +78,7 @@ def _of_pyramid(files: TensorFiles, config: MSPLoraConfig) -> Entries:
     pairs: list[Entry] = []
     lacking: list[str] = []
     for kind in kinds:
-        found, its_lacking = _of_kind(kind, levels[kind], stored, config, files)
+        found, its_lacking = _of_kind(kind, levels[kind], stored, groups, config, files)
         pairs += found
         lacking += its_lacking
     borrowed = {entry.address for entry in pairs} | set(lacking)
@@ -88,13 +93,16 @@ def _of_kind(
     kind: str,
     levels: tuple[Level, ...],
     stored: dict[str, dict[str, str]],
+    all_groups: dict[tuple[str, str], list[int]],
     config: MSPLoraConfig,
     files: TensorFiles,
 ) -> tuple[list[Entry], list[str]]:
     """The pairs of a kind, and the addresses of those that are missing or halved."""
     # A file of T tensors has fewer than T groups: a greater number is left over, not counted to.
     groups = {
-        level.name: [its for its in _groups(level.name, kind, stored) if its < len(files.headers)]
+        level.name: [
+            its for its in all_groups.get((level.name, kind), ()) if its < len(files.headers)
+        ]
         for level in levels
     }
     # As many layers as a level of one pair each has; any such level will do if one is lost.
@@ -133,16 +141,6 @@ def _of_kind(
                 )
             )
     return found, lacking
-
-
-def _groups(level: str, kind: str, stored: dict[str, dict[str, str]]) -> list[int]:
-    """The numbers of the groups of a level that the file has, whole or not."""
-    places = (address.split("/", 2) for address in stored)
-    return [
-        int(group)
-        for its_level, group, its_kind in places
-        if (its_level, its_kind) == (level, kind)
-    ]
 
 
 def _of_lora(files: TensorFiles, config: Any) -> Entries:

@@ -17,6 +17,7 @@ from msplora.errors import BaseModelError, ConfigError
 from msplora.loading import (
     dtype_argument,
     loading_errors_explained,
+    mismatched_names,
     quiet_loading,
     resolve_source,
 )
@@ -271,8 +272,7 @@ def _head_of(loader: Any, config: Any, settings: Settings) -> tuple[str, ...]:
 
 def _check_weights(base: Base, loading: dict[str, Any], source: str) -> None:
     """Refuse random encoder weights; note (and train) a head that the checkpoint never had."""
-    mismatched = [entry[0] for entry in loading["mismatched_keys"]]
-    fresh = sorted({*loading["missing_keys"], *mismatched})
+    fresh = sorted({*loading["missing_keys"], *mismatched_names(loading)})
     new, lost = [], []
     for name in fresh:
         module = _owner_in_head(name, base.head) or _pooler(name)

@@ -114,10 +114,22 @@ def check_together(settings: Settings, source: str) -> None:
             f"in {source}: devices.device_map spreads one process's model over all devices, and "
             f"devices.processes = {settings.devices.processes} gives each process one. Choose one."
         )
+    _check_frozen_is_saved(settings, source)
     if settings.init_from and settings.method not in ("msplora", *LORAS):
         raise ConfigError(
             f"in {source}: init_from starts from an adapter of MSPLoRA or LoRA, and the method is "
             f"{settings.method!r}. Use method msplora or lora."
+        )
+
+
+def _check_frozen_is_saved(settings: Settings, source: str) -> None:
+    strategy, training = settings.devices.strategy, settings.training
+    key = "stages" if training.stages else "frozen_levels" if training.frozen_levels else None
+    if key and settings.method == "msplora" and strategy.startswith("zero"):
+        raise ConfigError(
+            f"in {source}: training.{key} freezes levels, and devices.strategy = {strategy!r} is "
+            f"DeepSpeed's, which leaves what does not train out of its checkpoints: the run could "
+            f"not go on from one, nor save the adapter whole. Use strategy fsdp2 or ddp."
         )
 
 

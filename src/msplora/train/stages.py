@@ -110,6 +110,12 @@ class StagedTraining(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **others: Any
     ) -> None:
         """Check the stages against the pyramid and the number of steps, and set the schedule."""
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ConfigError(
+                "staged training and frozen levels do not run under DeepSpeed, which leaves what "
+                "does not train out of its checkpoints: the run could not go on from one, nor save "
+                "the adapter whole. Use FSDP2 or DDP."
+            )
         by_level = level_parameters(model, self.adapter_name)
         for stage in self.stages:
             check_level_names(stage.levels, by_level, "a stage")
