@@ -16,7 +16,7 @@ class PassesOn:
     """Within the block, what torch's launcher starts is told of a signal, and then waited for.
 
     By itself the launcher would raise an error, and kill after 30 seconds what still evaluates.
-    (Later versions of torch can be told to wait longer, but not of 2.4.) Here it goes on watching:
+    (Only some versions of torch can be told to wait longer.) Here it goes on watching:
     the processes save and end with the signal's exit code, or complete the run. A second Ctrl-C
     stops them at once; a third kills them, wherever they hang.
     """
