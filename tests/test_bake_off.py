@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -28,7 +29,7 @@ from bake_offs import (
     rows_in,
     spec,
 )
-from msplora.bakeoff import running
+from msplora.bakeoff import engines, running
 from msplora.bakeoff.bake_off import _Running, outcome_so_far, run_bake_off
 from msplora.bakeoff.engines import OnRay
 from msplora.bakeoff.reading import Run, make_bake_off
@@ -306,6 +307,19 @@ def test_names_from_files_are_escaped(made_up: MadeUp) -> None:
     assert "<b>not" not in html
     assert "&lt;b&gt;not | bold" in html
     assert r"&lt;b>not \| bold&lt;/b>" in text
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(0.0, ""), (1.0, "3")])
+def test_a_run_of_ray_sees_the_gpus_that_it_asked_for(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, seen: str
+) -> None:
+    """Ray itself leaves all of them to a task that asked for none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(engines, "note_origin", lambda *_: None)
+    monkeypatch.setattr(engines, "make_run", lambda *_: os.environ["CUDA_VISIBLE_DEVICES"])
+    job: Any = SimpleNamespace(row=None, settings=None)
+    assert engines._make_run_there(job, 1, gpus) == seen
 
 
 @pytest.mark.thorough

@@ -161,6 +161,17 @@ def test_more_rank_than_there_is_leaves_nothing() -> None:
     assert all(bool(torch.isfinite(its).all()) for pair in found.pairs for its in pair)
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 20), (20, 1), (5, 20)])
+def test_more_rank_than_a_narrow_side_has_leaves_nothing(outputs: int, inputs: int) -> None:
+    """As a gate of one output has in a mixture of experts."""
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=random) for shape in ((8, inputs), (outputs, 8)))
+    found = fit([(a.double(), b.double())], [Shared(8, (0,))])
+    (fitted_a, fitted_b) = found.pairs[0]
+    assert (fitted_a.shape, fitted_b.shape) == (a.shape, b.shape)
+    torch.testing.assert_close(fitted_b @ fitted_a, (b @ a).double(), atol=1e-5, rtol=1e-5)
+
+
 def test_layers_of_unlike_rank_fit_together() -> None:
     updates = [*random_updates(2, rank=5), *random_updates(1, rank=1)]
     wanted = shared_by(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,49 @@ def test_what_cannot_be_swapped_says_why(tmp_path: Path) -> None:
         msplora.hotswap(model, folder)
     with pytest.raises(AdapterFileError, match="no folder"):
         msplora.hotswap(model, tmp_path / "nowhere")
+
+
+def test_an_adapter_of_another_kind_of_base_is_refused(tmp_path: Path) -> None:
+    """As on loading: Mistral's layers have the shapes of Llama's."""
+    folder, _ = saved(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    model = adapted(1)
+    before = tensors_of(model)
+    with pytest.raises(AdapterFileError, match="type 'mistral', and this one is 'llama'"):
+        msplora.hotswap(model, folder)
+    assert same_tensors(tensors_of(model), before)
+
+
+def test_a_level_whose_name_ends_anothers_is_scaled_once(tmp_path: Path) -> None:
+    levels: dict[str, Any] = {"ranks": [4, 2], "groups": [1, 0], "levels": ["all", "not_all"]}
+    folder, expected = saved(tmp_path, alphas=[32, 2], **levels)
+    model = adapted(1, alphas=[4, 2], **levels)
+    msplora.hotswap(model, folder)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [0, 8])
+def test_embeddings_in_the_file_do_not_take_the_place_of_the_bases(
+    tmp_path: Path, more: int
+) -> None:
+    """Of the same size PEFT would copy them into the base, and of another stop half way."""
+    other = adapted(2)
+    if more:
+        other.resize_token_embeddings(LLAMA.model().config.vocab_size + more)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1)
+    other.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = adapted(1)
+    before = tensors_of(model)
+    with pytest.raises(AdapterFileError, match="embed_tokens.* the place of the base's own"):
+        msplora.hotswap(model, tmp_path)
+    assert same_tensors(tensors_of(model), before)
+
+
+def test_the_bases_own_embeddings_may_stand_in_the_file(tmp_path: Path) -> None:
+    other = adapted(2)
+    other.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = adapted(1)
+    msplora.hotswap(model, tmp_path)
+    assert torch.equal(logits(model), logits(other))

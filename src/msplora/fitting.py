@@ -307,7 +307,7 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same product ``b a`` from factors of the same norm."""
     q_a, r_a = torch.linalg.qr(a.mT)
     q_b, r_b = torch.linalg.qr(b)
-    left, sizes, right = torch.linalg.svd(r_b @ r_a.mT)
+    left, sizes, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     root = sizes.sqrt()
     balanced_a, balanced_b = (root[:, None] * right) @ q_a.mT, q_b @ (left * root)
     missing = a.shape[0] - len(root)  # more rank than there are directions

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import MSPLoraConfig
 from .errors import AdapterFileError, MSPLoraError, UnsupportedError
 from .forms import WRAPPED
+from .injecting import check_type
 from .layer import PyramidLayer
 from .loading import adapter_folder, read_config, read_tensors
 from .planning import plan
@@ -34,8 +35,9 @@ def hotswap(model: nn.Module, source: str | Path, adapter_name: str = "default")
         adapter_name: the loaded adapter to replace.
 
     Raises:
-        AdapterFileError: the saved adapter cannot be read, or differs in more than its numbers;
-            the loaded one is then as it was.
+        AdapterFileError: the saved adapter cannot be read, differs in more than its numbers, was
+            made for a base of another type, or its file holds what the loaded one has not (other
+            embeddings); the loaded one is then as it was.
         UnsupportedError: the saved adapter is not MSPLoRA's, or the loaded one is merged.
         MSPLoraError: the model has no such adapter.
     """
@@ -49,6 +51,7 @@ def hotswap(model: nn.Module, source: str | Path, adapter_name: str = "default")
         )
     tensors = read_tensors(folder)
     _check_not_merged(model, adapter_name)
+    check_type(model, config, config.model_type)
     store = find_store(model)
     assert store is not None  # `factors` found the adapter in it
     here, there = store.plans[adapter_name], plan(model, config)
@@ -70,7 +73,7 @@ def hotswap(model: nn.Module, source: str | Path, adapter_name: str = "default")
         if ratio != 1:
             # One that is missing is reported when the tensors are loaded.
             for key in tensors:
-                if key.endswith(name_in_file(pair.address, B)):
+                if key.endswith("." + name_in_file(pair.address, B)):
                     tensors[key] = tensors[key] * ratio
     tensors = _named_as_loaded(model, adapter_name, tensors)
     with torch.no_grad():
@@ -85,9 +88,21 @@ def _named_as_loaded(
     Refused is a file that would be put in by halves: PEFT copies a head before it sees the pairs.
     """
     problems = []
-    held = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    names = {key.removeprefix(WRAPPED): key for key in held}
+    held, embeddings = (
+        get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=too)
+        for too in (False, True)
+    )
+    names = {key.removeprefix(WRAPPED): key for key in embeddings}
     named = {names.get(key.removeprefix(WRAPPED), key): its for key, its in tensors.items()}
+    for key in named.keys() - held.keys():
+        # The base's own embeddings, which PEFT saves beside an adapter, may stand in the file.
+        found, its = named.pop(key), embeddings.get(key)
+        if its is None or not torch.equal(found.to(its), its):
+            problems.append(
+                f"{key} is in the file and would take the place of the base's own"
+                if its is not None
+                else f"{key} is in the file and not in the loaded adapter"
+            )
     for key, loaded in held.items():
         found = named.get(key)
         if found is None:

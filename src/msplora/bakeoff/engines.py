@@ -100,7 +100,7 @@ class OnRay:
         def send(chain: Chain, row: Row | None) -> None:
             job = None if stop.asked else _next(chain, book, row)
             if job is not None:  # it has no row until it ends: Ray says not when it begins
-                at_work[remote.remote(job, max(1, int(self.cpus)))] = chain, job
+                at_work[remote.remote(job, max(1, int(self.cpus)), self.gpus)] = chain, job
 
         try:
             for chain in chains:
@@ -154,9 +154,11 @@ class OnRay:
         return ray
 
 
-def _make_run_there(job: Job, threads: int) -> Row:
-    """Make a run in a worker of Ray's, which has set CUDA_VISIBLE_DEVICES for it."""
+def _make_run_there(job: Job, threads: int, gpus: float) -> Row:
+    """Make a run in a worker of Ray's, which has set CUDA_VISIBLE_DEVICES for a share above 0."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if not gpus:  # a newer Ray leaves a task that asked for none all that there are
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     note_origin(job.row, job.settings)
     return make_run(job, SweepSignals())
 

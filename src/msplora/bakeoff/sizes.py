@@ -144,6 +144,12 @@ class _Looks:
         its = job.record.settings
         loss = {key: attrgetter(key)(its) for key in OF_THE_LOSS if changes_the_loss(key, its)}
         before = self._losses.setdefault(task, loss)
+        if of_one := sorted(loss.keys() ^ before.keys()):
+            raise ConfigError(
+                f"{of_one[0]} belongs to its loss or to that of a method before it, and not to "
+                f"both: they would be judged by two losses of one name. Methods of one bake-off "
+                f"have the same kind of task."
+            )
         changed = next((key for key in loss if loss[key] != before[key]), None)
         if changed:
             raise ConfigError(

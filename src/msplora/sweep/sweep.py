@@ -162,7 +162,11 @@ class _Running:
         settings = settings_so_far(self.sweep, self.rows)
         best = best_by_method(settings)
         for setting in settings:
-            if setting in best or any(row is None for row in setting.rows.values()):
+            # One with a run that may still be made can become the best, and then wants all its runs.
+            if setting in best or any(
+                row is None or row.status in ("unfinished", "failed")
+                for row in setting.rows.values()
+            ):
                 continue
             for row in setting.complete:
                 if row.kept:
