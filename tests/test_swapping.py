@@ -219,7 +219,7 @@ def test_embeddings_in_the_file_do_not_take_the_place_of_the_bases(
     other.save_pretrained(tmp_path, save_embedding_layers=True)
     model = adapted(1)
     before = tensors_of(model)
-    with pytest.raises(AdapterFileError, match="embed_tokens.* the place of the base's own"):
+    with pytest.raises(AdapterFileError, match=r"embed_tokens.* the place of the base's own"):
         msplora.hotswap(model, tmp_path)
     assert same_tensors(tensors_of(model), before)
 

@@ -6,6 +6,7 @@ function of its settings.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -545,6 +546,31 @@ def test_only_the_best_runs_are_kept_where_that_is_asked_for(made_up: MadeUp) ->
     made_up.ran.clear()
     run_sweep(sweep_of(**content))
     assert made_up.ran == []
+
+
+@pytest.mark.parametrize("how", ["failed", "stopped"])
+def test_the_runs_of_a_setting_that_may_still_be_the_best_are_kept(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The same command again makes its last seed, and with that the setting the best."""
+    ended_early = []
+
+    def run(settings: Settings, log: Path, *more: Any) -> Outcome:
+        if not ended_early and Path(settings.output).name.startswith("learning_rate=0.001,seed=1"):
+            ended_early.append(settings)
+            if how == "failed":
+                return Outcome("failed", 1.0, "out of memory")
+            raise Interrupted("stopped", signal.SIGINT)
+        return made_up(settings, log, *more)
+
+    monkeypatch.setattr(sweep_module, "run_here", run)
+    content = {"grid": {RATE: [1e-3, 1e-2]}, "seeds": [0, 1], "keep": "best"}
+    with contextlib.suppress(Interrupted):
+        run_sweep(sweep_of(**content))
+    assert ended_early
+    run_sweep(sweep_of(**content), retry_failed=True)
+    kept = {f"learning_rate=0.001,seed={seed}" for seed in (0, 1)}
+    assert {path.name for path in Path("out/runs").iterdir()} == kept
 
 
 def test_a_list_runs_nothing(made_up: MadeUp) -> None:

@@ -162,7 +162,7 @@ class _Running:
         settings = settings_so_far(self.sweep, self.rows)
         best = best_by_method(settings)
         for setting in settings:
-            # One with a run that may still be made can become the best, and then wants all its runs.
+            # One that lacks a run may be the best when it is made, and wants all its runs then.
             if setting in best or any(
                 row is None or row.status in ("unfinished", "failed")
                 for row in setting.rows.values()
