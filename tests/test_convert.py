@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -378,6 +378,22 @@ def test_a_damaged_adapter_is_refused(
     with pytest.raises(AdapterFileError):
         convert(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"base_model_name_or_path": 5}, "= 5; it has to be a path"), ({"r": "4"}, "TypeError")],
+)
+def test_a_config_of_other_types_is_told_in_one_line(
+    adapter: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(AdapterFileError, match=said):
+        msplora.to_msplora(tmp_path / "lora", tmp_path / "out", ranks=[4], groups=[0])
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
