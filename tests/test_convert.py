@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import msplora
 from msplora import loading
 from msplora.adapted import load_adapted
+from msplora.conversion_card import card_of_lora
 from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.folder_mark import CONVERSION as MARK
 from msplora.folders import OutputError, new_folder
@@ -41,7 +44,7 @@ def save_adapter(tiny: Tiny, folder: Path, **options: Any) -> Path:
     config = msplora.MSPLoraConfig(
         target_modules=tiny.targets, init_lora_weights=False, r=4, lora_alpha=4, **options
     )
-    get_peft_model(model, config).save_pretrained(folder / "adapter")
+    get_peft_model(model, config).save_pretrained(str(folder / "adapter"))
     return folder / "adapter"
 
 
@@ -174,6 +177,37 @@ def test_a_classifiers_head_survives(tmp_path: Path) -> None:
     msplora.to_merged(adapter, tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert torch.equal(merged.classifier.weight, tensors[head])
+
+
+@pytest.mark.parametrize("convert", [msplora.to_lora, partial(msplora.to_msplora, r=4)])
+def test_a_card_loads_a_classifier_of_three_classes(tmp_path: Path, convert: Any) -> None:
+    """PEFT gives the base two unless it is told."""
+    adapter = save_adapter(MODELS["bert"], tmp_path, task_type="SEQ_CLS")
+    file = tmp_path / "base" / "config.json"  # of a base that says nothing of classes
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: config[key] for key in config if "label" not in key}))
+    convert(adapter, tmp_path / "out", verify=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "every LoRA server" not in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(snippet.replace("THIS FOLDER", str(tmp_path / "out")), found)
+    assert found["model"].config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([4, 2, 1], "every LoRA server load it as it is. vLLM is started with `--max-lora-rank 8`"),
+        ([16, 8, 4], "--max-lora-rank 32"),
+        ([512, 64, 32], "Not so every server (the LoRA has rank 608"),
+    ],
+)
+def test_a_card_says_what_its_rank_asks_of_servers(ranks: list[int], said: str) -> None:
+    config = {"r": sum(ranks), "task_type": "CAUSAL_LM", "base_model_name_or_path": None}
+    assert said in card_of_lora(config, "adapter", {})
+    other = card_of_lora(config | {"task_type": "SEQ_2_SEQ_LM"}, "adapter", {})
+    assert "every LoRA server load" not in other
 
 
 def test_dora_stays_dora(tmp_path: Path) -> None:
@@ -389,7 +423,7 @@ def test_a_config_of_other_types_is_told_in_one_line(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(tmp_path / "lora")
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "lora"))
     file = tmp_path / "lora" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(AdapterFileError, match=said):

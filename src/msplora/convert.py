@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
 from .adapted import Adapted, load_adapted, load_on_base, put_on
+from .classifier_head import labels_of
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
@@ -58,6 +59,10 @@ _COMPANIONS = (
     "chat_template.*",
     "preprocessor_config.json",
 )
+
+
+# What of a LoRA's config gives its layers other scales than alpha / r.
+_UNEVEN = ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
 class RoundedAwayWarning(UserWarning):
@@ -151,7 +156,9 @@ def to_lora(
     with new_folder(out, force, made_from=folder.name) as partial:
         written.write(partial)
         if form == "lora":
-            card = card_of_lora(config, folder.name, holds, adapted.vocabulary)
+            card = card_of_lora(
+                config, folder.name, holds, adapted.vocabulary, labels_of(adapted.model)
+            )
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
             copy_companions(folder, partial)
         comparison = None
@@ -287,12 +294,22 @@ def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
         raise ConfigError(
             f"{str(folder)!r} is of type {kind}, and --to {form} takes MSPLoRA adapters; {way}."
         )
-    if form == "lora":
-        raise ConfigError(
-            f"{str(folder)!r} is a plain LoRA already, which PEFT and the servers read as it is; "
-            f"there is nothing to convert."
-        )
     rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if form == "lora":
+        uneven = [name for name in _UNEVEN if getattr(config, name)]
+        if config.use_dora:
+            told = "but with DoRA, which most servers do not. Merge it for those: --to merged."
+        elif uneven:
+            told = (
+                f"but with {' and '.join(uneven)}, which not every server minds. Make it a pyramid "
+                f"with a pair for each layer, which is the same: --to msplora --ranks {rank} "
+                f"--groups 0. Converted to a LoRA, that has one rank and one alpha for all layers."
+            )
+        else:
+            told = "with one rank and one alpha: there is nothing to convert."
+        raise ConfigError(
+            f"{str(folder)!r} is a plain LoRA already. PEFT reads it as it is, {told}"
+        )
     raise ConfigError(
         f"{str(folder)!r} is a plain LoRA, and --to {form} takes a pyramid. Make it one with a "
         f"pair for each layer, which is the same: --to msplora --ranks {rank} --groups 0. Convert "
