@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import msplora
 from msplora import loading
 from msplora.adapted import load_adapted
+from msplora.companions import NoTokenizerWarning, complete_from_base
 from msplora.conversion_card import card_of_lora
 from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.folder_mark import CONVERSION as MARK
@@ -226,6 +227,34 @@ def test_the_merged_model_answers_like_the_adapted_one(adapter: Path, tmp_path: 
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert not any("pyramid" in name for name, _ in merged.named_modules())
+
+
+def test_a_merged_model_has_its_base_s_tokenizer_unless_the_adapter_has_one(
+    adapter: Path, tmp_path: Path
+) -> None:
+    """PEFT saves none with an adapter, and without one transformers may make up an empty one."""
+    names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    for name in names:
+        (tmp_path / "base" / name).write_text('{"of": "base"}')
+    msplora.to_merged(adapter, tmp_path / "merged", verify=False)
+    (adapter / "tokenizer_config.json").write_text('{"of": "adapter"}')
+    msplora.to_merged(adapter, tmp_path / "own", verify=False)
+    for name in names:
+        assert "base" in (tmp_path / "merged" / name).read_text()
+    assert "adapter" in (tmp_path / "own" / "tokenizer_config.json").read_text()
+    assert not (tmp_path / "own" / "tokenizer.json").exists()  # half of another one
+    assert (tmp_path / "own" / "preprocessor_config.json").exists()
+
+
+def test_a_hub_that_gives_no_tokenizer_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("msplora.companions.snapshot_download", offline)
+    with pytest.warns(NoTokenizerWarning, match="'org/base' could not be asked"):
+        complete_from_base("org/base", None, tmp_path)
 
 
 def test_an_output_that_holds_something_is_kept(adapter: Path, tmp_path: Path) -> None:

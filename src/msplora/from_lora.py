@@ -23,9 +23,10 @@ from . import _peft
 from .adapted import Adapted, embeddings_of, load_on_base
 from .blocks import place
 from .classifier_head import labels_of
+from .companions import copy_companions
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
-from .convert import copy_companions, folders_read
+from .convert import folders_read
 from .errors import ConfigError, TargetError, UnsupportedError, nearest_path
 from .explained import Explained, explain, measure, numbers_in_pairs, total
 from .fitting import Shared, fit
