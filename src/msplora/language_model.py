@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .adapted import embeddings_of
+
 
 def outside_language_model(root: Any) -> Callable[[str], bool]:
     """What tells by its path whether a module lies in a tower or a connector.
@@ -29,6 +31,5 @@ def outside_language_model(root: Any) -> Callable[[str], bool]:
     ]
     if not inside:
         return lambda _: False
-    head: Any = root.get_output_embeddings()
-    inside += [path for path, module in root.named_modules() if module is head]
+    inside += [path for path, _ in embeddings_of(root)]
     return lambda path: not any(path == its or path.startswith(f"{its}.") for its in inside)
