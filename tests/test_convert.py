@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import msplora
 from msplora import loading
 from msplora.adapted import load_adapted
+from msplora.companions import NoTokenizerWarning, complete_from_base
+from msplora.conversion_card import card_of_lora
 from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.folder_mark import CONVERSION as MARK
 from msplora.folders import OutputError, new_folder
@@ -41,7 +45,7 @@ def save_adapter(tiny: Tiny, folder: Path, **options: Any) -> Path:
     config = msplora.MSPLoraConfig(
         target_modules=tiny.targets, init_lora_weights=False, r=4, lora_alpha=4, **options
     )
-    get_peft_model(model, config).save_pretrained(folder / "adapter")
+    get_peft_model(model, config).save_pretrained(str(folder / "adapter"))
     return folder / "adapter"
 
 
@@ -176,6 +180,37 @@ def test_a_classifiers_head_survives(tmp_path: Path) -> None:
     assert torch.equal(merged.classifier.weight, tensors[head])
 
 
+@pytest.mark.parametrize("convert", [msplora.to_lora, partial(msplora.to_msplora, r=4)])
+def test_a_card_loads_a_classifier_of_three_classes(tmp_path: Path, convert: Any) -> None:
+    """PEFT gives the base two unless it is told."""
+    adapter = save_adapter(MODELS["bert"], tmp_path, task_type="SEQ_CLS")
+    file = tmp_path / "base" / "config.json"  # of a base that says nothing of classes
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: config[key] for key in config if "label" not in key}))
+    convert(adapter, tmp_path / "out", verify=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "every LoRA server" not in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(snippet.replace("THIS FOLDER", str(tmp_path / "out")), found)
+    assert found["model"].config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([4, 2, 1], "every LoRA server load it as it is. vLLM is started with `--max-lora-rank 8`"),
+        ([16, 8, 4], "--max-lora-rank 32"),
+        ([512, 64, 32], "Not so every server (the LoRA has rank 608"),
+    ],
+)
+def test_a_card_says_what_its_rank_asks_of_servers(ranks: list[int], said: str) -> None:
+    config = {"r": sum(ranks), "task_type": "CAUSAL_LM", "base_model_name_or_path": None}
+    assert said in card_of_lora(config, "adapter", {})
+    other = card_of_lora(config | {"task_type": "SEQ_2_SEQ_LM"}, "adapter", {})
+    assert "every LoRA server load" not in other
+
+
 def test_dora_stays_dora(tmp_path: Path) -> None:
     adapter = save_adapter(MODELS["llama"], tmp_path, use_dora=True, task_type="CAUSAL_LM")
     msplora.to_lora(adapter, tmp_path / "lora")
@@ -192,6 +227,34 @@ def test_the_merged_model_answers_like_the_adapted_one(adapter: Path, tmp_path: 
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert not any("pyramid" in name for name, _ in merged.named_modules())
+
+
+def test_a_merged_model_has_its_base_s_tokenizer_unless_the_adapter_has_one(
+    adapter: Path, tmp_path: Path
+) -> None:
+    """PEFT saves none with an adapter, and without one transformers may make up an empty one."""
+    names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    for name in names:
+        (tmp_path / "base" / name).write_text('{"of": "base"}')
+    msplora.to_merged(adapter, tmp_path / "merged", verify=False)
+    (adapter / "tokenizer_config.json").write_text('{"of": "adapter"}')
+    msplora.to_merged(adapter, tmp_path / "own", verify=False)
+    for name in names:
+        assert "base" in (tmp_path / "merged" / name).read_text()
+    assert "adapter" in (tmp_path / "own" / "tokenizer_config.json").read_text()
+    assert not (tmp_path / "own" / "tokenizer.json").exists()  # half of another one
+    assert (tmp_path / "own" / "preprocessor_config.json").exists()
+
+
+def test_a_hub_that_gives_no_tokenizer_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("msplora.companions.snapshot_download", offline)
+    with pytest.warns(NoTokenizerWarning, match="'org/base' could not be asked"):
+        complete_from_base("org/base", None, tmp_path)
 
 
 def test_an_output_that_holds_something_is_kept(adapter: Path, tmp_path: Path) -> None:
@@ -378,6 +441,22 @@ def test_a_damaged_adapter_is_refused(
     with pytest.raises(AdapterFileError):
         convert(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"base_model_name_or_path": 5}, "= 5; it has to be a path"), ({"r": "4"}, "TypeError")],
+)
+def test_a_config_of_other_types_is_told_in_one_line(
+    adapter: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "lora"))
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(AdapterFileError, match=said):
+        msplora.to_msplora(tmp_path / "lora", tmp_path / "out", ranks=[4], groups=[0])
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:

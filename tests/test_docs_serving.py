@@ -102,7 +102,7 @@ ROW = {
     "DoRA": "DoRA", "biases": "DoRA", "trained tokens": "DoRA", "saved modules": "DoRA",
     "convolution": "convolutions", "attention module": "convolutions",
     "classifier's head": "a classifier's head", "experts": "experts", "embedding": "embeddings",
-    "Conv1D": "Conv1D",
+    "Conv1D": "Conv1D", "outside the language model": "vision and audio",
 }  # fmt: skip
 
 

@@ -239,3 +239,28 @@ def test_a_bind_within_one_file_system_is_a_mount(monkeypatch: pytest.MonkeyPatc
         pytest.skip("only Linux has a table of mounts")
     assert cannot_be_renamed(Path("/proc")) == "is where another file system is mounted"
     assert cannot_be_renamed(Path("/proc/self")) is None
+
+
+def test_another_user_s_left_over_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shared folder a killed conversion leaves one that only its owner can open."""
+    theirs = tmp_path / ".out.partial-theirs"
+    theirs.mkdir()
+    original = os.open
+
+    def refused(path: object, *options: int, **more: int | None) -> int:
+        if path == theirs:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *options, **more)  # pyright: ignore
+
+    monkeypatch.setattr("msplora.folders.os.open", refused)
+    write(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == [theirs.name, "out"]
+
+
+def test_the_weights_can_be_read_by_whom_the_folder_can(tmp_path: Path) -> None:
+    """safetensors makes its files private, and a server may be another user."""
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "model.safetensors").touch(0o600)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644

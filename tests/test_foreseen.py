@@ -38,6 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pyramid": msplora.MSPLoraConfig(target_modules=names, **SHAPE),
         "dora": msplora.MSPLoraConfig(target_modules=names, use_dora=True, **SHAPE),
         "lora": LoraConfig(target_modules=names, **SHAPE),
+        "lora-dora": LoraConfig(target_modules=names, use_dora=True, **SHAPE),
+        "lora-uneven": LoraConfig(
+            target_modules=names, use_rslora=True, alpha_pattern={"v_proj": 9}, **SHAPE
+        ),
         "adalora": AdaLoraConfig(target_modules=names, total_step=9, **SHAPE),
     }
     for name, config in adapters.items():
@@ -65,6 +69,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (msplora.to_lora, "of-gpt2", {"form": "gguf"}, "transposed"),
         (msplora.to_lora, "of-gpt2", {"form": "mlx"}, "mlx-lm cannot serve"),
         (msplora.to_lora, "lora", {}, "a plain LoRA already"),
+        (msplora.to_lora, "lora-dora", {"server": "vllm"}, "DoRA.*--to merged"),
+        (
+            msplora.to_lora,
+            "lora-uneven",
+            {"server": "sglang"},
+            "use_rslora and alpha_pattern.*--to msplora --ranks 4 --groups 0",
+        ),
         (msplora.to_lora, "lora", {"form": "gguf"}, "--to msplora --ranks 4 --groups 0"),
         (msplora.to_lora, "adalora", {}, "of type ADALORA.*merge it"),
         (msplora.to_msplora, "lora", {"dtype": "fp16"}, "no dtype 'fp16'"),

@@ -214,6 +214,8 @@ def test_a_smaller_pyramid_of_a_pyramid(tmp_path: Path) -> None:
     assert same.explained == pytest.approx(1, abs=1e-9)
     smaller = msplora.to_msplora(pyramid, tmp_path / "out", ranks=[2, 1, 1])
     assert 0.2 < smaller.explained < 0.99
+    # A shared pair is one of its numbers once, not for each layer.
+    assert same.source_parameters == smaller.source_parameters == same.parameters
 
 
 def test_a_classifiers_head_and_trained_tokens_survive(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import LlamaForCausalLM
 
 import msplora
 from msplora.convert import RoundedAwayWarning
-from msplora.verifying import VerificationError
+from msplora.probing import Probe
+from msplora.verifying import Comparison, VerificationError
 from tiny import llama
 
 
@@ -90,6 +92,24 @@ def test_where_half_precision_hides_an_adapter_float32_shows_it(tmp_path: Path) 
     assert its.dtype == "float32"
     assert its.shown
     assert 0 < its.effect < 1e-2  # of which bfloat16 shows nothing
+
+
+def test_a_pyramid_that_is_the_lora_is_shown_in_float32_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rounding flips a router, the logits of equal updates differ as adapters do."""
+
+    def flipped(self: Probe, *given: Any) -> Comparison:
+        its = right(self, *given)
+        return replace(its, difference=10.0) if self.dtype == torch.bfloat16 else its
+
+    right = Probe.compared
+    monkeypatch.setattr(Probe, "compared", flipped)
+    lora = save(tmp_path, torch.bfloat16, 1.0, LoraConfig)
+    its = msplora.to_msplora(lora, tmp_path / "out", ranks=[4], groups=[0]).comparison
+    assert its is not None
+    assert its.dtype == "float32"
+    assert its.shown
 
 
 @pytest.mark.parametrize("config", [msplora.MSPLoraConfig, LoraConfig])

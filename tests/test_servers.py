@@ -254,6 +254,7 @@ LACKING: dict[str, tuple[str, Callable[[], Any]]] = {
         "experts",
         lambda: adapted(MODELS["mixtral"], target_parameters=[*MODELS["mixtral"].parameters]),
     ),
+    "outside the language model": ("vision_tower", lambda: adapted(MODELS["llava"])),
     "convolution": (
         "patch_embeddings",
         lambda: adapted(MODELS["vit"], target_modules=["projection"]),
@@ -275,6 +276,18 @@ def test_what_a_server_lacks_is_refused_with_the_reason(feature: str) -> None:
         ) as said:
             check_served(features(model), server, 7)
         assert server.lacks[feature] in str(said.value)
+
+
+@pytest.mark.parametrize("feature", ["experts", "outside the language model"])
+def test_what_vllm_would_skip_without_a_word_is_refused(feature: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"vLLM cannot serve.*skips"):
+        check_served(features(LACKING[feature][1]()), SERVERS["vllm"], 7)
+
+
+def test_the_language_model_of_one_with_a_tower_is_served() -> None:
+    """With its head."""
+    targets = r".*language_model.*(q_proj|v_proj)|lm_head"
+    assert features(adapted(Tiny(MODELS["llava"].build, targets))) == {}
 
 
 def test_a_rank_above_a_server_s_limit_names_the_limit_and_the_flag() -> None:
@@ -328,6 +341,8 @@ def test_the_command_has_the_least_limit_that_lets_it_in() -> None:
     assert serve_command("base", "a dir", 14, "name", "sglang").endswith("name='a dir'")
     assert "'a dir/adapter.gguf'" in serve_command("base", "a dir", 14, "name", "llama.cpp")
     assert "--adapter-path 'a dir'" in serve_command("base", "a dir", 14, "name", "mlx")
+    for server in ("vllm", "sglang"):  # what it is started with, where that was said
+        assert "--max-lora-rank 64" in serve_command("base", "lora", 14, "name", server, 64)
 
 
 def save(model: Any, base: Any, folder: Path) -> Path:

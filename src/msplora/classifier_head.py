@@ -33,3 +33,9 @@ def number_of_labels(
         if tensor.ndim == 2 and any(f".{name}." in key for name in names)
     ]
     return of_head[-1].shape[0] if of_head else None
+
+
+def labels_of(model: Any) -> int | None:
+    """The answers that an adapted model gives, if it is a classifier."""
+    root = model.get_base_model()
+    return root.config.num_labels if type(root).__name__.endswith(CLASSIFIERS) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .pyramid import Plan
+from .server_limits import why_not_served
 from .serving import SERVERS
 
 CARD_FILE = "README.md"
@@ -40,8 +41,10 @@ def on_autoload(peft_type: str) -> str:
     )
 
 
-def card_of_pyramid(config: Any, plan: Plan, source: str, explained: float) -> str:
-    """README.md of a pyramid that was fitted to another adapter."""
+def card_of_pyramid(
+    config: Any, plan: Plan, source: str, explained: float, labels: int | None = None
+) -> str:
+    """README.md of a pyramid that was fitted to another adapter; `labels` as of a LoRA."""
     ranks, groups = ", ".join(map(str, config.ranks)), ", ".join(map(str, config.groups))
     return _card(
         config,
@@ -53,11 +56,16 @@ def card_of_pyramid(config: Any, plan: Plan, source: str, explained: float) -> s
         ],
         ["import msplora  # makes the adapter's type known to PEFT"],
         on_autoload("MSPLORA"),
+        labels,
     )
 
 
 def card_of_lora(
-    config: Any, source: str, holds: Mapping[str, str], vocabulary: int | None = None
+    config: Any,
+    source: str,
+    holds: Mapping[str, str],
+    vocabulary: int | None = None,
+    labels: int | None = None,
 ) -> str:
     """README.md of the plain LoRA that a pyramid was converted to.
 
@@ -66,20 +74,20 @@ def card_of_lora(
         source: the pyramid's name.
         holds: its `server_limits.features`.
         vocabulary: how many embeddings the base has to be given first.
+        labels: how many answers its base gives, if that is a classifier.
     """
-    lacking = {
-        server.title: server.lacks[feature]
+    lacking = [
+        why
         for server in SERVERS.values()
-        if server.form == "lora"
-        for feature in holds
-        if feature in server.lacks
-    }
+        if server.form == "lora" and (why := why_not_served(holds, server, config["r"]))
+    ]
     loads = "PEFT loads it as it is."
     if lacking:
-        said = "; ".join(f"{title}: {why}" for title, why in lacking.items())
-        loads += f" Not so every server ({said}): give those the merged model."
-    else:
+        loads += f" Not so every server ({'; '.join(lacking)}): give those the merged model."
+    elif config["task_type"] == "CAUSAL_LM":
         loads = "PEFT and every LoRA server load it as it is."
+        if flag := SERVERS["vllm"].flag_for(config["r"]):
+            loads += f" vLLM is started with `{flag}`."
     return _card(
         config,
         "lora",
@@ -90,13 +98,18 @@ def card_of_lora(
         ],
         [],
         f"It needs no msplora: {loads}",
+        labels,
     )
 
 
-def _card(config: Any, tag: str, said: list[str], first: list[str], after: str) -> str:
+def _card(
+    config: Any, tag: str, said: list[str], first: list[str], after: str, labels: int | None
+) -> str:
     get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
     base = get("base_model_name_or_path")
     task = get("task_type")
+    # The base alone would get a head of two outputs, which other classes do not fit.
+    outputs = f", num_labels={labels}" if labels else ""
     auto = _LOADERS.get(str(getattr(task, "value", task)), "AutoPeftModel")
     return "\n".join(
         [
@@ -113,7 +126,7 @@ def _card(config: Any, tag: str, said: list[str], first: list[str], after: str) 
             *first,
             f"from peft import {auto}",
             "",
-            f'model = {auto}.from_pretrained("THIS FOLDER")',
+            f'model = {auto}.from_pretrained("THIS FOLDER"{outputs})',
             "```",
             "",
             after,

@@ -6,7 +6,6 @@ place only then.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
 from .adapted import Adapted, load_adapted, load_on_base, put_on
+from .classifier_head import labels_of
+from .companions import complete_from_base, copy_companions
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_lora
 from .errors import ConfigError, UnsupportedError
@@ -25,7 +26,6 @@ from .foreseen import foresee
 from .forms import PlainLora, Written, in_form
 from .loading import (
     CONFIG_FILE,
-    TASK_FILE,
     WEIGHTS_FILE,
     BaseOptions,
     adapter_folder,
@@ -46,18 +46,8 @@ from .server_limits import asked_server, check_served, features, why_not_served
 from .serving import GGUF_FILE, SERVERS, Form
 from .verifying import Comparison
 
-# What goes along: the tokenizer, and what `msplora eval` and its kin must know of the task.
-_COMPANIONS = (
-    TASK_FILE,
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.*",
-    "preprocessor_config.json",
-)
+# What of a LoRA's config gives its layers other scales than alpha / r.
+_UNEVEN = ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
 class RoundedAwayWarning(UserWarning):
@@ -151,7 +141,9 @@ def to_lora(
     with new_folder(out, force, made_from=folder.name) as partial:
         written.write(partial)
         if form == "lora":
-            card = card_of_lora(config, folder.name, holds, adapted.vocabulary)
+            card = card_of_lora(
+                config, folder.name, holds, adapted.vocabulary, labels_of(adapted.model)
+            )
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
             copy_companions(folder, partial)
         comparison = None
@@ -219,6 +211,8 @@ def to_merged(
         )
     probe = Probe(model) if verify else None
     rank = sum(_ranks(model))
+    own: Any = next(iter(model.peft_config.values()))
+    source_of_base, revision = options.recorded_for(own)
     rounding = merge_layers(model)
     merged: Any = unloaded(model)
     model_class = type(merged)
@@ -226,6 +220,8 @@ def to_merged(
         with quiet_loading():
             merged.save_pretrained(partial)
         copy_companions(folder, partial)
+        if source_of_base:
+            complete_from_base(source_of_base, revision, partial)
         comparison = None
         answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
@@ -287,12 +283,22 @@ def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
         raise ConfigError(
             f"{str(folder)!r} is of type {kind}, and --to {form} takes MSPLoRA adapters; {way}."
         )
-    if form == "lora":
-        raise ConfigError(
-            f"{str(folder)!r} is a plain LoRA already, which PEFT and the servers read as it is; "
-            f"there is nothing to convert."
-        )
     rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if form == "lora":
+        uneven = [name for name in _UNEVEN if getattr(config, name)]
+        if config.use_dora:
+            told = "but with DoRA, which most servers do not. Merge it for those: --to merged."
+        elif uneven:
+            told = (
+                f"but with {' and '.join(uneven)}, which not every server minds. Make it a pyramid "
+                f"with a pair for each layer, which is the same: --to msplora --ranks {rank} "
+                f"--groups 0. Converted to a LoRA, that has one rank and one alpha for all layers."
+            )
+        else:
+            told = "with one rank and one alpha: there is nothing to convert."
+        raise ConfigError(
+            f"{str(folder)!r} is a plain LoRA already. PEFT reads it as it is, {told}"
+        )
     raise ConfigError(
         f"{str(folder)!r} is a plain LoRA, and --to {form} takes a pyramid. Make it one with a "
         f"pair for each layer, which is the same: --to msplora --ranks {rank} --groups 0. Convert "
@@ -303,14 +309,6 @@ def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:
 def _ranks(model: Any) -> list[int]:
     config = next(iter(model.peft_config.values()))
     return list(getattr(config, "ranks", None) or [config.r])
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy what belongs to an adapter besides its tensors and its config."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if not (out / file.name).exists():
-                shutil.copy2(file, out / file.name)
 
 
 def _size_of_adapter(folder: Path) -> int:

@@ -174,6 +174,8 @@ def new_folder(out: Path, force: bool = False, made_from: str | None = None) -> 
             yield partial
             if made_from is not None:
                 write_mark(partial, CONVERSION, {"from": made_from})
+            for file in partial.rglob("*.safetensors"):
+                file.chmod(0o644)  # safetensors' files are private, as mkdtemp's folders are
             check_output(out, force and not fill)  # another process may have been quicker
             if fill:
                 _move_up(partial, out)
@@ -253,7 +255,7 @@ def clear_after_a_kill(out: Path) -> None:
 def _remove_if_left(partial: Path) -> None:
     try:
         lock = os.open(partial, os.O_RDONLY)
-    except FileNotFoundError:  # its process has finished
+    except OSError:  # its process has finished, or it is another user's
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

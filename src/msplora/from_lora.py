@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -22,11 +22,13 @@ from torch import Tensor
 from . import _peft
 from .adapted import Adapted, embeddings_of, load_on_base
 from .blocks import place
+from .classifier_head import labels_of
+from .companions import copy_companions
 from .config import MSPLoraConfig
 from .conversion_card import CARD_FILE, card_of_pyramid
-from .convert import copy_companions, folders_read
+from .convert import folders_read
 from .errors import ConfigError, TargetError, UnsupportedError, nearest_path
-from .explained import Explained, explain, measure, total
+from .explained import Explained, explain, measure, numbers_in_pairs, total
 from .fitting import Shared, fit
 from .folders import check_apart, check_output, new_folder
 from .loading import (
@@ -138,6 +140,7 @@ def to_msplora(
         raise UnsupportedError(
             f"every update of {str(folder)!r} is zero: there is nothing to fit. Was it trained?"
         )
+    numbers = numbers_in_pairs(model, updates)
     config = _config(model, changed, shape)
     found = plan(model, config)
     pairs, sweeps, converged = fitted_pairs(found, changed)
@@ -157,12 +160,20 @@ def to_msplora(
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
         copy_companions(folder, partial)
-        card = card_of_pyramid(config, found, folder.name, total(expected))
+        card = card_of_pyramid(config, found, folder.name, total(expected), labels_of(model))
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         comparison = None
         if verify:
             del model  # which is taken apart
-            expected, comparison = measure(adapted, partial, found, changed, expected, dtype)
+            expected, comparison = measure(
+                adapted,
+                partial,
+                found,
+                changed,
+                expected,
+                dtype,
+                lambda: _load(folder, replace(options, dtype="float32"), shape)[0],
+            )
         after = None if data is None else _loss(partial, data, options)
     return Fitted(
         out=out,
@@ -171,7 +182,7 @@ def to_msplora(
         sites=tuple(expected),
         explained=total(expected),
         parameters=found.parameters,
-        source_parameters=sum(a.numel() + b.numel() for its in updates.values() for a, b in its),
+        source_parameters=numbers,
         sweeps=sweeps,
         converged=converged,
         left_out=tuple(sorted(set(updates) - set(changed))),

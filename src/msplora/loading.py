@@ -179,15 +179,21 @@ def base_named_by(folder: Path) -> str | None:
     """The base that an adapter's config names, whatever wrote it.
 
     Raises:
-        AdapterFileError: the config is no JSON object.
+        AdapterFileError: the config is no JSON object, or its base is no name.
     """
     file = folder / CONFIG_FILE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except KeyError:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise AdapterFileError(f"{str(file)!r} cannot be read: {error}") from error
+    if named is not None and not isinstance(named, str):
+        raise AdapterFileError(
+            f"{str(file)!r} has base_model_name_or_path = {named!r}; it has to be a path or a hub "
+            f"id, in quotes."
+        )
+    return named
 
 
 def class_names(folder: Path) -> list[str]:

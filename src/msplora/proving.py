@@ -60,17 +60,35 @@ def prove_lora(
         )
     _check_held(others, converted)
     its = probe.compared(converted, dtype)
-    root: Any = converted.get_base_model()
-    if not its.shown and probe.dtype in _HALF and not getattr(root, "is_quantized", False):
-        del converted, root
-        adapted = again()
-        probe = Probe(adapted.model)
-        its = probe.compared(load(adapted.take_base()), dtype)
+    if not its.shown and can_be_float32(converted):
+        del converted
+        its = compared_in_float32(again, load, dtype)
     if dtype in _HALF:
         # The rounding that was asked for, which the updates have been held to; through the layers
         # it grows, most where an adapter is large.
         its = replace(its, tolerance=max(its.tolerance, its.effect))
     return check(replace(its, update_error=error))
+
+
+def can_be_float32(model: PeftModel) -> bool:
+    """Whether a model's base is in half precision, and loads in float32 too."""
+    root: Any = model.get_base_model()
+    return root.dtype in _HALF and not getattr(root, "is_quantized", False)
+
+
+def compared_in_float32(
+    again: Callable[[], Adapted], load: Callable[[Any], PeftModel], dtype: torch.dtype
+) -> Comparison:
+    """Compare logits that the base's rounding does not move, as a router does that it flips.
+
+    Args:
+        again: the adapter on its base, in float32.
+        load: what was written, put on a base by PEFT.
+        dtype: of the factors written.
+    """
+    adapted = again()
+    probe = Probe(adapted.model)
+    return probe.compared(load(adapted.take_base()), dtype)
 
 
 def prove_merged(

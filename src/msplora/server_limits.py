@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import _peft
 from .adapted import name_in_base
 from .errors import ConfigError, UnsupportedError
+from .language_model import outside_language_model
 from .layer import PyramidLayer
 from .serving import SERVERS, WRITTEN_FOR, Form, Server
 
@@ -39,6 +40,7 @@ def features(
     if getattr(config, "trainable_token_indices", None):
         found["trained tokens"] = "trainable_token_indices"
     wrapped = []
+    outside = outside_language_model(root)
     for path, layer in root.named_modules():
         if isinstance(layer, _peft.AuxiliaryTrainingWrapper):
             wrapped.append(path)
@@ -50,6 +52,8 @@ def features(
             kind = _kind(layer)
             if kind is not None:
                 found.setdefault(kind, path)
+            if outside(path):
+                found.setdefault("outside the language model", path)
     for key in others or ():
         path, _, name = name_in_base(key).rpartition(".")
         known = any(path == its or path.startswith(f"{its}.") for its in wrapped)

@@ -25,6 +25,7 @@ _RARE = {
     "trained tokens": "it reads no rows of the embedding from an adapter",
     "convolution": "it adapts no convolutions",
     "attention module": "it adapts no nn.MultiheadAttention",
+    "outside the language model": "it skips what lies outside the language model",
 }
 _HEAD = {"classifier's head": "it reads no classifier's head from an adapter"}
 _ONLY_LINEAR = {
@@ -66,7 +67,11 @@ SERVERS = {
     "vllm": Server(
         "vLLM",
         "lora",
-        {**_RARE, "Conv1D": "its models with Conv1D layers, GPT-2 among them, take no LoRA"},
+        {
+            **_RARE,
+            "experts": "of most models it reads experts in another form, and skips these",
+            "Conv1D": "its models with Conv1D layers, GPT-2 among them, take no LoRA",
+        },
         default_rank=16,
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         flag="--max-lora-rank",
@@ -94,7 +99,14 @@ WRITTEN_FOR = {server.form: name for name, server in SERVERS.items() if server.f
 """The forms that one server alone reads -> that server."""
 
 
-def serve_command(model: str, adapter: str, rank: int, name: str, server: str | None = None) -> str:
+def serve_command(
+    model: str,
+    adapter: str,
+    rank: int,
+    name: str,
+    server: str | None = None,
+    max_lora_rank: int | None = None,
+) -> str:
     """Return the command that serves a converted adapter.
 
     Args:
@@ -103,6 +115,7 @@ def serve_command(model: str, adapter: str, rank: int, name: str, server: str | 
         rank: the adapter's.
         name: what requests call the adapter.
         server: one of `SERVERS`; vLLM if left out. Beyond vLLM's 512 merged weights are left.
+        max_lora_rank: the largest rank that the server is started for, where that was said.
     """
     base, folder = shlex.quote(model), shlex.quote(adapter)
     if server == "llama.cpp":
@@ -112,8 +125,9 @@ def serve_command(model: str, adapter: str, rank: int, name: str, server: str | 
         return f"mlx_lm.server --model {base} --adapter-path {folder}"
     named = f"{shlex.quote(name)}={folder}"
     if server == "sglang":
-        return f"python -m sglang.launch_server --model-path {base} --lora-paths {named}"
-    flag = SERVERS["vllm"].flag_for(rank)
+        limit = f" --max-lora-rank {max_lora_rank}" if max_lora_rank else ""
+        return f"python -m sglang.launch_server --model-path {base} --lora-paths {named}{limit}"
+    flag = SERVERS["vllm"].flag_for(max_lora_rank or rank)
     if flag is None:
         return f"(rank {rank} is beyond vLLM's {_largest('vllm')}: serve the merged model)"
     return f"vllm serve {base} --enable-lora {flag} --lora-modules {named}"

@@ -194,6 +194,11 @@ def convert(
             console.print("PEFT loads it; for a server convert with --to merged.")
             return
         command = serve_command(
-            base or result.base or "BASE", str(out), result.rank, out.name, reader
+            base or result.base or "BASE",
+            str(out),
+            result.rank,
+            out.resolve().name,  # of "." too
+            reader,
+            max_lora_rank,
         )
         console.print(f"Serve it, for instance: {command}", markup=False)
