@@ -122,5 +122,5 @@ def test_no_server_is_named_that_cannot_serve_it(tmp_path: Path) -> None:
     assert "vLLM cannot serve this adapter (use_dora)" in done.out.replace("\n", " ")
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "every LoRA server" not in card
-    assert "vLLM: it knows no DoRA" in card
+    assert "vLLM cannot serve this adapter (use_dora): it knows no DoRA" in card
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["use_dora"]
