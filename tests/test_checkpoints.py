@@ -273,3 +273,13 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     second = RunFolder(made_up(tmp_path), resume=True)
     second.begin()
     second.release()
+
+
+def test_a_checkpoint_whose_seal_is_damaged_does_not_stop_the_next_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        a_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-1" / SEAL).write_text("")
+    prune(tmp_path, 3)
+    assert {its.name for its in tmp_path.iterdir()} >= {"checkpoint-2", "checkpoint-3"}
+    prune(tmp_path, 2)
+    assert not (tmp_path / "checkpoint-1").exists()

@@ -110,6 +110,34 @@ def test_a_loss_that_is_not_the_reported_one_stops_the_run(
     assert "on the held-out rows, and the run measured" in found.error
 
 
+@pytest.mark.parametrize(
+    ("method", "task", "bias"),
+    [
+        ("msplora", "classification", "all"),
+        ("msplora", "classification", "msplora_only"),
+        ("lora", "classification", "lora_only"),
+        ("msplora", "sft", "all"),
+    ],
+)
+def test_an_adapter_with_biases_is_measured_again(
+    bases: Path, method: str, task: str, bias: str
+) -> None:
+    """PEFT loads no second adapter beside one that trains the base's biases."""
+    found = train(bases, task, "--method", method, adapter={"bias": bias})
+    assert found.code == 0, found.err
+    best = metrics()["best"]
+    assert metrics()["reloaded"] == {key: best[key] for key in metrics()["reloaded"]}
+
+
+def test_a_bias_that_is_not_what_was_trained_stops_the_run(
+    bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "layer.0.attention.self.query.base_layer.bias", 1e-4)
+    found = train(bases, "classification", adapter={"bias": "all"})
+    assert found.code == 1
+    assert "is not the trained one: 1 tensors differ" in found.error
+
+
 def test_a_level_that_learnt_nothing_is_named(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that the loss does not reach, say: here its pair's gradient is taken away."""
     from msplora.train import learning_rates

@@ -237,6 +237,40 @@ def test_the_run_serves_the_other_verbs(folder: Path, printed: str) -> None:
     assert "generate" in printed.partition("The run is in")[2]
 
 
+@pytest.mark.parametrize("method", ["msplora", "full"])
+def test_in_bfloat16_it_is_judged_alike_before_in_and_after_the_run(
+    folder: Path, method: str
+) -> None:
+    name = f"bfloat16-{method}"
+    rate = {"learning_rate": 1e-3 if method == "full" else 0.02, "eval_batch_size": 5}
+    train(folder, name, method=method, dtype="bfloat16", training=rate)
+    metrics = read_json(folder / name / "metrics.json")
+    assert metrics["before"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    again = command("eval", folder / name, "--json", "--batch-size", 5)
+    assert judged(again.json()) == pytest.approx(judged(metrics["best"]), rel=1e-5)
+
+
+def test_in_bfloat16_embeddings_train_in_float32(folder: Path) -> None:
+    adapter = {"modules_to_save": ["embed_tokens"]}
+    train(folder, "embeddings", dtype="bfloat16", adapter=adapter, training={"max_steps": 2})
+    assert read_json(folder / "embeddings/metrics.json")["best"]["loss"] > 0
+
+
+def test_an_adapter_with_biases_is_no_start(folder: Path) -> None:
+    model = peft.get_peft_model(
+        base(folder),
+        peft.LoraConfig(target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(folder / "biased")
+    file = write_config(
+        folder / "wrong.yaml",
+        config(folder, "wrong", method="lora", init_from=str(folder / "biased")),
+    )
+    result = command("train", file)
+    assert result.code == 1
+    assert "has trained biases of the base (bias = 'all')" in result.error
+
+
 def test_pairs_with_nothing_to_prefer_are_counted_and_left_out(folder: Path) -> None:
     rows = pairs(6)
     rows[1]["rejected"] = rows[1]["chosen"]

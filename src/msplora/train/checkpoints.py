@@ -113,10 +113,17 @@ def read(folder: Path) -> Checkpoint:
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep`, and the best ones that these would go back to."""
     newest = _named(checkpoints)[-keep:]
-    bests = {_read_seal(path)["best"] for path in newest}
+    bests = {_best_of(path) for path in newest}
     for path in _named(checkpoints):
         if path not in newest and _step(path) not in bests:
             remove(path)
+
+
+def _best_of(checkpoint: Path) -> int | None:
+    try:
+        return _read_seal(checkpoint)["best"]
+    except Damaged:  # a run went on from another one, and nothing will go back to this
+        return None
 
 
 def remove(checkpoint: Path) -> None:

@@ -14,11 +14,13 @@ import torch
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from msplora.errors import ConfigError
 from msplora.loading import read_config
 
 from .base_model import Base, LoadBase, load_base
 from .callbacks import check_steps
 from .data_preference import read_preferences
+from .held_out_loss import autocast
 from .held_out_rows import HeldOutRows
 from .held_out_trainer import JudgesHeldOutRows
 from .init_from import start_checksums, start_folder
@@ -45,7 +47,12 @@ REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/r
 
 
 class HeldOutDPOTrainer(GroupsByLength, JudgesHeldOutRows, RunTrainer, DPOTrainer):
-    """TRL's trainer on pairs that are token ids already, judging by the mean over all pairs."""
+    """TRL's trainer on pairs that are token ids already, judging by the mean over all pairs.
+
+    `arithmetic` has to be set before it evaluates.
+    """
+
+    arithmetic: torch.dtype
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """Keep the rows: TRL would tokenise texts, in a form of its own."""
@@ -86,7 +93,8 @@ class HeldOutDPOTrainer(GroupsByLength, JudgesHeldOutRows, RunTrainer, DPOTraine
             for start in range(0, len(rows), size):
                 pairs = rows[start : start + size]
                 batch = self._prepare_inputs(self.data_collator(pairs))
-                with self.compute_loss_context_manager():
+                # While it trains, accelerate has put the same around the model's forward.
+                with autocast(self.args.device.type, self.arithmetic):
                     loss = self.compute_loss(self.model, batch)
                 yield len(pairs), {"loss": float(loss), **{its: seen[its][-1] for its in REWARDS}}
         finally:
@@ -96,6 +104,7 @@ class HeldOutDPOTrainer(GroupsByLength, JudgesHeldOutRows, RunTrainer, DPOTraine
 
 def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     """Read the pairs, load the model and apply the method."""
+    _check_start(settings)
     data = read_preferences(settings.data, settings.seed)
     best = check_metric(settings, "loss", ("loss", "rewards/accuracies", "rewards/margins"))
     described = outline(settings, None)
@@ -169,6 +178,7 @@ def preference_trainer(
     if isinstance(model, peft.PeftModel):
         _set_reference(model, settings)
     trainer.settings, trainer.head = settings, base.head
+    trainer.arithmetic = base.arithmetic
     trainer.group_by_length = settings.training.group_by_length
     quieten(trainer)
     return trainer
@@ -188,6 +198,19 @@ def _set_reference(model: peft.PeftModel, settings: Settings) -> None:
         model.add_adapter(_REFERENCE, config)
     elif start:
         model.load_adapter(str(start), _REFERENCE)
+
+
+def _check_start(settings: Settings) -> None:
+    """Refuse a start that cannot be held beside what trains: the base has one bias for both."""
+    start = start_folder(settings)
+    bias = getattr(read_config(start), "bias", "none") if start else "none"
+    if bias != "none":
+        raise ConfigError(
+            f"the adapter {settings.init_from!r} has trained biases of the base (bias = {bias!r}), "
+            f"and task 'dpo' compares with that adapter as it was, for which PEFT can keep no second "
+            f"set of biases. Start from one without, or merge it (msplora convert --to merged) and "
+            f"train on the merged model."
+        )
 
 
 def _reference_in_words(settings: Settings) -> str:

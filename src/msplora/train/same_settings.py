@@ -14,6 +14,7 @@ _FREE_TO_CHANGE = frozenset(
     {
         "output",
         EVAL_BATCH_SIZE,
+        "training.check_saved",
         "training.report_to",
         "training.save_limit",
         "training.save_steps",

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from msplora.errors import MSPLoraError
+from msplora.loading import read_tensors
 from msplora.sisters.hydra.layer import HydraLayer
 from msplora.store import factors, plan_of
 
@@ -123,12 +125,17 @@ def reload_and_evaluate(
         NotWhatWasMeasured: they differ.
     """
     model = trainer.model
-    model.load_adapter(str(weights), adapter_name=_RELOADED)
+    # The base has one bias for all adapters, so that PEFT loads none beside one that trains biases.
+    beside = getattr(model.peft_config["default"], "bias", "none") == "none"
+    if beside:
+        model.load_adapter(str(weights), adapter_name=_RELOADED)
     history = list(trainer.state.log_history)
     try:
-        different = [
-            name for name in _names_of(model, _RELOADED) if not _is_as_trained(model, name)
-        ]
+        different = (
+            [name for name in _names_of(model, _RELOADED) if not _is_as_trained(model, name)]
+            if beside
+            else _put_back(model, weights)
+        )
         if different:
             raise NotWhatWasMeasured(
                 f"the adapter saved in {weights} is not the trained one: {len(different)} tensors "
@@ -136,7 +143,8 @@ def reload_and_evaluate(
             )
         if measured is None:
             return None
-        model.set_adapter(_RELOADED)
+        if beside:
+            model.set_adapter(_RELOADED)
         # Nobody is to be told of this evaluation: trackers would take it for one of the run's.
         trainer.callback_handler.callbacks.clear()
         found = plain_metrics(trainer.evaluate())
@@ -148,8 +156,9 @@ def reload_and_evaluate(
         return found
     finally:
         trainer.state.log_history = history
-        model.set_adapter("default")
-        model.delete_adapter(_RELOADED)
+        if beside:
+            model.set_adapter("default")
+            model.delete_adapter(_RELOADED)
 
 
 def _meant_to_train(settings: Settings) -> set[str] | None:
@@ -168,6 +177,20 @@ def _is_as_trained(model: nn.Module, name: str) -> bool:
     reloaded = model.get_parameter(name)
     trained = model.get_parameter(name.replace(f".{_RELOADED}", ".default"))
     return torch.equal(reloaded, trained.to(reloaded))
+
+
+def _put_back(model: Any, weights: Path) -> list[str]:
+    """Names of what a file holds otherwise than the model; where there are none, load the file."""
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = read_tensors(weights)
+    different = sorted(
+        name
+        for name in live.keys() | saved.keys()
+        if not (name in live and name in saved and torch.equal(saved[name], live[name].cpu()))
+    )
+    if not different:
+        set_peft_model_state_dict(model, saved)
+    return different
 
 
 def _pairs_of(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:

@@ -267,7 +267,9 @@ class Settings(Section):
     )
     output: str = Field(description="The run folder to make.")
     method: Method = Field("msplora", description="What trains: see [methods](#methods).")
-    seed: int = Field(42, ge=0, description="Seeds the split, the initialisation and the order.")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Seeds the split, the initialisation and the order."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Of the frozen weights and the arithmetic; what trains is float32. `auto` is "

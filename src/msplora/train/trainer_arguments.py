@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ def trainer_arguments(
     """
     training = settings.training
     by = "steps" if training.eval_steps else "epoch"
+    # Older versions of transformers do not evaluate at the last step beside these.
+    every = training.eval_steps and min(training.eval_steps, training_steps(settings, rows))
+    # It is the launcher's, or an earlier run's in this process, and would go before the dtype.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     return {
         "output_dir": str(checkpoints),
         "num_train_epochs": training.epochs,
@@ -51,9 +56,9 @@ def trainer_arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is no number stops the run instead
         "eval_strategy": by if held_out else "no",
-        "eval_steps": training.eval_steps,
+        "eval_steps": every,
         "save_strategy": by,
-        "save_steps": training.eval_steps or 500,
+        "save_steps": every or 500,
         "save_total_limit": training.save_limit,
         "load_best_model_at_end": held_out,
         "metric_for_best_model": best if held_out else None,
