@@ -91,6 +91,16 @@ def test_what_is_kept_can_always_be_gone_back_to(tmp_path: Path, keep: int, left
     assert {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()} == left
 
 
+def test_a_damaged_seal_of_an_older_one_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        sealed(tmp_path, step, best)
+    (tmp_path / "checkpoint-1" / SEAL).write_text("")
+    prune(tmp_path, 3)
+    assert {path.name for path in tmp_path.iterdir()} >= {"checkpoint-2", "checkpoint-3"}
+    prune(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
 # Killed between any two operations on the disk
 
 
@@ -273,13 +283,3 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     second = RunFolder(made_up(tmp_path), resume=True)
     second.begin()
     second.release()
-
-
-def test_a_checkpoint_whose_seal_is_damaged_does_not_stop_the_next_ones(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        a_checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-1" / SEAL).write_text("")
-    prune(tmp_path, 3)
-    assert {its.name for its in tmp_path.iterdir()} >= {"checkpoint-2", "checkpoint-3"}
-    prune(tmp_path, 2)
-    assert not (tmp_path / "checkpoint-1").exists()

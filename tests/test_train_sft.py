@@ -528,3 +528,16 @@ def test_a_stage_of_one_step_trains_where_the_rate_is_constant(folder: Path) -> 
     training = {"scheduler": "constant", "stages": stages, "max_steps": 3, "warmup_ratio": 0.06}
     out = train(folder, "constant", training=training).out
     assert "stage 3 of 3: local until step 3" in out
+
+
+def test_a_launchers_precision_does_not_go_before_the_dtype(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `accelerate launch` sets it from its configuration, and a run before in this process."""
+    losses = []
+    for launched in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        name = f"launched-{launched}"
+        train(folder, name, dtype="float32", training={"max_steps": 2})
+        losses.append(json.loads((folder / name / "metrics.json").read_text())["best"]["loss"])
+    assert losses[0] == losses[1]

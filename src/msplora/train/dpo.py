@@ -206,10 +206,10 @@ def _check_start(settings: Settings) -> None:
     bias = getattr(read_config(start), "bias", "none") if start else "none"
     if bias != "none":
         raise ConfigError(
-            f"the adapter {settings.init_from!r} has trained biases of the base (bias = {bias!r}), "
-            f"and task 'dpo' compares with that adapter as it was, for which PEFT can keep no second "
-            f"set of biases. Start from one without, or merge it (msplora convert --to merged) and "
-            f"train on the merged model."
+            f"the adapter {settings.init_from!r} has trained biases of the base (bias = {bias!r}). "
+            f"Task 'dpo' compares with that adapter as it was, and PEFT keeps no second set of "
+            f"biases. Start from one without, or merge it (msplora convert --to merged) and train "
+            f"on the merged model."
         )
 
 
