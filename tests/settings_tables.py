@@ -119,7 +119,7 @@ def _bounds(field: FieldInfo) -> str:
         for name, sign in signs.items():
             bound = getattr(constraint, name, None)
             if bound is not None:
-                found.append(f"{sign} {bound:g}")
+                found.append(f"{sign} {bound:{'g' if isinstance(bound, float) else ','}}")
     return f" {' and '.join(found)}" if found else ""
 
 
