@@ -273,6 +273,31 @@ def test_a_run_killed_before_its_checkpoints_went_can_be_discarded(tmp_path: Pat
     again.release()
 
 
+def test_a_run_that_came_into_the_output_meanwhile_is_left_there(tmp_path: Path) -> None:
+    def other(name: str) -> Path:
+        folder = RunFolder(made_up(tmp_path / "elsewhere", seed=len(name)))
+        folder.begin()
+        fill(folder, name)
+        return folder.finish()
+
+    mine = RunFolder(made_up(tmp_path))
+    mine.begin()
+    fill(mine, "mine")
+    shutil.move(other("other"), mine.path)
+    with pytest.raises(RunFolderError, match=r"another run was put into .* while this one trained"):
+        mine.finish()
+    mine.release()
+    assert [result_in(path) for path in (mine.path, mine.working)] == ["other", "mine"]
+    shutil.move(mine.path, tmp_path / "away")
+    again = RunFolder(made_up(tmp_path), resume=True)
+    assert result_in(again.finish()) == "mine"
+    # What --force was given for is replaced, but not what comes after it.
+    forced = RunFolder(made_up(tmp_path, seed=1), force=True)
+    forced.begin()
+    fill(forced, "forced")
+    assert result_in(forced.finish()) == "forced"
+
+
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     first = RunFolder(made_up(tmp_path))
     first.begin()

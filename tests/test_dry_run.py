@@ -267,7 +267,7 @@ def test_the_table_is_printed(folder: Path, tmp_path: Path) -> None:
     for said in ("frozen weights", "optimiser", "logits and loss", "all tensors"):
         assert said in result.out
     assert "not measured" in result.out
-    assert "of 24.0" in " ".join(result.out.split())
+    assert "of 22.0" in " ".join(result.out.split())
 
 
 def test_steps_and_tokens_are_those_of_the_run(folder: Path) -> None:
@@ -361,7 +361,7 @@ def test_options_of_a_dry_run_need_one(arguments: list[str], folder: Path, tmp_p
 
 def test_targets() -> None:
     assert find_target("24GB").capacity == find_target("24 gib").capacity == 24 * GIB
-    assert find_target("NVIDIA H100").capacity == 80 * GIB
+    assert 79 * GIB < find_target("NVIDIA H100").capacity < 80 * GIB
     assert find_target("RTX 4090").on_gpu
     assert not find_target("cpu:8GB").on_gpu
     assert find_target("cpu:8GB").overhead(1000, 200) == CPU_LIBRARIES + 800 * CPU_SLACK

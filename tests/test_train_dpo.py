@@ -182,6 +182,7 @@ def test_an_adapter_to_start_from_is_the_reference(folder: Path, start: Path) ->
     run = folder / "second"
     assert read_json(run / "metrics.json")["before"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert not (run / "adapter/ref").exists()
+    assert f"It began as the adapter of `{start.name}`." in (run / "README.md").read_text()
     before, after = tensors(start / "adapter"), tensors(run / "adapter")
     assert list(before) == list(after)
     assert not any(torch.equal(before[key], after[key]) for key in before)

@@ -114,7 +114,7 @@ def _card(
     return "\n".join(
         [
             "---",
-            *([f"base_model: {base}"] if base else []),
+            *([f"base_model: {base}"] if base and not Path(base).exists() else []),
             "library_name: peft",
             f"tags: [{tag}]",
             "---",

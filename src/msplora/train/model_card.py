@@ -36,7 +36,8 @@ def model_card(
     has_adapter = adapted.rank is not None
     lines = [
         "---",
-        f"base_model: {settings.model}",
+        # The hub takes its own names only, and a path is nobody else's business.
+        *([] if Path(settings.model).exists() else [f"base_model: {settings.model}"]),
         f"library_name: {'peft' if has_adapter else 'transformers'}",
         f"pipeline_tag: {_pipeline(settings)}",
         f"tags: [{settings.method}, {settings.task}]",
@@ -45,6 +46,7 @@ def model_card(
         f"# {run.name}",
         "",
         f"{Path(settings.model).name}, fine-tuned with `{settings.method}` for {_data(settings)}.",
+        *_start(settings),
         "",
         "| | numbers |",
         "|---|---|",
@@ -147,6 +149,14 @@ def _results(metrics: dict[str, Any]) -> list[str]:
         cells += [f"{row[name]:.4f}" if name in row else "" for name in names]
         lines.append("| " + " | ".join(f"{mark}{cell}{mark}" for cell in cells) + " |")
     return lines
+
+
+def _start(settings: Settings) -> list[str]:
+    if settings.init_from is None:
+        return []
+    start = Path(settings.init_from)
+    run = start.parent if start.name == "adapter" else start  # a run's folder holds it
+    return ["", f"It began as the adapter of `{run.name}`."]
 
 
 def _loading(settings: Settings, adapted: Adapted) -> list[str]:

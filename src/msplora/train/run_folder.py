@@ -101,6 +101,7 @@ class RunFolder:
             self._check_discardable()
         else:
             self._check_free()
+        self._replaceable = self._mark_there()
 
     @property
     def checkpoints(self) -> Path:
@@ -181,8 +182,19 @@ class RunFolder:
                 f"its place. It is complete, in {self.working}: move what is yours away, and then "
                 f"{self.go_on}"
             )
+        if self._mark_there() not in (None, self._replaceable):
+            raise RunFolderError(
+                f"another run was put into {self.path} while this one trained, and is left there. "
+                f"This one is complete, in {self.working}: move the other away, and then "
+                f"{self.go_on}"
+            )
         put_in_place(self.working, self.path)
         clear_after_a_kill(self.path)
+
+    def _mark_there(self) -> bytes | None:
+        """The mark of the complete run in the output, which tells it from every other."""
+        mark = self.path / RUN
+        return mark.read_bytes() if mark.is_file() else None
 
     def _take_up(self) -> list[str]:
         self.checkpoints.mkdir(exist_ok=True)

@@ -32,12 +32,13 @@ CPU_LIBRARIES = 256 * 2**20
 of benchmarks/results/dry-run.jsonl would have fitted, the tightest with 75 MiB to spare.
 The same processes on another machine took up to 308 MiB less."""
 
-# GiB, by the names they go by.
+# GiB that PyTorch finds on them, rounded down: less than they are sold with, since firmware and
+# error correction take a part. By the names they go by.
 _CARDS = {
-    "T4": 16, "V100": 32, "P100": 16, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L4": 24,
-    "L40": 48, "L40S": 48, "A6000": 48, "A100-40": 40, "A100": 80, "A100-80": 80, "H100": 80,
-    "H200": 141, "B200": 180, "RTX3060": 12, "RTX3090": 24, "RTX4080": 16, "RTX4090": 24,
-    "RTX5090": 32,
+    "T4": 14.5, "V100": 31.7, "P100": 15.8, "A10": 22, "A10G": 22, "A30": 23.4, "A40": 44.3,
+    "L4": 22, "L40": 44.3, "L40S": 44.3, "A6000": 47.4, "A100-40": 39.3, "A100": 79.1,
+    "A100-80": 79.1, "H100": 79.1, "H200": 139.7, "B200": 178.3, "RTX3060": 11.7, "RTX3090": 23.5,
+    "RTX4080": 15.6, "RTX4090": 23.5, "RTX5090": 31.3,
 }  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GI?B?|MI?B?)", re.IGNORECASE)
 
@@ -88,7 +89,7 @@ def find_target(asked: str | None) -> Target:
         return Target(f"a GPU of {name}", True, size, here=False)
     card = re.sub(r"[\s_]", "", name.upper()).removeprefix("NVIDIA")
     if card in _CARDS:
-        return Target(card, True, _CARDS[card] * GIB, here=False)
+        return Target(card, True, int(_CARDS[card] * GIB), here=False)
     raise ConfigError(
         f"--device {asked!r} is no device, no size and no card that is known."
         f"{nearest(card, _CARDS)} Use cpu, cuda, cuda:1, a GPU's size such as 24GB, or cpu:16GB."
@@ -96,7 +97,7 @@ def find_target(asked: str | None) -> Target:
 
 
 def _size(text: str) -> int | None:
-    """Bytes. Cards are sold in units of 1024, so GB and GiB mean the same here."""
+    """Bytes that a run may take. Memory is sold in units of 1024: GB and GiB mean the same here."""
     found = _SIZE.fullmatch(text.strip())
     if not found:
         return None
