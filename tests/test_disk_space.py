@@ -8,8 +8,11 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+import transformers as hf
+from torch import nn
 
-from msplora.train.disk_space import DiskTooSmall, check_space
+from msplora.train.disk_space import DiskTooSmall, check_space, optimiser_bytes
 from msplora.train.job import Job
 from msplora.train.run import prepare_job
 from msplora.train.settings_file import make_settings
@@ -57,3 +60,29 @@ def test_room_is_asked_for_all_that_is_saved(
     assert notes(checkpoint + saved)
     assert notes(kept * checkpoint + saved - 1)
     assert not notes(kept * checkpoint + saved)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "adafactor", "sgd"])
+def test_room_is_asked_for_what_the_optimiser_keeps(tmp_path: Path, optimizer: str) -> None:
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    model = nn.ParameterDict(
+        {
+            "matrix": torch.ones(64, 100),
+            "stack": torch.ones(3, 5, 7),
+            "vector": torch.ones(9),
+            "frozen": nn.Parameter(torch.ones(4), requires_grad=False),
+        }
+    )
+    arguments = hf.TrainingArguments(
+        output_dir=str(tmp_path), optim=optimizer, report_to=[], use_cpu=True
+    )
+    make, options = hf.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    made = make([its for its in model.parameters() if its.requires_grad], **options)
+    sum(its.square().sum() for its in model.values() if its.requires_grad).backward()
+    made.step()
+    kept = [its for state in made.state.values() for its in state.values()]
+    tensors = {id(its): its for its in kept if isinstance(its, torch.Tensor) and its.dim()}
+    exact = sum(its.nbytes for its in tensors.values())
+    near = 0.1 if optimizer == "adamw_8bit" else 0  # of the maps of its 8 bits, which tensors share
+    assert optimiser_bytes(model, optimizer) == pytest.approx(exact, rel=near)

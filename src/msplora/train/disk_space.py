@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from msplora.errors import MSPLoraError
 
 from .job import Job
+
+_IN_EIGHT_BITS, _BLOCK = 4096, 256
+"""bitsandbytes keeps tensors of so many numbers or more in 8 bits, with a scale for each block."""
 
 
 class DiskTooSmall(MSPLoraError):
@@ -27,7 +31,7 @@ def check_space(job: Job, output: Path) -> list[str]:
     """
     model, settings = job.adapted.model, job.record.settings
     result = saved_bytes(model)
-    checkpoint = result + optimiser_bytes(model)
+    checkpoint = result + optimiser_bytes(model, settings.training.optimizer)
     free = _free(output)
     if free < checkpoint + result:
         raise DiskTooSmall(
@@ -61,16 +65,34 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(its.nbytes for its in tensors.values())
 
 
-def optimiser_bytes(model: nn.Module) -> int:
-    """What AdamW keeps of all that trains: two moments, and of ElaLoRA's numbers two averages more.
+def optimiser_bytes(model: nn.Module, optimizer: str) -> int:
+    """What an optimiser keeps of all that trains, and of ElaLoRA's numbers two averages more.
 
     AdaLoRA's averages are in no file.
+
+    Args:
+        model: what trains.
+        optimizer: as the settings name it.
     """
     return sum(
-        (4 if ".elalora_" in name else 2) * its.nbytes
+        _state_bytes(its, optimizer) + (2 * its.nbytes if ".elalora_" in name else 0)
         for name, its in model.named_parameters()
         if its.requires_grad
     )
+
+
+def _state_bytes(parameter: Tensor, optimizer: str) -> int:
+    if optimizer == "sgd":  # without momentum
+        return 0
+    if optimizer == "adafactor" and parameter.dim() > 1:  # means of rows and of columns
+        *stack, outputs, inputs = parameter.shape
+        return 4 * math.prod(stack) * (outputs + inputs)
+    if optimizer == "adafactor":
+        return parameter.nbytes
+    if optimizer.endswith("8bit") and parameter.numel() >= _IN_EIGHT_BITS:
+        blocks = -(-parameter.numel() // _BLOCK)
+        return 2 * (parameter.numel() + 4 * blocks + 4 * 256)
+    return 2 * parameter.nbytes  # AdamW's moments
 
 
 def free_space(output: Path) -> str:

@@ -254,10 +254,11 @@ def disk_use(job: Job) -> Disk:
     """What a job will write, without the tokenizer and what is small beside it."""
     model = job.adapted.model
     weights = saved_bytes(model)
-    checkpoint = weights + optimiser_bytes(model)
+    training = job.record.settings.training
+    checkpoint = weights + optimiser_bytes(model, training.optimizer)
     # A new one is whole before an old one goes, the best stays beside those that the limit names,
     # and the weights are written when the last is.
-    limit = job.record.settings.training.save_limit
+    limit = training.save_limit
     at_most = max((limit + 2) * checkpoint, (limit + 1) * checkpoint + weights)
     return Disk(weights, checkpoint, at_most)
 
