@@ -207,6 +207,8 @@ def test_settings_are_written_as_one_would_and_read_again(tmp_path: Path) -> Non
         ({"train": [{"path": "a", "weight": 0}]}, "weight = 0: it should be greater than 0"),
         ({"train": [{"path": "a", "weight": float("inf")}]}, "a finite number"),
         ({"train": "a", "validation": [{"path": "b", "weight": 2}]}, "Leave its weight out"),
+        ({"train": "a", "columns": {"inputs": "b"}}, "'inputs', which is a field of no form. Did"),
+        ({"train": [{"path": "a", "columns": {"ctx": "b"}}]}, "'ctx', which is a field of no form"),
     ],
 )
 def test_sources_that_cannot_be_meant(data: dict[str, Any], said: str) -> None:
