@@ -217,6 +217,14 @@ def test_sources_that_cannot_be_meant(data: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_a_classifier_has_no_columns_of_one_source(key: str) -> None:
+    data = {"train": "a", key: [{"path": "b", "columns": {"text": "body"}}]}
+    content = {**BASE, "task": "classification", "data": data}
+    with pytest.raises(ConfigError, match=f"data.{key}, entry 1: columns are for task 'sft'"):
+        make_settings(content, "x.yaml")
+
+
 def test_a_weight_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     source = DataSource(path=numbered(tmp_path, "a", 10), weight=0.01)
     with pytest.raises(DataError, match=r"a\.jsonl: a weight of 0.01 leaves none of its 9 rows"):
