@@ -58,7 +58,9 @@ def test_a_data_set_that_comes_divided_is_known_by_the_usual_names(
 def test_a_folder_of_folders_is_no_class(tmp_path: Path) -> None:
     for name in ("first_half", "second_half"):
         paint_folder(tmp_path / name, 2)
-    with pytest.raises(DataError, match=r"first_half .*\(blue, green, red\), so it is hardly one class"):
+    with pytest.raises(
+        DataError, match=r"first_half .*\(blue, green, red\), so it is hardly one class"
+    ):
         read_images(DataSettings(train=str(tmp_path)), 0)
 
 

@@ -81,13 +81,15 @@ def text_rows(run: SavedRun, data: str | None) -> tuple[Any, LengthReport]:
     classes, settings = run.record.classes, run.settings
     assert classes
     held_out: list[Example]
+    bad = None  # of a file that is given, every row counts
     if data:
         rows = read_glue_file(settings.data.glue, data)
         held_out = examples(rows, fit_columns(rows, classes))
     else:
-        held_out = _held_out(run, read_classification(_with_classes(run), settings.seed).held_out)
+        found = read_classification(_with_classes(run), settings.seed)
+        held_out, bad = _held_out(run, found.held_out), found.bad
     limit = row_limit(settings, run.base.model)
-    return tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
+    return tokenise_examples(held_out, run.base.tokenizer, limit, "held-out", bad)
 
 
 def _images(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:
