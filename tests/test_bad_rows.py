@@ -100,6 +100,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("classification", {"text": None, "label": "good"}, "the text in the column 'text' is null."),
     ("classification", {"text": "w1", "label": None}, "no label in the column 'label'."),
     ("classification", {"text": "w1"}, "no column 'label'"),
+    ("classification", {"label": "good"}, "no column 'text'"),
 ]
 
 
@@ -203,6 +204,14 @@ def test_what_every_row_lacks_is_not_advised_to_be_left_out(bases: Path, tmp_pat
         with pytest.raises(DataError, match=r"no column 'labl' \(data.label_column\)") as caught:
             report(bases, file, "classification", label_column="labl", bad_rows=policy)
         assert "bad_rows" not in str(caught.value)
+
+
+def test_a_first_row_without_a_text_is_a_bad_row_too(bases: Path, tmp_path: Path) -> None:
+    good = str(write_jsonl(tmp_path / "good.jsonl", map(labelled, range(4))))
+    rows = [{"label": "good"}, labelled(0), labelled(1)]
+    file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    found = report(bases, file, "classification", bad_rows="drop", validation=good)
+    assert found.check.bad_rows["rows"] == 1
 
 
 def test_a_text_of_no_token_is_a_bad_row(bases: Path, tmp_path: Path) -> None:
