@@ -42,6 +42,23 @@ RECORDS = [{"text": 'a "b', "label": "1"}, {"text": "c, d", "label": "0"}]
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("text\na\n\nb\n\n\n", [(2, "a"), (3, ""), (4, "b")]),  # as many as there are answers
+        ("text\r\na\r\n\r\nb\r\n", [(2, "a"), (3, ""), (4, "b")]),
+        ("\n\ntext\tmore\na\tx\n\t\n\nb\ty", [(4, "a"), (5, ""), (7, "b")]),
+    ],
+)
+def test_an_empty_row_of_a_tsv_is_a_row(
+    tmp_path: Path, text: str, expected: list[tuple[int, str]]
+) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text(text, newline="")
+    found = [(row.place.rpartition(" ")[2], row.values["text"]) for row in read_rows(file)]
+    assert found == [(str(number), its) for number, its in expected]
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.tsv", 'text\tlabel\na "b\t1\nc, d\t0\n'),

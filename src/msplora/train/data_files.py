@@ -116,10 +116,20 @@ def read_rows(file: Path | str) -> list[Row]:
 
 
 def split_tsv(text: str) -> list[tuple[int, list[str]]]:
-    """Return (line number, fields): tabs separate and nothing quotes, as in GLUE's files."""
+    """Return (line number, fields): tabs separate and nothing quotes, as in GLUE's files.
+
+    A blank line is a row where it has as many fields as the first one, all of them empty; that a
+    file of one column ends with blank lines does not count.
+    """
     # Not str.splitlines: sentences may hold characters that it takes for line ends.
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    return [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    tabs = next((line.count("\t") for line in lines if line.strip()), 0)
+    begun, records = False, []
+    for number, line in enumerate(lines, 1):
+        begun = begun or bool(line.strip())
+        if line.strip() or (begun and line.count("\t") == tabs):
+            records.append((number, line.split("\t")))
+    return records
 
 
 def _csv_records(file: Path, text: str) -> list[tuple[int, list[str]]]:
