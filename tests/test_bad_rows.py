@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("classification", {"text": None, "label": "good"}, "the text in the column 'text' is null."),
     ("classification", {"text": "w1", "label": None}, "no label in the column 'label'."),
     ("classification", {"text": "w1"}, "no column 'label'"),
+    ("classification", {"label": "good"}, "no column 'text'"),
 ]
 
 
@@ -202,6 +204,32 @@ def test_what_every_row_lacks_is_not_advised_to_be_left_out(bases: Path, tmp_pat
         with pytest.raises(DataError, match=r"no column 'labl' \(data.label_column\)") as caught:
             report(bases, file, "classification", label_column="labl", bad_rows=policy)
         assert "bad_rows" not in str(caught.value)
+
+
+def test_a_first_row_without_a_text_is_a_bad_row_too(bases: Path, tmp_path: Path) -> None:
+    good = str(write_jsonl(tmp_path / "good.jsonl", map(labelled, range(4))))
+    rows = [{"label": "good"}, labelled(0), labelled(1)]
+    file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    found = report(bases, file, "classification", bad_rows="drop", validation=good)
+    assert found.check.bad_rows["rows"] == 1
+
+
+def test_a_text_of_no_token_is_a_bad_row(bases: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(bases / "classification", tmp_path / "classification")
+    file = base / "tokenizer.json"
+    plain = json.loads(file.read_text()) | {
+        "post_processor": None
+    }  # nothing put around, as GPT-2's
+    file.write_text(json.dumps(plain))
+    good = str(write_jsonl(tmp_path / "good.jsonl", map(labelled, range(4))))
+    rows = [labelled(0), {"text": "", "label": "good"}, labelled(1)]
+    bad = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=r"line 2: the text is empty, and the tokenizer puts no"):
+        report(tmp_path, bad, "classification", validation=good)
+    for data in ({"train": bad, "validation": good}, {"train": good, "validation": bad}):
+        found = report(tmp_path, task="classification", bad_rows="drop", **data).check
+        assert found.bad_rows["rows"] == 1
+        assert found.empty == {}
 
 
 def test_a_chat_without_a_template_is_no_bad_row(bases: Path, tmp_path: Path) -> None:

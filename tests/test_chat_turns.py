@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from msplora.train.data_check import DataCheck
 from msplora.train.data_files import DataError, Row
 from msplora.train.data_preference import Pair
 from msplora.train.data_report import data_report
@@ -81,6 +82,17 @@ def counted(template: str, *chats: Sample) -> tuple[list[str], LengthReport]:
     return [masked_sample(row, tokenizer).plain for row in rows], report
 
 
+def checked(template: str, *chats: Sample) -> DataCheck:
+    """What is found in training rows of the chats."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    settings = make_settings(
+        {"model": "m", "task": "sft", "output": "o", "data": {"train": "rows.jsonl"}}, "x.yaml"
+    )
+    data = SftData([SourceOfSamples("rows.jsonl", "messages", 1.0, len(chats), 0)], [*chats], [])
+    return prepare_rows(settings, data, tokenizer, UNBOUNDED, []).check
+
+
 GREETED = chat("a: Hello", "u: Hi", "a: Yes?")
 
 
@@ -147,6 +159,34 @@ def test_a_turn_that_loses_its_thoughts_is_not_learnt_and_counted() -> None:
     assert (report.turns, report.unlearnt_turns) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (WITH_SYSTEM, 2),  # which names no thoughts of their own
+        (WITH_SYSTEM.replace("m.content", "m.content.split('</think>')[-1]"), 4),
+        (WITH_SYSTEM.replace("m.content", "m.content if m.content is not string"), 6),
+        (THINKING, 0),
+    ],
+    ids=["without-a-place", "cut-off", "parts-alone", "kept"],
+)
+def test_words_that_a_template_never_renders_are_counted_and_warned_of(
+    template: str, lost: int
+) -> None:
+    said = [
+        {"content": "One", "reasoning_content": "Hm, so"},
+        {"content": "<think>Well,\n then</think>\n\nTwo"},
+        {"content": " Three <b>of</b> them"},
+    ]
+    asked = {"role": "user", "content": "?"}
+    rows = [[asked, {"role": "assistant", **its}] for its in said * 2]
+    chats = samples([Row("r", {"messages": its}) for its in rows], "messages", {})
+    _, report = counted(template, *chats)
+    assert (report.turns, report.unlearnt_turns, report.shortened_turns) == (6, 0, lost)
+    warnings = checked(template, *chats).warnings
+    said_of = [its for its in warnings if "are learnt without words of theirs" in its]
+    assert [its.split(" ")[:3] for its in said_of] == [[str(lost), "of", "6"]] * bool(lost)
+
+
 def test_the_mark_that_opens_a_turn_is_not_learnt_where_a_fresh_one_is_opened_otherwise() -> None:
     (row,), _ = counted(OPENING, chat("u: 1", "a: One", "u: 2", "a: <b>Two"))
     assert row.endswith("<user>1</s><assistant>▶One</s>◀<user>2</s><assistant>▶<b>Two</s>◀")
@@ -183,17 +223,11 @@ def test_a_row_s_options_reach_the_template(options: Any, shown: str) -> None:
 
 
 def test_options_that_the_template_does_not_name_are_warned_of() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = SWITCHED
-    limit, asked = UNBOUNDED, chat("u: 1", "a: One")
-    settings = make_settings(
-        {"model": "m", "task": "sft", "output": "o", "data": {"train": "rows.jsonl"}}, "x.yaml"
-    )
+    asked = chat("u: 1", "a: One")
     for name, warned in (("enable_thinking", 0), ("thinking_budget", 1)):
-        source = SourceOfSamples("rows.jsonl", "messages", 1.0, 1, 0)
         told = replace(asked, template_options={name: False})
-        found = prepare_rows(settings, SftData([source], [told], []), tokenizer, limit, [])
-        said = [its for its in found.check.warnings if "1 of 1 (100.0 %) rows set" in its]
+        warnings = checked(SWITCHED, told).warnings
+        said = [its for its in warnings if "1 of 1 (100.0 %) rows set" in its]
         assert len(said) == warned
         assert all("set thinking_budget in chat_template_kwargs" in its for its in said)
 

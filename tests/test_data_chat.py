@@ -257,6 +257,15 @@ def test_chats_that_cannot_be_read(turns: Any, values: dict[str, Any], said: str
     assert "a.jsonl, line 3" in str(caught.value)
 
 
+def test_rows_of_a_table_that_has_both_names_of_a_chat() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    filled = {"messages": turns, "conversations": None}, {"messages": None, "conversations": turns}
+    rows = [Row(f"row {place}", its) for place, its in enumerate(filled)]
+    assert detect_form(rows, {}) == "messages"
+    first, second = samples(rows, "messages", {})
+    assert first.messages == second.messages == tuple(turns)
+
+
 def test_nulls_that_a_table_puts_under_the_other_names_of_role_and_text() -> None:
     turns = [{"role": None, "content": None, "from": "gpt", "value": "It is 3."}]
     assert read_chat(Row("x", {"messages": turns}), False)[0] == (ANSWERED,)

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from msplora.train.data_files import DataError, read_hub, read_rows
 from msplora.train.data_glue import GLUE, read_glue, read_glue_file
 from msplora.train.data_split import hold_out, read_splits
+from msplora.train.evaluation import evaluate_run
 from msplora.train.settings_data import DataSettings
 
 
@@ -272,3 +273,8 @@ def test_the_official_files_are_read_whole(
 ) -> None:
     found = [len(read_glue(task, shared / "data/glue" / folder, its)) for its in ("train", "dev")]
     assert found == [train, dev]
+
+
+def test_a_file_to_be_judged_by_is_looked_for_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the data file .*nosuch\.tsv does not exist"):
+        evaluate_run(tmp_path / "no-run", str(tmp_path / "nosuch.tsv"))

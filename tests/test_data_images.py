@@ -41,6 +41,29 @@ def test_a_run_that_goes_on_knows_its_images(named_by: str, tmp_path: Path) -> N
         assert str(tmp_path / "table.jsonl") in changed(before, settings)
 
 
+@pytest.mark.parametrize(
+    "names", [("train", "eval"), ("Train", "Test"), ("training_set", "test_set")]
+)
+def test_a_data_set_that_comes_divided_is_known_by_the_usual_names(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    for name in names:
+        paint_folder(tmp_path / name, 2)
+    train, held_out, classes = read_images(DataSettings(train=str(tmp_path)), 0)
+    assert classes.labels == ("blue", "green", "red")
+    for images, name in ((train, names[0]), (held_out, names[1])):
+        assert {Path(its.source).parts[-3] for its in images} == {name}
+
+
+def test_a_folder_of_folders_is_no_class(tmp_path: Path) -> None:
+    for name in ("first_half", "second_half"):
+        paint_folder(tmp_path / name, 2)
+    with pytest.raises(
+        DataError, match=r"first_half .*\(blue, green, red\), so it is hardly one class"
+    ):
+        read_images(DataSettings(train=str(tmp_path)), 0)
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_grey_of_16_bits_is_scaled_and_of_32_refused(suffix: str, tmp_path: Path) -> None:
     levels = {"dark": 0, "grey": 40_000, "light": 65_535}

@@ -77,6 +77,11 @@ def learnt(
         ({"text": "t"}, "text", Sample("row 1", "", "t")),
         ({"prompt": "p", "completion": "c"}, "prompt-completion", Sample("row 1", "p", "c")),
         (
+            {"system": "s", "prompt": "p", "completion": "c"},
+            "prompt-completion",
+            Sample("row 1", "s\n\np", "c"),
+        ),
+        (
             {"instruction": "i", "input": "x", "output": "o"},
             "alpaca",
             Sample("row 1", "### Instruction:\ni\n\n### Input:\nx\n\n### Response:\n", "o"),

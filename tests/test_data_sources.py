@@ -207,12 +207,22 @@ def test_settings_are_written_as_one_would_and_read_again(tmp_path: Path) -> Non
         ({"train": [{"path": "a", "weight": 0}]}, "weight = 0: it should be greater than 0"),
         ({"train": [{"path": "a", "weight": float("inf")}]}, "a finite number"),
         ({"train": "a", "validation": [{"path": "b", "weight": 2}]}, "Leave its weight out"),
+        ({"train": "a", "columns": {"inputs": "b"}}, "'inputs', which is a field of no form. Did"),
+        ({"train": [{"path": "a", "columns": {"ctx": "b"}}]}, "'ctx', which is a field of no form"),
     ],
 )
 def test_sources_that_cannot_be_meant(data: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_settings({**BASE, "data": data}, "x.yaml")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_a_classifier_has_no_columns_of_one_source(key: str) -> None:
+    data = {"train": "a", key: [{"path": "b", "columns": {"text": "body"}}]}
+    content = {**BASE, "task": "classification", "data": data}
+    with pytest.raises(ConfigError, match=f"data.{key}, entry 1: columns are for task 'sft'"):
+        make_settings(content, "x.yaml")
 
 
 def test_a_weight_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where `msplora generate` and `predict` stop."""
+"""Where `msplora generate` and `predict` stop, and that they take the model's own odds."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def test_the_end_token_of_the_tokenizer_ends_what_is_generated(tmp_path: Path) -
     weight = base.get_output_embeddings().weight.data
     weight[pair] = weight[pair[::-1]]  # where it said the word, it now says the end token
     assert continue_prompt(run, ids, 12).split() == said[: said.index(word)]
+
+
+def test_the_base_s_generation_config_does_not_bend_the_odds(tmp_path: Path) -> None:
+    save_decoder(tmp_path)
+    base: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    words: Any = hf.AutoTokenizer.from_pretrained(tmp_path)
+    run: Any = SimpleNamespace(base=Base(base, words, torch.float32), model=base)
+    ids = prompt_to_continue(run, Sample("here", "w1 w2 w3"))
+
+    def said() -> list[str]:
+        torch.manual_seed(0)
+        return [continue_prompt(run, ids, 12), continue_prompt(run, ids, 12, temperature=2.0)]
+
+    plain = said()
+    base.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, top_k=1)
+    assert said() == plain

@@ -99,6 +99,18 @@ def test_a_model_in_which_packed_rows_see_each_other_is_refused() -> None:
         refuse_leaking(model, ROWS)
 
 
+def test_a_batch_that_costs_its_square_is_warned_of(tmp_path: Path) -> None:
+    def warnings(**training: Any) -> list[str]:
+        check = prepare(read_settings(config(tmp_path, **training))).check
+        assert check
+        return [its for its in check.warnings if "training.packing" in its]
+
+    (said,) = warnings(gradient_accumulation=2)
+    assert "the 3 sequences of a batch, and with sdpa attention" in said
+    assert "training.batch_size: 1 and training.gradient_accumulation: 6 for" in said
+    assert warnings(batch_size=1) == []
+
+
 def test_a_packed_sequence_has_room_for_the_longest_row() -> None:
     assert packed_length(Limit(64, 16, "truncate"), ROWS) == 16
     assert packed_length(Limit(64, None, "truncate"), ROWS) == 64

@@ -49,8 +49,14 @@ def prepare_rows(
     settings: Settings, data: LabelledData, tokenizer: Any, limit: Limit
 ) -> ClassificationRows:
     """Tokenise a run's examples and check them."""
-    train, train_report = tokenise_examples(data.train, tokenizer, limit, "training")
-    held_out, held_report = tokenise_examples(data.held_out, tokenizer, limit, "held-out")
+    train, train_report = tokenise_examples(data.train, tokenizer, limit, "training", data.bad)
+    held_out, held_report = tokenise_examples(data.held_out, tokenizer, limit, "held-out", data.bad)
+    # From here on without the rows that gave no token.
+    data = replace(
+        data,
+        train=[its for its in data.train if its.place not in data.bad],
+        held_out=[its for its in data.held_out if its.place not in data.bad],
+    )
     training = _split(train, train_report, data.classes)
     judging = _split(held_out, held_report, data.classes)
     notes = [training.note("training", train_report), judging.note("held-out", held_report)]

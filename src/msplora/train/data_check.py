@@ -64,6 +64,8 @@ class SplitCheck:
     """Of the assistant, in the chats that are kept."""
     unlearnt_turns: int = 0
     """Those that are not learnt, since the template renders them in another way by themselves."""
+    shortened_turns: int = 0
+    """Those that are learnt without words of theirs, such as thoughts: the template has none."""
 
     @classmethod
     def of(
@@ -89,6 +91,7 @@ class SplitCheck:
             classes,
             report.turns,
             report.unlearnt_turns,
+            report.shortened_turns,
         )
 
     def note(self, name: str, report: LengthReport) -> str:

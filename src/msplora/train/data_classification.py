@@ -152,7 +152,7 @@ def _classes(data: DataSettings, train: list[Row], bad: BadRows) -> Classes:
     if data.glue:
         task = GLUE[data.glue]
         return Classes(task.text_columns, task.label_column, task.labels, task.label_range)
-    text_columns = tuple(data.text_columns or _usual_text_columns(train[0]))
+    text_columns = tuple(data.text_columns or _usual_text_columns(train))
     train = _having(train, text_columns, "data.text_columns", bad)
     train = _having(train, [data.label_column], "data.label_column", bad)
     if data.regression:
@@ -194,13 +194,15 @@ def with_classes(
     return Classes(columns, data.label_column, tuple(sorted(found, key=_class_order)))
 
 
-def _usual_text_columns(row: Row) -> tuple[str, ...]:
-    for columns in _USUAL_TEXT:
-        if all(column in row.values for column in columns):
-            return columns
+def _usual_text_columns(rows: list[Row]) -> tuple[str, ...]:
+    """The first of the usual columns that the first row with any has."""
+    for row in rows:
+        for columns in _USUAL_TEXT:
+            if all(column in row.values for column in columns):
+                return columns
     raise DataError(
-        f"{row.place}: none of the usual columns of text is there. Name one or two of "
-        f"{', '.join(map(str, row.values))} in data.text_columns."
+        f"{rows[0].place}: none of the usual columns of text is there. Name one or two of "
+        f"{', '.join(map(str, rows[0].values))} in data.text_columns."
     )
 
 

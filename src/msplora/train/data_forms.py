@@ -74,7 +74,8 @@ def named(row: Row, columns: Mapping[str, str], unanswered: bool = False) -> Row
                 f"{', '.join(map(str, values)) or 'none'}.{nearest(column, map(str, values), 1)}"
             )
     values = {key: its for key, its in values.items() if key not in columns.values()} | fields
-    if "conversations" in values and "messages" not in values:
+    # A table that joins two data sets has nulls under the name that the other one has.
+    if "conversations" in values and values.get("messages") is None:
         values["messages"] = values.pop("conversations")
     if "messages" not in values and isinstance(values.get("prompt"), list):
         answer = [] if unanswered else values.get("completion")

@@ -16,9 +16,9 @@ from .data_files import DataError, Row, read_rows, require_columns
 from .data_split import all_rows, hold_out, read_parts
 from .settings_data import DataSettings
 
-# The folders of a data set that comes divided, by what they are for.
-_TRAINING = ("train", "training")
-_HELD_OUT = ("validation", "valid", "val", "dev", "test")
+# The folders of a data set that comes divided, in lower case, by what they are for.
+_TRAINING = ("train", "training", "train_set", "training_set")
+_HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test", "validation_set", "test_set")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def _splits(data: DataSettings, seed: int) -> tuple[list[Row], list[Row], bool]:
 
 def _part(root: Path, names: tuple[str, ...]) -> Path | None:
     """The part of a divided data set: a folder of such a name that holds folders, not images."""
-    return next((root / name for name in names if any(_class_folders(root / name))), None)
+    folders = {its.name.lower(): its for its in reversed(_class_folders(root))}
+    return next((its for its in map(folders.get, names) if its and _class_folders(its)), None)
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -193,6 +194,13 @@ def _folder_rows(folder: Path, image_column: str, label_column: str) -> list[Row
         files = _images_in(its)
         if not files:
             raise DataError(f"the folder {its} of the class {its.name!r} holds no image.")
+        if not any(file.parent == its for file in files):
+            inside = ", ".join(part.name for part in _class_folders(its)[:3])
+            raise DataError(
+                f"the folder {its} holds images in folders of its own alone ({inside}), so it is "
+                f"hardly one class. Name the folder whose folders are the classes in data.train, "
+                f"and one with the same for held-out images in data.validation."
+            )
         by_class.append(
             [Row(str(file), {image_column: str(file), label_column: its.name}) for file in files]
         )

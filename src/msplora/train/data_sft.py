@@ -271,7 +271,8 @@ def _sample(row: Row, form: Form, unanswered: bool) -> Sample:
     completion = "completion" if form == "prompt-completion" else "output"
     answer = "" if unanswered else _string(row, completion)
     if form == "prompt-completion":
-        return Sample(row.place, _string(row, "prompt"), answer)
+        system, asked = _optional(row, "system"), _string(row, "prompt")
+        return Sample(row.place, f"{system}\n\n{asked}" if system else asked, answer)
     prompt = alpaca_prompt(
         _string(row, "instruction"),
         _optional(row, "input"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -125,13 +126,16 @@ def _hold_out_parts(parts: list[Part], fraction: float, seed: int) -> tuple[list
         (place, row) for place, part in enumerate(parts) if not part.whole_text for row in part.rows
     ]
     train_rows, held_rows = hold_out(places, fraction, seed) if places else ([], [])
+    of_part: dict[int, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+    for side, rows in enumerate((train_rows, held_rows)):
+        for place, row in rows:
+            of_part[place][side].append(row)
     train, held_out = [], []
     for place, part in enumerate(parts):
         if part.whole_text:
             kept, held = _hold_out_end(part.rows[0], fraction)
         else:
-            kept = [row for its, row in train_rows if its == place]
-            held = [row for its, row in held_rows if its == place]
+            kept, held = of_part[place]
         # A small source may go to one split only.
         train += [replace(part, rows=kept)] * bool(kept)
         held_out += [replace(part, rows=held)] * bool(held)

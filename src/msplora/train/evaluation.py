@@ -14,7 +14,7 @@ from msplora.loading import BaseOptions
 from .base_model import load_base
 from .classification import classification_trainer
 from .data_classification import Example, examples, fit_columns, read_classification
-from .data_files import DataError
+from .data_files import DataError, check_named
 from .data_glue import read_glue_file
 from .data_images import labelled_images, read_images, read_more_images
 from .data_preference import Pair, read_more_preferences, read_preferences
@@ -49,6 +49,8 @@ def evaluate_run(
     `base` is its base where that has moved, or how to load it, but for the dtype, which is the
     run's.
     """
+    if data:
+        check_named(data)
     with quiet_libraries():
         run = open_run(path, base)
         batch_size = batch_size or run.settings.training.eval_batch_size
@@ -81,13 +83,15 @@ def text_rows(run: SavedRun, data: str | None) -> tuple[Any, LengthReport]:
     classes, settings = run.record.classes, run.settings
     assert classes
     held_out: list[Example]
+    bad = None  # of a file that is given, every row counts
     if data:
         rows = read_glue_file(settings.data.glue, data)
         held_out = examples(rows, fit_columns(rows, classes))
     else:
-        held_out = _held_out(run, read_classification(_with_classes(run), settings.seed).held_out)
+        found = read_classification(_with_classes(run), settings.seed)
+        held_out, bad = _held_out(run, found.held_out), found.bad
     limit = row_limit(settings, run.base.model)
-    return tokenise_examples(held_out, run.base.tokenizer, limit, "held-out")
+    return tokenise_examples(held_out, run.base.tokenizer, limit, "held-out", bad)
 
 
 def _images(run: SavedRun, data: str | None, batch_size: int) -> dict[str, Any]:

@@ -21,6 +21,10 @@ from .saved_run import SavedRun, open_run
 from .sft import padding_id
 from .tokenise_sft import prompt_ids
 
+# What the generation config of the base would otherwise do to the model's own odds.
+_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_PLAIN_SAMPLING = {"top_k": 0, "typical_p": 1.0}
+
 
 def generate_text(
     path: Path | str,
@@ -89,14 +93,14 @@ def continue_prompt(
     if positions:
         max_new_tokens = min(max_new_tokens, positions - len(ids))
     inputs = torch.tensor([ids], device=run.model.device)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
+    options: dict[str, Any] = {"do_sample": temperature > 0, **_PLAIN}
     # The tokenizer's own end token among them, which is what the model has learnt to end with:
     # the base's generation config, which alone counts otherwise, may not know it.
     ends = end_tokens(tokenizer, run.base.model.config, run.base.model.generation_config)
     if ends:
         options["eos_token_id"] = sorted(ends)
     if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p}
+        options |= {"temperature": temperature, "top_p": top_p, **_PLAIN_SAMPLING}
     with torch.no_grad(), autocast(inputs.device.type, run.base.arithmetic):
         found = run.model.generate(
             input_ids=inputs,

@@ -58,6 +58,8 @@ class LengthReport:
     """Of the assistant, in chats that are learnt."""
     unlearnt_turns: int = 0
     """Those of them that could not be found in the rendered chat, and are not learnt."""
+    shortened_turns: int = 0
+    """Those that are learnt without words of theirs, which the chat template leaves out."""
 
     def count(self, length: int) -> None:
         """Count a row of so many tokens."""

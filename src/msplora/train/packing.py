@@ -80,6 +80,19 @@ def refuse_leaking(model: Any, rows: list[Tokens]) -> None:
         )
 
 
+def warnings_on_cost(model: Any, batch_size: int, accumulation: int) -> list[str]:
+    """Whether a batch costs more as one line than its sequences would one by one."""
+    attention = str(getattr(model.config, "_attn_implementation", None))
+    if "flash" in attention or batch_size == 1:
+        return []
+    return [
+        f"training.packing makes one line of the {batch_size} sequences of a batch, and with "
+        f"{attention} attention its cost grows with the square of that line. Set "
+        f"training.batch_size: 1 and training.gradient_accumulation: {batch_size * accumulation} "
+        f"for the same steps at a fraction of the time."
+    ]
+
+
 def _probe(rows: list[Tokens]) -> tuple[list[int], list[int]]:
     """Two short pieces of rows; of one row alone, the same piece twice."""
     pieces = [row.input_ids[:_PROBED] for row in (rows[0], rows[-1])]

@@ -89,6 +89,14 @@ def check_together(settings: Settings, source: str) -> None:
                 f"in {source}: data.{key} = {getattr(data, key)!r} is read with data.{alone}, and "
                 f"the rows are from data.{sources[0]}. Leave it out.{instead}"
             )
+    for key, listed in (("data.train", data.train), ("data.validation", data.validation)):
+        for number, its in enumerate(listed if isinstance(listed, list) else [], 1):
+            if its.columns and settings.task not in TASKS_OF_KEY["data.columns"]:
+                raise ConfigError(
+                    f"in {source}: {key}, entry {number}: columns are for task 'sft' or 'dpo', and "
+                    f"the task is {settings.task!r}. Name its columns in data.text_columns and "
+                    f"data.label_column; those hold for every source."
+                )
     held_out = data.validation if isinstance(data.validation, list) else []
     weighted = [number for number, its in enumerate(held_out, 1) if its.weight != 1]
     if weighted:

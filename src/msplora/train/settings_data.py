@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -14,6 +15,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from msplora.errors import nearest
 
 from .settings_section import Section
 
@@ -28,6 +31,38 @@ def _name_of_class(value: Any) -> Any:
 
 
 ClassName = Annotated[str, BeforeValidator(_name_of_class)]
+
+
+FIELDS = (
+    "text",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "messages",
+    "conversations",
+    "tools",
+    "chat_template_kwargs",
+    "chosen",
+    "rejected",
+)
+"""All that the rows of a language model may hold, by the names that `columns` gives to columns."""
+
+
+def _known_fields(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if name not in FIELDS:  # its column would be read by nobody
+            raise ValueError(
+                f"it names {name!r}, which is a field of no form.{nearest(name, FIELDS, 1)} Fields "
+                f"are {', '.join(FIELDS)}"
+            )
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_known_fields)]
 
 
 class DataSource(Section):
@@ -49,7 +84,7 @@ class DataSource(Section):
         description="How often an epoch sees each of its training rows: 2 twice, 0.5 a half of "
         "them, drawn once by the seed.",
     )
-    columns: dict[str, str] | None = Field(
+    columns: Columns | None = Field(
         default=None, description="In place of `data.columns`, for this source."
     )
 
@@ -131,7 +166,7 @@ class DataSettings(Section):
         description="The classes, in order; those of the training rows if unset.",
     )
     regression: bool = Field(False, description="Labels are numbers to predict, not classes.")
-    columns: dict[str, str] = Field(
+    columns: Columns = Field(
         default_factory=dict,
         description="For sft and dpo: field of the form -> column of the file, as in "
         "`{prompt: question, completion: answer}`.",

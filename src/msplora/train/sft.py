@@ -22,7 +22,7 @@ from .job import Job
 from .length_groups import GroupsByLength
 from .methods import adapt, refuse_adapted_output
 from .outline import outline
-from .packing import packed_length, packed_rows, refuse_leaking
+from .packing import packed_length, packed_rows, refuse_leaking, warnings_on_cost
 from .quantisation import trained_in_float32
 from .run_trainer import RunTrainer
 from .settings import Settings
@@ -69,6 +69,10 @@ def prepare(settings: Settings, load: LoadBase = load_base) -> Job:
     base = load(settings, None)
     if packing:
         refuse_leaking(base.model, rows.train)
+        training = settings.training
+        rows.check.warnings += warnings_on_cost(
+            base.model, training.batch_size, training.gradient_accumulation
+        )
     adapted = adapt(base, settings)
     refuse_adapted_output(adapted.model, settings.task)
 

@@ -121,14 +121,22 @@ def _source_notes(data: SftData) -> list[str]:
 
 def _warnings_on_turns(split: SplitCheck, what: str) -> list[str]:
     """What of the chats is not learnt."""
-    if not split.unlearnt_turns:
-        return []
-    return [
-        f"{share(split.unlearnt_turns, split.turns)} turns of the assistant in the {what} rows are "
-        f"not learnt: the chat template refuses a chat that ends with them, or drops words of them "
-        f"(such as thoughts) once others follow. Give each such answer a row of its own, at the "
-        f"end of its chat, or name a data.chat_template that keeps it."
-    ]
+    found = []
+    if split.unlearnt_turns:
+        found.append(
+            f"{share(split.unlearnt_turns, split.turns)} turns of the assistant in the {what} rows "
+            f"are not learnt: the chat template refuses a chat that ends with them, or drops words "
+            f"of them (such as thoughts) once others follow. Give each such answer a row of its "
+            f"own, at the end of its chat, or name a data.chat_template that keeps it."
+        )
+    if split.shortened_turns:
+        found.append(
+            f"{share(split.shortened_turns, split.turns)} turns of the assistant in the {what} "
+            f"rows are learnt without words of theirs, such as thoughts, which the chat template "
+            f"leaves out wherever a turn stands: look at `msplora data`. Name a data.chat_template "
+            f"that writes them."
+        )
+    return found
 
 
 def _warnings_on_samples(samples: list[Sample], tokenizer: Any) -> list[str]:

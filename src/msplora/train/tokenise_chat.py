@@ -8,7 +8,7 @@ from typing import Any
 
 from msplora.errors import ConfigError
 
-from .data_chat import Message, calls_as_text
+from .data_chat import THOUGHTS, Message, calls_as_text
 from .data_files import DataError, refuse_half_characters
 from .data_sft import Sample
 
@@ -37,6 +37,8 @@ class RenderedChat:
     spans: list[Span]
     turns: int
     """Of the assistant, without those whose weight is 0."""
+    shortened_turns: int
+    """Those of `spans` that lack words of theirs, such as thoughts, which the template left out."""
 
     @property
     def unlearnt_turns(self) -> int:
@@ -50,7 +52,8 @@ def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
     Where a turn begins and ends is found by rendering the chat up to it. Some templates render a
     turn differently once others follow. It is learnt as it then stands in the chat where all that
     it has lost is marks without a word (an empty thought) or its end token. One that has lost
-    words, such as its thoughts, is not: it would teach the model to answer without them.
+    words, such as its thoughts, is not: it would teach the model to answer without them. Words that
+    the template never renders, wherever a turn stands, are no more than counted.
     """
     whole = render_chat(sample, tokenizer)
     turns = [
@@ -70,12 +73,24 @@ def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
             f"which characters a token covers, so the loss mask cannot be found. Name a fast one "
             f"(with a tokenizer.json) as tokenizer."
         )
-    return RenderedChat(whole, spans, len(turns))
+    shortened = sum(
+        _lacks_words(whole[slice(*span)], _as_known(sample.messages[turn], tokenizer))
+        for turn, span in spans.items()
+    )
+    return RenderedChat(whole, list(spans.values()), len(turns), shortened)
 
 
-def _spans(sample: Sample, turns: list[int], whole: str, tokenizer: Any) -> list[Span]:
+def _lacks_words(rendered: str, message: Message) -> bool:
+    """Whether some of what a turn says does not stand in it, marks and spaces aside."""
+    said = [message["content"], *(message.get(name, "") for name in THOUGHTS)]
+    pieces = [piece for text in said for piece in _MARK.split(text)]
+    rendered = _WHITE.sub("", rendered)
+    return any(_WHITE.sub("", piece) not in rendered for piece in pieces)
+
+
+def _spans(sample: Sample, turns: list[int], whole: str, tokenizer: Any) -> dict[int, Span]:
     """Where those of the turns stand that can be found."""
-    spans: list[Span] = []
+    spans: dict[int, Span] = {}
     since = ("", 0)
     for turn in turns:
         through = _try(sample, sample.messages[: turn + 1], tokenizer)
@@ -85,8 +100,8 @@ def _spans(sample: Sample, turns: list[int], whole: str, tokenizer: Any) -> list
             if through is not None and through.startswith(known):
                 span = _span(sample, turn, known, through, whole[reached:], tokenizer)
                 if span:
-                    spans.append((reached + span[0], reached + span[1]))
-                    since = (through, spans[-1][1])
+                    spans[turn] = (reached + span[0], reached + span[1])
+                    since = (through, spans[turn][1])
                     break
     return spans
 
@@ -117,7 +132,9 @@ def _span(
     return None
 
 
-_MARKS = re.compile(r"(?:\s|<[^<>]*>)*")
+_WHITE = re.compile(r"\s+")
+_MARK = re.compile(r"<[^<>]*>")
+_MARKS = re.compile(rf"(?:\s|{_MARK.pattern})*")
 """What holds no word: white space, and marks such as those around a thought."""
 
 

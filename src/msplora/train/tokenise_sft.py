@@ -37,6 +37,8 @@ class Tokens:
     """Of a chat: those of the assistant that are to be learnt."""
     unlearnt_turns: int = 0
     """Those of them that are not, since they could not be found in the rendered chat."""
+    shortened_turns: int = 0
+    """Those that are, without words that the chat template left out."""
 
 
 def tokenise_samples(
@@ -70,6 +72,7 @@ def tokenise_samples(
             rows.append(cut)
             report.turns += row.turns
             report.unlearnt_turns += row.unlearnt_turns * completion_only
+            report.shortened_turns += row.shortened_turns
         else:
             report.truncated -= len(cut.input_ids) < len(row.input_ids)
             report.unlearnt += 1
@@ -187,6 +190,7 @@ def _chats(samples: list[Sample], tokenizer: Any, bad: BadRows) -> list[Tokens |
             labels,
             turns=chat.turns,
             unlearnt_turns=chat.unlearnt_turns,
+            shortened_turns=chat.shortened_turns,
         )
     return rows
 
