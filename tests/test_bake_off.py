@@ -110,6 +110,21 @@ def test_one_rate_is_not_said_to_be_followed_outwards(made_up: MadeUp) -> None:
     )
     assert "the next one beyond it is tried too" in several
     assert "the next one beyond it" not in one
+    assert "is the one that was given for it." in one
+    assert "with the best mean" not in one
+    assert "each at its own best" in page(outcome_so_far(prepared()), {})
+    assert "each at its own best" not in page(outcome_so_far(prepared(learning_rates=[1e-3])), {})
+
+
+@pytest.mark.parametrize("rule", [None, {"after": 0.5, "behind": 1.0}])
+def test_what_another_rule_gave_up_is_still_to_be_made(rule: Any, made_up: MadeUp) -> None:
+    first = run_bake_off(prepared(reject={"after": 0.5, "behind": 0.05}))
+    assert first.is_over
+    assert any(row.status == "rejected" for row in first.rows)
+    assert not outcome_so_far(prepared(reject=rule)).is_over
+    again = run_bake_off(prepared(reject=rule))
+    assert again.is_over
+    assert all(row.status == "complete" for row in again.rows)
 
 
 def test_a_rate_far_behind_is_given_up_and_changes_no_choice(made_up: MadeUp) -> None:
@@ -221,6 +236,31 @@ def test_a_crash_is_recorded_and_the_rest_goes_on(made_up: MadeUp) -> None:
     assert made_up.ran == []
     run_bake_off(prepared(), retry_failed=True)
     assert made_up.ran == [lost]
+
+
+def test_what_failed_is_said_in_the_report_and_by_the_exit_code(
+    bake_off_folder: Path, made_up: MadeUp
+) -> None:
+    """All of one method, and then all there are."""
+    every = [
+        f"one,{name},learning_rate={rate:g},seed=0"
+        for name in BEST
+        for rate in SPEC["learning_rates"]
+    ]
+    file = write_config(bake_off_folder / "spec.yaml", SPEC)
+    made_up.fails = {*names(every, "small")}
+    for flag, code in (("--retry-failed", 1), ("--list", 0), ("--report-only", 0)):
+        done = msplora("bake-off", file, flag)
+        assert done.code == code
+        assert "runs failed; --retry-failed runs them again." in done.out
+    assert "runs failed; --retry-failed runs them again." in Path("out/report.md").read_text()
+    assert "No run that counts" not in done.out
+    made_up.fails = {*every}
+    done = msplora("bake-off", file, "--output", "none")
+    assert done.code == 1
+    assert "No run that counts is complete." in done.out
+    made_up.fails = set()
+    assert msplora("bake-off", file, "--retry-failed").code == 0
 
 
 def test_a_full_disk_loses_nothing(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:

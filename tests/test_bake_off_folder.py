@@ -16,6 +16,7 @@ from msplora.bakeoff.report import markdown
 from msplora.bakeoff.running import Job
 from msplora.sweep.folder import SweepFolderError
 from msplora.sweep.rows import Row
+from msplora.train.stopping import Interrupted
 from runs import labelled_rows, write_jsonl
 
 
@@ -59,6 +60,23 @@ def test_results_of_other_data_are_not_compared(
         with pytest.raises(SweepFolderError, match=r"one\.jsonl of data\.train had other content"):
             run_bake_off(prepared())
     assert len(made_up.ran) == count
+
+
+def test_data_that_changed_under_an_unfinished_run_are_refused(
+    made_up: MadeUp, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "one.jsonl", labelled_rows(40))
+    made_up.stop_after = 0
+    with pytest.raises(Interrupted):
+        run_bake_off(prepared())
+    write_jsonl(rows, labelled_rows(41))
+    (row,) = rows_in(SPEC["output"])
+    outcome_so_far(prepared())  # nothing was made of the old ones
+    left = tmp_path / SPEC["output"] / "runs" / f"{row['name']}.unfinished"
+    (left / "checkpoints/checkpoint-1").mkdir(parents=True)
+    with pytest.raises(SweepFolderError, match=r"one\.jsonl of data\.train had other content"):
+        run_bake_off(prepared())
+    assert made_up.ran == []
 
 
 def test_the_same_on_another_machine_is_the_same(made_up: MadeUp) -> None:

@@ -41,6 +41,8 @@ def test_pairs_that_were_made_on_two_things_are_counted(made_up: MadeUp) -> None
     first.commit, first.earlier = "abc", [{"commit": "b4", "hardware": "old", "versions": {}}]
     assert told(outcome, "pairs").startswith(alike.format(5))
     assert told(outcome, "resumed").endswith("versions than they began on: b4 (old)")
+    first.earlier = [{"commit": None, "hardware": None, "versions": {}}]
+    assert told(outcome, "resumed").startswith("resumed: on what 1 of the runs began was not")
     first.earlier = []
     assert told(outcome, "pairs").startswith(alike.format(6))
 

@@ -229,6 +229,26 @@ def test_methods_of_one_task_are_judged_by_one_metric(bake_off_folder: Path) -> 
         prepare(spec(methods=methods, tasks={"one": {"data": {"train": "numbers.jsonl"}}}))
 
 
+@pytest.mark.parametrize("order", [("sft", "dpo"), ("dpo", "sft")])
+def test_methods_of_one_task_are_of_one_kind_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]
+) -> None:
+    """Both kinds are judged by what is called a loss."""
+    monkeypatch.chdir(tmp_path)
+    save_decoder(Path("decoder"))
+    rows = [{**its, "chosen": its["completion"], "rejected": " fox"} for its in answered_rows(8)]
+    write_jsonl(Path("rows.jsonl"), rows)
+    its: dict[str, Any] = {
+        "base": {"model": "decoder"},
+        "tasks": {"one": {"data": {"train": "rows.jsonl"}}},
+        "choose": {},
+    }
+    methods = {kind: {"method": "lora", "task": kind} for kind in order}
+    error = rf"\({order[1]} on one\):.* have the same (kind of task|measure)"
+    with pytest.raises(ConfigError, match=error):
+        prepare(spec(**its, methods=methods))
+
+
 def test_what_no_run_could_do_is_refused_before_the_first(bake_off_folder: Path) -> None:
     (bake_off_folder / "two.jsonl").unlink()
     with pytest.raises(MSPLoraError, match=r"two\.jsonl"):

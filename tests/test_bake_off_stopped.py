@@ -77,21 +77,6 @@ def test_a_rate_beyond_that_was_killed_is_waited_for(made_up: MadeUp) -> None:
     assert "0.1" in markdown(outcome, {})
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(None, "failed"), (signal.SIGTERM, "unfinished"), (signal.SIGKILL, "unfinished")],
-)
-def test_a_process_that_somebody_ended_says_nothing_of_its_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: int | None, status: str
-) -> None:
-    came_of_it = RunOutcome("failed", 1.0, "its process ended", None, error is not None)
-    monkeypatch.setattr(running, "run_apart", lambda *_: came_of_it)
-    settings = made_up_settings(str(tmp_path / "run"))
-    row = Row(LOST, {}, 0, "unfinished", {})
-    found = running.make_run(Job(row, settings, tmp_path / "log", None), SweepSignals())
-    assert found.status == status
-
-
 def test_a_rejected_run_that_was_half_removed_stands_in_no_ones_way(
     made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import json
 import math
@@ -28,9 +29,10 @@ import yaml
 from msplora.sweep import running
 from msplora.sweep import sweep as sweep_module
 from msplora.sweep.folder import SweepFolderError
+from msplora.sweep.naming import run_name
 from msplora.sweep.plot import draw_sweep
 from msplora.sweep.reading import Sweep, make_sweep
-from msplora.sweep.rows import Row
+from msplora.sweep.rows import Row, Rows
 from msplora.sweep.running import Outcome, SweepSignals, run_apart
 from msplora.sweep.sweep import TooMany, run_sweep
 from msplora.train.progress import ShowProgress
@@ -106,6 +108,9 @@ class MadeUp:
         self.ran: list[str] = []
         self.stop_at: int | None = None
         self.fails: set[float] = set()
+        self.fails_once: set[str] = set()
+        self.is_killed: set[str] = set()
+        """Runs whose process somebody ends once."""
         self.diverges_above = math.inf
         self.scored_on: Callable[[Settings], dict[str, int | None] | None] = lambda _: None
 
@@ -116,6 +121,12 @@ class MadeUp:
             self.stop_at = None
             raise KeyboardInterrupt
         self.ran.append(run.name)
+        if run.name in self.is_killed:
+            self.is_killed.remove(run.name)
+            return Outcome("unfinished", 1.0, "its process was ended by SIGKILL")
+        if run.name in self.fails_once:
+            self.fails_once.remove(run.name)
+            return Outcome("failed", 1.0, "out of memory")
         if rate in self.fails:
             return Outcome("failed", 1.0, "out of memory")
         if rate > self.diverges_above:
@@ -316,6 +327,41 @@ def test_a_sweep_with_a_run_that_failed_or_none_complete_exits_with_1(undrawn: M
     assert sweep_command({"grid": {RATE: [1e-3, 1e-2]}}, "--retry-failed").code == 0
 
 
+def test_a_run_that_somebody_ended_goes_on_at_the_next_start(undrawn: MadeUp) -> None:
+    undrawn.is_killed = {"learning_rate=0.001"}
+    content = {"grid": {RATE: [1e-3, 1e-2]}}
+    result = sweep_command(content)
+    assert result.code == 1
+    assert "1 of 2 were ended from outside; the same command goes on." in result.out
+    assert [row["status"] for row in rows_in()] == ["unfinished", "complete"]
+    assert sweep_command(content).code == 0
+    assert [row["status"] for row in rows_in()] == ["complete", "complete"]
+
+
+def test_a_full_disk_is_told_of_and_loses_nothing(
+    undrawn: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Rows.put
+
+    def full(rows: Rows, row: Row) -> None:
+        if row.status == "complete":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(rows, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "put", full)
+        with pytest.raises(SweepFolderError, match=r"No space left.*give the same command again"):
+            run_sweep(sweep_of(grid={RATE: [1e-3]}))
+
+
+def test_names_are_no_longer_than_a_file_system_takes() -> None:
+    for letter in "aä数":
+        first = run_name({"data.train": letter * 300}, 0, ())
+        second = run_name({"data.train": letter * 300}, 1, [first])
+        assert first != second
+        assert max(len(its.encode()) for its in (first, second)) < 130
+
+
 def test_what_failed_is_run_again_on_demand_only(made_up: MadeUp) -> None:
     made_up.fails = {1e-3}
     content = {"grid": {RATE: [1e-3, 1e-2]}}
@@ -407,6 +453,39 @@ def test_results_of_other_data_are_not_put_into_one_table(undrawn: MadeUp) -> No
     undrawn.fails.clear()
     run_sweep(sweep_of(grid={RATE: [1e-2]}), retry_failed=True)
     assert rows_in()[1]["status"] == "complete"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_data_that_changed_under_an_unfinished_run_are_refused_before_it_goes_on(
+    has_begun: bool, undrawn: MadeUp
+) -> None:
+    rows = write_jsonl(Path("answered.jsonl").absolute(), answered_rows(20))
+    undrawn.stop_at = 0
+    with pytest.raises(Interrupted):
+        run_sweep(sweep_of(grid={RATE: [1e-3]}))
+    if has_begun:
+        Path("out/runs/learning_rate=0.001.unfinished/checkpoints/checkpoint-1").mkdir(parents=True)
+    write_jsonl(rows, answered_rows(21))
+    if has_begun:
+        with pytest.raises(SweepFolderError, match="other content of"):
+            run_sweep(sweep_of(grid={RATE: [1e-3]}))
+        assert rows_in()[0]["status"] == "unfinished"
+        return
+    run_sweep(sweep_of(grid={RATE: [1e-3]}))  # nothing was made of the old ones
+    assert rows_in()[0]["status"] == "complete"
+
+
+def test_what_a_failed_run_left_of_other_data_is_out_of_the_way(undrawn: MadeUp) -> None:
+    rows = write_jsonl(Path("answered.jsonl").absolute(), answered_rows(20))
+    undrawn.fails_once = {"learning_rate=0.001"}
+    run_sweep(sweep_of(grid={RATE: [1e-3]}))
+    left = Path("out/runs/learning_rate=0.001.unfinished")
+    left.mkdir()
+    (left / "config.yaml").write_text("a run")
+    write_jsonl(rows, answered_rows(21))
+    run_sweep(sweep_of(grid={RATE: [1e-3]}), retry_failed=True)
+    assert not left.exists()
+    assert rows_in()[0]["status"] == "complete"
 
 
 def test_data_that_change_while_a_sweep_runs_stop_it(
@@ -518,6 +597,34 @@ def test_a_search_is_one_for_each_combination_and_takes_over_what_lies_in_its_ra
     assert 0 < len(inside) < 12
     run_sweep(sweep_of(**content, trials=6))
     assert len(made_up.ran) == 12 - len(inside)
+
+
+def test_a_search_among_numbers_in_quotes_ends(undrawn: MadeUp) -> None:
+    for key, choices in ((RATE, ["1e-4", "1e-3"]), ("adapter.r", ["4", 8])):
+        undrawn.ran.clear()
+        run_sweep(sweep_of(search={key: {"choices": choices}}, trials=5, output=key))
+        assert len(undrawn.ran) == 2
+
+
+def test_a_search_whose_runs_are_not_known_again_ends(
+    undrawn: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msplora.sweep.settings_tried.searched_values", lambda *_: None)
+    run_sweep(sweep_of(search={RATE: {"choices": [1e-4, 1e-3]}}))
+    assert len(undrawn.ran) == 1
+
+
+def test_what_is_swept_need_not_be_in_the_base(undrawn: MadeUp) -> None:
+    for name in ("answered", "others"):
+        write_jsonl(Path(f"{name}.jsonl"), answered_rows(20))
+    config = {key: its for key, its in BASE.items() if key != "model"}
+    config["data"] = {"validation_fraction": 0.2}
+    grid = {"data.train": ["answered.jsonl", "others.jsonl"], "model": ["a"]}
+    run_sweep(sweep_of(config=config, grid=grid))
+    run_sweep(sweep_of(config=config, grid={**grid, "model": ["b"]}))
+    assert len(undrawn.ran) == 4
+    with pytest.raises(SweepFolderError, match=r"data.validation_fraction was 0.2 and is 0.3"):
+        run_sweep(sweep_of(config={**config, "data": {"validation_fraction": 0.3}}, grid=grid))
 
 
 def test_a_search_ends_where_there_is_nothing_else_to_try(made_up: MadeUp) -> None:
@@ -648,6 +755,9 @@ def test_more_than_a_thousand_runs_are_refused(made_up: MadeUp) -> None:
         ({"search": {"data.validation_fraction": {"low": 0.1, "high": 0.2}}}, "cannot be searched"),
         ({"search": {"data.train": {"choices": ["a.jsonl", "b.jsonl"]}}}, "cannot be searched"),
         ({"search": {"model": {"choices": ["a", "b"]}}}, "Give its values under grid"),
+        ({"search": {"adapter.r": {"choices": ["8", 8]}}}, "search.adapter.r has 8 twice"),
+        ({"search": {"training.save_steps": {"low": 1, "high": 9}}}, "it changes no result"),
+        ({"search": {"training.eval_batch_size": {"choices": [1, 2]}}}, "it changes no result"),
         ({"seeds": [1], "config": {**BASE, "devices": {"processes": 2}}}, "Leave isolate out"),
     ],
 )  # fmt: skip
@@ -706,21 +816,22 @@ def test_only_a_process_that_was_killed_may_have_lacked_memory(
     stands_in_for_python(monkeypatch, f"kill -{name} $$")
     settings = make_settings({**BASE, "output": "run"}, "test")
     outcome = run_apart(settings, Path("run.log"), SweepSignals())
-    assert outcome.status == "failed"
+    assert outcome.status == ("unfinished" if is_memory else "failed")
     assert outcome.error
     assert outcome.error.startswith(f"its process was ended by SIG{name}")
     assert ("memory" in outcome.error) is is_memory
-    assert outcome.was_killed is is_memory
 
 
-@pytest.mark.parametrize(("code", "was_killed"), [(1, False), (130, True), (143, True)])
+@pytest.mark.parametrize(
+    ("code", "status"), [(1, "failed"), (130, "unfinished"), (143, "unfinished")]
+)
 def test_whether_a_process_was_stopped_by_somebody_else_is_known(
-    code: int, was_killed: bool, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+    code: int, status: str, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stands_in_for_python(monkeypatch, f"exit {code}")
     settings = make_settings({**BASE, "output": "run"}, "test")
     outcome = run_apart(settings, Path("run.log"), SweepSignals())
-    assert (outcome.status, outcome.was_killed) == ("failed", was_killed)
+    assert outcome.status == status
 
 
 def test_a_process_that_a_killed_one_left_is_waited_for(

@@ -21,6 +21,7 @@ from .reading import Run
 from .rejecting import Rejecting
 from .running import Job
 from .sizes import Prepared
+from .verdicts import verdicts
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Outcome:
         """Whether no run is left to be made but those that failed."""
         for choice in self.choices.values():
             if not choice.is_settled or (choice.best is None and choice.given_up):
+                return False
+        # What a rule gave up that was changed since is made, too.
+        for row, hopeless in verdicts(self.prepared, self.choices):
+            if row.status == "rejected" and not hopeless:
                 return False
         return all(row and row.status != "unfinished" for row in self.finals.values())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msplora.bench.provenance import commit, hardware
 from msplora.sweep.rows import Row
-from msplora.train.run_folder import RUN, has_to_start_anew
+from msplora.train.run_folder import RUN, goes_on
 from msplora.train.settings import Settings
 from msplora.versions import versions
 
@@ -29,10 +29,3 @@ def note_origin(row: Row, settings: Settings) -> None:
     elif before != now and before not in row.earlier:
         row.earlier.append(before)
     row.commit, row.hardware, row.versions = now["commit"], now["hardware"], now["versions"]
-
-
-def goes_on(settings: Settings) -> bool:
-    """Whether a run with these settings goes on after a checkpoint."""
-    output = Path(settings.output)
-    working = output.with_name(f"{output.name}.unfinished")
-    return any(working.glob("checkpoints/checkpoint-*")) and not has_to_start_anew(settings)

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from msplora.errors import MSPLoraError
 from msplora.extras import how_to_install
 from msplora.sweep.rows import Row
-from msplora.sweep.running import SweepSignals
+from msplora.sweep.running import SweepSignals, goes_on_later
 
 from .begun_on import note_origin
 from .choosing import Chain, Rivals
 from .reading import Run
-from .running import Job, goes_on_later, make_run
+from .running import Job, make_run
 
 MakeJob = Callable[[Run, Rivals | None], Job | Row]
 """Gives what is to be done for a run, or its row where nothing is."""

@@ -13,7 +13,7 @@ from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
 from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.checkpoints import clear
-from msplora.train.run_folder import RunFolder, RunFolderError
+from msplora.train.run_folder import RunFolder, RunFolderError, goes_on
 from msplora.train.settings import Settings
 
 from .inputs import Inputs, compare, inputs_of
@@ -112,9 +112,10 @@ class BakeOffFolder:
                 continue
             run = Run.of(its)
             inputs = self._inputs[run.entrant, run.task]
-            if row.status in HAVE_RESULTS:
+            settings = bake_off.settings_of(run)
+            if row.status in HAVE_RESULTS or (row.status == "unfinished" and goes_on(settings)):
                 self._refuse_others(run, f"{row.name} ran", row.files or {}, inputs)
-            now = portable(essence(bake_off.settings_of(run)))
+            now = portable(essence(settings))
             changed = [
                 f"{key} was {shown(row.config.get(key))} and is {shown(now.get(key))}"
                 for key in sorted(row.config.keys() | now.keys())

@@ -78,19 +78,30 @@ def _made_on(row: Row) -> Any:
 
 
 def _went_on(rows: list[Row]) -> list[str]:
-    """Of the runs that began on something else than they ended on."""
-    found = [row for row in rows if row.earlier]
-    if not found:
-        return []
-    before = dict.fromkeys(
-        f"{its['commit'] or 'an unknown commit'} ({its['hardware'] or 'unknown hardware'})"
-        for row in found
-        for its in row.earlier
-    )
-    return [
-        f"resumed: {len(found)} of the runs ended on another commit, hardware or versions than "
-        f"they began on: {', '.join(before)}"
-    ]
+    """Of the runs that began on something else than they ended on, or on what is not known."""
+    found, unknown = [], 0
+    for row in rows:
+        is_known = all(its["commit"] or its["hardware"] for its in row.earlier)
+        unknown += not is_known
+        if row.earlier and is_known:
+            found.append(row)
+    lines = []
+    if found:
+        before = dict.fromkeys(
+            f"{its['commit'] or 'an unknown commit'} ({its['hardware'] or 'unknown hardware'})"
+            for row in found
+            for its in row.earlier
+        )
+        lines.append(
+            f"resumed: {len(found)} of the runs ended on another commit, hardware or versions than "
+            f"they began on: {', '.join(before)}"
+        )
+    if unknown:
+        lines.append(
+            f"resumed: on what {unknown} of the runs began was not recorded, as where the start "
+            f"that began them on Ray was stopped"
+        )
+    return lines
 
 
 def _versions(versions: dict[str, str]) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from msplora.sweep.rows import Row
-
 from .bake_off import Outcome
 from .described import described
 from .reading import BakeOff, Run
-from .rejecting import Rejecting
-from .settings import RejectSettings
 from .statistics import least_p, standings
+from .verdicts import verdicts
 
 
 def protocol(outcome: Outcome) -> list[str]:
@@ -17,16 +14,11 @@ def protocol(outcome: Outcome) -> list[str]:
     prepared, bake_off = outcome.prepared, outcome.prepared.bake_off
     settings = bake_off.settings
     tasks = [f"{task} ({metric})" for task, metric in prepared.metrics.items()]
-    same = {its.rates for its in bake_off.entrants.values()}
-    rates = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
     said = [
         f"{len(bake_off.entrants)} methods on {', '.join(tasks)}. All settings that are not "
         f"named in a method are the same for all.",
         *described(bake_off),
-        f"The learning rate of each method is the one with the best mean over "
-        f"{', '.join(bake_off.choose_tasks)} with seed {_list(bake_off.choose_seeds)}, of "
-        f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}"
-        f"{_extended(settings.choose.extend, max(map(len, same)))}. It is the same for all tasks.",
+        _how_rates_are_chosen(bake_off),
         f"Then each method runs on every task with the seeds {_list(settings.seeds)} at its rate; "
         f"a run that was made while choosing, with one of these seeds, is not made twice."
         f"{_scored_again(bake_off)}",
@@ -43,7 +35,7 @@ def protocol(outcome: Outcome) -> list[str]:
             f"where its best value so far is worse by more than {settings.reject.behind:g} than "
             f"what another rate of the same method, tried before it, had reached on the task with "
             f"the same seed by then. A rate of which a run was given up is not chosen."
-            f"{_spared(outcome, settings.reject)}"
+            f"{_spared(outcome)}"
         )
     budgets = [its for its in bake_off.entrants.values() if its.budget is not None]
     said += [
@@ -75,6 +67,20 @@ def protocol(outcome: Outcome) -> list[str]:
     return said
 
 
+def _how_rates_are_chosen(bake_off: BakeOff) -> str:
+    settings = bake_off.settings
+    same = {its.rates for its in bake_off.entrants.values()}
+    if all(len(its) == 1 for its in same):
+        return "The learning rate of each method is the one that was given for it."
+    rates = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
+    return (
+        f"The learning rate of each method is the one with the best mean over "
+        f"{', '.join(bake_off.choose_tasks)} with seed {_list(bake_off.choose_seeds)}, of "
+        f"{rates}{' (some methods have rates of their own)' if len(same) > 1 else ''}"
+        f"{_extended(settings.choose.extend, max(map(len, same)))}. It is the same for all tasks."
+    )
+
+
 def _scored_again(bake_off: BakeOff) -> str:
     """Of how many pairs a run is that has won already."""
     settings = bake_off.settings
@@ -103,25 +109,10 @@ def _still_improving(outcome: Outcome) -> str:
     )
 
 
-def _spared(outcome: Outcome, reject: RejectSettings) -> str:
+def _spared(outcome: Outcome) -> str:
     """How many complete runs the present rule would have given up."""
-    count = 0
-    for name, choice in outcome.choices.items():
-        rows = {its.rate: its.rows for its in choice.tried}
-        before: dict[tuple[str, int | None], list[Row]] = {}
-        for rate in (*outcome.prepared.bake_off.entrants[name].rates, *choice.reached):
-            for row in rows.get(rate, ()):
-                task = row.parameters["task"]
-                rivals = before.setdefault((task, row.seed), [])
-                rule = Rejecting(
-                    reject, outcome.prepared.metrics[task], [its.evaluations for its in rivals]
-                )
-                # Older rows do not say how many steps the run was to have.
-                steps = row.steps or max((its["step"] for its in row.evaluations), default=0)
-                hopeless = bool(rule.until_hopeless(row.evaluations, steps))
-                count += row.status == "complete" and hopeless
-                if row.status in ("complete", "rejected"):
-                    rivals.append(row)
+    found = verdicts(outcome.prepared, outcome.choices)
+    count = sum(row.status == "complete" and hopeless for row, hopeless in found)
     if not count:
         return ""
     return (

@@ -43,6 +43,19 @@ def write_report(outcome: Outcome) -> Path:
     return folder / PAGE
 
 
+def state(outcome: Outcome) -> str:
+    """What is wrong with a bake-off as a whole; nothing where all its runs were made."""
+    used = outcome.used
+    failed = sum(row.status == "failed" for row in used)
+    is_any_complete = any(row and row.status == "complete" for row in outcome.finals.values())
+    said = [] if outcome.is_over else [NOT_OVER]
+    if failed:
+        said.append(f"{failed} of {len(used)} runs failed; --retry-failed runs them again.")
+    if outcome.is_over and not is_any_complete:
+        said.append("No run that counts is complete.")
+    return " ".join(said)
+
+
 def draw(outcome: Outcome) -> dict[str, bytes]:
     """Name -> plot, as SVG; only those with something to show."""
     found = standings(outcome)
@@ -78,17 +91,19 @@ def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
     Raises:
         MSPLoraError: jinja2 is not installed.
     """
+    bake_off = outcome.prepared.bake_off
     return (
         environment("msplora.bakeoff")
         .get_template("page.html.j2")
         .render(
-            bake_off=outcome.prepared.bake_off,
+            bake_off=bake_off,
+            chooses=any(len(its.rates) > 1 for its in bake_off.entrants.values()),
             tables=tables(outcome),
             # As images: their identifiers would clash in one document.
             plots={name: base64.b64encode(its).decode() for name, its in plots.items()},
             captions=_CAPTIONS,
             in_words=_IN_WORDS,
-            not_over="" if outcome.is_over else NOT_OVER,
+            not_over=state(outcome),
             protocol=protocol(outcome),
             origins=origins(outcome),
         )
@@ -98,8 +113,8 @@ def page(outcome: Outcome, plots: Mapping[str, bytes]) -> str:
 def markdown(outcome: Outcome, plots: Mapping[str, Any]) -> str:
     """The same as Markdown, with its plots beside it."""
     parts = ["# Bake-off"]
-    if not outcome.is_over:
-        parts.append(NOT_OVER)
+    if said := state(outcome):
+        parts.append(said)
     parts += [f"![{_CAPTIONS[name]}]({name}.svg)" for name in plots if name != "rates"]
     for table in tables(outcome):
         parts += [f"## {table.title}", _markdown_table(table)]

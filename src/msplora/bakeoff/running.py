@@ -8,9 +8,9 @@ from pathlib import Path
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals, run_apart
 from msplora.train.checkpoints import remove
+from msplora.train.run_folder import goes_on
 from msplora.train.settings import Settings
 
-from .begun_on import goes_on
 from .rejecting import Evaluations, Rejecting, evaluations_so_far
 
 
@@ -27,14 +27,8 @@ class Job:
     """When to give it up; None for a run that counts."""
 
 
-def goes_on_later(why: str) -> str:
-    """What is said of a run that is not to blame for its end."""
-    return f"{why.rstrip('.')}. The next start goes on with it."
-
-
 def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
-    """Train, and return the row with what came of it; a crash is recorded there too. A run whose
-    process somebody or the system ended is unfinished: that says nothing of the run.
+    """Train, and return the row with what came of it; a crash is recorded there too.
 
     `lock` is the descriptor that holds the folder, if this process has it.
     """
@@ -54,8 +48,6 @@ def make_run(job: Job, stop: SweepSignals, lock: int | None = None) -> Row:
 
     outcome = run_apart(job.settings, job.log, stop, lock, is_hopeless if job.rejecting else None)
     row.status, row.error = outcome.status, outcome.error
-    if outcome.was_killed:
-        row.status, row.error = "unfinished", goes_on_later(outcome.error or "it was ended")
     row.seconds += outcome.seconds
     row.resident_bytes = max(row.resident_bytes or 0, outcome.resident_bytes or 0) or None
     if outcome.status == "complete":

@@ -82,7 +82,7 @@ def _standing(outcome: Outcome, found: Sequence[Standing]) -> Table:
         f"Seconds: of training and the evaluations in it, {_where_timed(outcome)}.",
         "MiB: the most that a run took of the GPU; where there was none, of its whole process, "
         "which compares nothing.",
-        "* Pareto-optimal: no other of this size or smaller is as good.",
+        "* Pareto-optimal: no smaller one is as good, and none of this size better.",
     ]
     if changing:
         notes.append(

@@ -42,7 +42,10 @@ def bake_off(
         float | None, typer.Option(min=0, help="With --ray: GPUs of a run; none leaves it the CPU.")
     ] = None,
 ) -> None:
-    """Compare methods, each at its own best learning rate; continues what was stopped."""
+    """Compare methods, each at its own best learning rate; continues what was stopped.
+
+    The exit code is 1 where a run failed, was ended by somebody else, or none is complete, else 0.
+    """
     if ray is None and (cpus is not None or gpus is not None):
         raise typer.BadParameter("--cpus, --gpus: for --ray only. Without it a run has it all.")
     from msplora.extras import report_extra, train_extra
@@ -54,7 +57,7 @@ def bake_off(
         from msplora.bakeoff.bake_off import outcome_so_far, run_bake_off
         from msplora.bakeoff.engines import OnRay
         from msplora.bakeoff.reading import read_bake_off
-        from msplora.bakeoff.report import write_report
+        from msplora.bakeoff.report import state, write_report
         from msplora.bakeoff.sizes import prepare
         from msplora.bakeoff.terminal import rich_tables
         from msplora.errors import MSPLoraError
@@ -81,3 +84,7 @@ def bake_off(
             page = write_report(outcome)
             said = f"The report is {page}"
             results.print(said, markup=False, highlight=False, soft_wrap=True)
+        if said := state(outcome):
+            results.print(said, markup=False, highlight=False, soft_wrap=True)
+            if not list_ and not report_only:
+                raise typer.Exit(1)

@@ -25,7 +25,7 @@ def sweep(
 ) -> None:
     """Train with every combination of a grid, or search with optuna; continues what was stopped.
 
-    The exit code is 1 where a run failed or none is complete, else 0.
+    The exit code is 1 where a run failed, was ended by somebody else, or none is complete, else 0.
     """
     from msplora.extras import sweep_extra, train_extra
 
@@ -60,8 +60,12 @@ def sweep(
     if failed:
         said = f"{len(failed)} of {len(rows)} failed; --retry-failed runs them again."
         console.print(f"{said} The first for: {failed[0].error}", markup=False, soft_wrap=True)
+    ended = sum(row.status == "unfinished" for row in rows)
+    if ended:
+        said = f"{ended} of {len(rows)} were ended from outside; the same command goes on."
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     is_any_complete = any(row.status == "complete" for row in rows)
-    if not failed and not is_any_complete:
+    if not failed and not ended and not is_any_complete:
         console.print("No run is complete.")
-    if failed or not is_any_complete:
+    if failed or ended or not is_any_complete:
         raise typer.Exit(1)

@@ -101,7 +101,7 @@ class SweepFolder:
     def _check_same_base(self) -> None:
         """What is swept may change: the same runs are found again. What all runs share may not."""
         there = make_sweep(read_content(self.path / SWEEP), str(self.path / SWEEP))
-        before, now = essence(there.settings_of({})), essence(self.sweep.settings_of({}))
+        before, now = essence(there.shared()), essence(self.sweep.shared())
         free = {*there.swept, *self.sweep.swept}
         if there.settings.seeds or self.sweep.settings.seeds:
             free.add(SEED)

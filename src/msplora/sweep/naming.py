@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-_LONGEST = 120  # file systems take 255 bytes, and `.unfinished` and others are appended
+_LONGEST = 120  # bytes: file systems take 255, and `.unfinished` and others are appended
 
 
 def shown(value: Any) -> str:
@@ -37,8 +37,9 @@ def run_name(parameters: Mapping[str, Any], seed: int | None, taken: Container[s
     if seed is not None:
         parts.append(f"seed={seed}")
     plain = re.sub(r"[^\w.=,+-]+", "_", ",".join(parts)) or "run"
-    name, number = plain[:_LONGEST], 1
+    start = plain.encode()[:_LONGEST].decode(errors="ignore")
+    name, number = start, 1
     while name in taken:
         number += 1
-        name = f"{plain[:_LONGEST]}-{number}"
+        name = f"{start}-{number}"
     return name

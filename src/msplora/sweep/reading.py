@@ -17,7 +17,7 @@ from msplora.errors import ConfigError, nearest
 from msplora.train.absolute_paths import PATHS, absolute_value, with_absolute_paths
 from msplora.train.metric_order import PAIRS_IN_ORDER
 from msplora.train.problems import described, together
-from msplora.train.same_settings import flat
+from msplora.train.same_settings import flat, free_to_change
 from msplora.train.settings import Settings
 from msplora.train.settings_checks import has_validation
 from msplora.train.settings_file import make_settings, put, read_content
@@ -96,6 +96,17 @@ class Sweep:
         content["output"] = output
         return with_absolute_paths(make_settings(content, source), must_exist=False)
 
+    def shared(self) -> Settings:
+        """The settings of the base config; of the first run where it lacks what is swept.
+
+        Raises:
+            ConfigError: neither can be run.
+        """
+        try:
+            return self.settings_of({})
+        except ConfigError:
+            return self.settings_of({**next(self.combinations()), **_usual(self)})
+
     def as_file(self) -> dict[str, Any]:
         """What to write for the next time: with the base config itself, and absolute paths."""
         content = self.settings.model_dump(mode="json", exclude_defaults=True)
@@ -134,14 +145,14 @@ def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
             f"in {source}: give the config that the runs start from as base (a file) or under "
             f"config; found {found}."
         )
-    for key, searched in settings.search.items():
-        if key in PATHS and searched.choices:  # which are compared with those of the runs
-            searched.choices = [absolute_value(key, its) for its in searched.choices]
     base = read_content(settings.base) if settings.base is not None else settings.config
     sweep = Sweep(settings, base or {}, source)
     _check_keys(sweep)
     for key, searched in settings.search.items():
         _check_searched(key, searched, source)
+    for key, searched in settings.search.items():
+        if searched.choices is not None:  # which are compared with those of the runs
+            searched.choices = _as_held(sweep, key, searched.choices)
     _check_runs(sweep)
     return sweep
 
@@ -243,12 +254,17 @@ def _check_searched(key: str, searched: SearchSettings, source: str) -> None:
 def _check_runs(sweep: Sweep) -> None:
     """Make the settings of every run that is known, and of the ends of what is searched."""
     ends = {key: _ends(key, searched) for key, searched in sweep.settings.search.items()}
-    usual = {key: values[0] for key, values in ends.items()}
-    sweep.settings_of({})
+    usual = _usual(sweep)
+    sweep.shared()
     for combination in sweep.combinations():
         for key, values in ends.items():
             for value in values[1:]:
-                sweep.settings_of({**combination, **usual, key: value})
+                found = sweep.settings_of({**combination, **usual, key: value})
+                if key in free_to_change(found.method):
+                    raise ConfigError(
+                        f"in {sweep.source}: {key} cannot be searched: it changes no result, so "
+                        f"its values would all be one run. Set it in the base config."
+                    )
         found, *_ = [sweep.settings_of({**combination, **usual}, seed) for seed in sweep.seeds]
         if not has_validation(found):
             raise ConfigError(
@@ -261,6 +277,24 @@ def _check_runs(sweep: Sweep) -> None:
                 f"in {sweep.source}: devices.processes = {found.devices.processes} needs processes "
                 f"of their own. Leave isolate out."
             )
+
+
+def _usual(sweep: Sweep) -> Parameters:
+    """One value of each key that is searched."""
+    return {key: _ends(key, searched)[0] for key, searched in sweep.settings.search.items()}
+
+
+def _as_held(sweep: Sweep, key: str, choices: list[Any]) -> list[Any]:
+    """Choices as a run's settings hold them: a number is one in quotes too, a path absolute."""
+    others = {**next(sweep.combinations()), **_usual(sweep)}
+    held = [
+        flat(sweep.settings_of({**others, key: its}).model_dump(mode="json")).get(key, its)
+        for its in choices
+    ]
+    twice = next((its for place, its in enumerate(held) if its in held[:place]), None)
+    if twice is not None:
+        raise ConfigError(f"in {sweep.source}: search.{key} has {shown(twice)} twice.")
+    return held
 
 
 def _check_measure(sweep: Sweep, found: Settings) -> None:

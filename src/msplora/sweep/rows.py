@@ -57,7 +57,9 @@ class Row:
     gpu_bytes: int | None = None
     """The most memory of a GPU that its tensors took at once; None on a CPU."""
     resident_bytes: int | None = None
-    """The most memory that the run's process had at once, without the GPU's; None if not apart."""
+    """The most memory that the run's process had at once, without the GPU's; None if not apart.
+    As the system counts it: no less than the process that started it had by then.
+    """
     error: str | None = None
     inputs: dict[str, int] | None = None
     """The fingerprint of the files that it reads; None where an older msplora began it."""

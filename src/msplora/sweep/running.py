@@ -38,8 +38,6 @@ class Outcome:
     seconds: float
     error: str | None = None
     resident_bytes: int | None = None
-    was_killed: bool = False
-    """Whether its process failed because somebody else, or the system, ended it."""
 
 
 class SweepSignals(StopSignals):
@@ -91,7 +89,8 @@ def run_apart(
 
     It inherits `lock`: should this process be killed, the sweep is not free until that one has
     ended too. It holds its log as well: where there is no `lock`, one that was left is waited for.
-    Where `is_hopeless` says so, asked while it trains, it is stopped and rejected.
+    Where `is_hopeless` says so, asked while it trains, it is stopped and rejected. Where somebody
+    or the system ended its process it is unfinished: that says nothing of the run.
     """
     config = log.with_suffix(".yaml")
     write_settings(settings, config)
@@ -137,8 +136,14 @@ def run_apart(
     if code == _DIVERGED:
         return Outcome("diverged", seconds, said, resident)
     # One that saved a checkpoint before it went says so by 128 plus the signal.
-    was_killed = -code in _FROM_OUTSIDE or code - 128 in _FROM_OUTSIDE
-    return Outcome("failed", seconds, said, resident, was_killed)
+    if -code in _FROM_OUTSIDE or code - 128 in _FROM_OUTSIDE:
+        return Outcome("unfinished", seconds, goes_on_later(said), resident)
+    return Outcome("failed", seconds, said, resident)
+
+
+def goes_on_later(why: str) -> str:
+    """What is said of a run that is not to blame for its end."""
+    return f"{why.rstrip('.')}. The next start goes on with it."
 
 
 def _wait_until_free(file: IO[bytes]) -> None:

@@ -74,10 +74,13 @@ def settings_to_run(sweep: Sweep, rows: Rows) -> Iterator[Setting]:
     for combination in sweep.combinations():
         for parameters in _tried(sweep, rows, combination):
             yield setting_of(sweep, rows, parameters)
+        before = -1
         while sweep.settings.search:
             tried = [setting_of(sweep, rows, its) for its in _tried(sweep, rows, combination)]
-            if len(tried) >= sweep.settings.trials:
+            # As many as before: what was tried is not known again, and would be tried for ever.
+            if len(tried) >= sweep.settings.trials or len(tried) == before:
                 break
+            before = len(tried)
             chosen = _choose(sweep, tried)
             if chosen is None:  # the search knows no other values
                 break

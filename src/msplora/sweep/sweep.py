@@ -10,6 +10,7 @@ from rich.console import Console
 
 from msplora.errors import MSPLoraError
 from msplora.train.inputs import data_paths, fingerprint
+from msplora.train.run_folder import goes_on
 from msplora.train.settings import Settings
 from msplora.train.stopping import Interrupted
 
@@ -43,7 +44,8 @@ def run_sweep(
 
     Raises:
         TooMany: more than a thousand runs, without `allow_many`.
-        SweepFolderError: the output is taken, or holds runs of another base config.
+        SweepFolderError: the output is taken, holds runs of another base config, or the disk is
+            full.
         Interrupted: Ctrl-C or SIGTERM. The run was saved, and the message says how to go on.
     """
     return _Running(sweep, console or Console(), retry_failed, allow_many).run()
@@ -75,6 +77,11 @@ class _Running:
                     self._run_all()
             except KeyboardInterrupt:
                 stop.number = stop.number or signal.SIGINT
+            except OSError as error:
+                raise SweepFolderError(
+                    f"the sweep in {folder.path} cannot go on: {error}. What was made is kept: "
+                    f"once that is mended, give the same command again."
+                ) from error
             settings = settings_so_far(self.sweep, self.rows)
             self._write(settings)
         finally:
@@ -105,9 +112,15 @@ class _Running:
         old = 0
         for setting in settings_so_far(self.sweep, self.rows):
             for seed, row in setting.rows.items():
-                if row and row.status in ("complete", "diverged"):
+                if row is None or row.status == "failed":  # it may have failed for what it read
+                    continue
+                settings = self.sweep.settings_of(setting.parameters, seed)
+                settings.output = str(self.folder.run(row.name))
+                if row.status != "unfinished":
                     old += row.inputs is None
-                    self._check_inputs(row, self.sweep.settings_of(setting.parameters, seed))
+                elif not goes_on(settings):  # nothing is made of the data yet
+                    continue
+                self._check_inputs(row, settings)
         if old:
             self._say(f"{old} runs are of an older msplora, which kept no checksum of their data.")
 
@@ -134,7 +147,10 @@ class _Running:
         if row is None:
             name = run_name(setting.parameters, seed, self.rows)
             row = Row.started(name, setting.parameters, seed, settings)
-        row.status, row.inputs = "unfinished", fingerprint(settings)
+        inputs = fingerprint(settings)
+        if row.status == "failed" and row.inputs != inputs:
+            self.folder.remove_unfinished(row.name)  # it could not go on with other data
+        row.status, row.inputs = "unfinished", inputs
         self._check_inputs(row, settings)
         self.rows.put(row)  # before it starts: what a search chose is known after a kill too
         settings.output = str(self.folder.run(row.name))

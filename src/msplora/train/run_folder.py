@@ -368,6 +368,13 @@ def has_to_start_anew(settings: Settings) -> bool:
     return settings.method in NOT_RESUMED and any(checkpoints.glob("checkpoint-*"))
 
 
+def goes_on(settings: Settings) -> bool:
+    """Whether an interrupted run with these settings goes on after a checkpoint."""
+    output = Path(settings.output)
+    checkpoints = output.with_name(f"{output.name}.unfinished") / "checkpoints"
+    return any(checkpoints.glob("checkpoint-*")) and not has_to_start_anew(settings)
+
+
 def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
