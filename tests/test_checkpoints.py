@@ -287,6 +287,9 @@ def test_a_run_that_came_into_the_output_meanwhile_is_left_there(tmp_path: Path)
     with pytest.raises(RunFolderError, match=r"another run was put into .* while this one trained"):
         mine.finish()
     mine.release()
+    for resume in (True, "auto"):  # no sooner than the other is away
+        with pytest.raises(RunFolderError, match=r"another run was put into .*: move the other"):
+            RunFolder(made_up(tmp_path), resume=resume)
     assert [result_in(path) for path in (mine.path, mine.working)] == ["other", "mine"]
     shutil.move(mine.path, tmp_path / "away")
     again = RunFolder(made_up(tmp_path), resume=True)
@@ -296,6 +299,18 @@ def test_a_run_that_came_into_the_output_meanwhile_is_left_there(tmp_path: Path)
     forced.begin()
     fill(forced, "forced")
     assert result_in(forced.finish()) == "forced"
+
+
+def test_a_run_that_a_killed_process_moved_aside_is_not_replaced_unasked(tmp_path: Path) -> None:
+    old = RunFolder(made_up(tmp_path))
+    old.begin()
+    fill(old, "old")
+    aside = tmp_path / ".run.old-killed"
+    aside.mkdir()
+    shutil.move(old.finish(), aside / "run")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        RunFolder(made_up(tmp_path)).begin()
+    assert result_in(old.path) == "old"
 
 
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ def test_every_known_key_is_accepted_where_it_is_listed() -> None:
         (f"{MINIMAL}training: {{epochs: many}}", "training.epochs = 'many'"),
         (f"{MINIMAL}training: {{epochs: 0}}", "training.epochs = 0: it should be greater than 0"),
         (f"{MINIMAL}training: {{batch_size: 1.5}}", "training.batch_size = 1.5"),
+        (f"{MINIMAL}training: {{batch_size: yes}}", "batch_size = True: a number belongs here"),
+        (f"{MINIMAL}training: {{learning_rate: true}}", "a number belongs here, and true is none"),
+        (f"{MINIMAL}training: {{epochs: .inf}}", "training.epochs = inf: it should be a finite"),
+        (f"{MINIMAL}adapter: {{alphas: [.nan, 1, 1]}}", "adapter.alphas[0] = nan: it should be a"),
+        (f"{MINIMAL}seed: 4294967296", "seed = 4294967296: it should be less than 4294967296"),
         (
             f"{MINIMAL}training: {{stages: [mid, {{levels: [global], share: 0}}]}}",
             "training.stages[1].share = 0: it should be greater than 0",

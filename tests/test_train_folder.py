@@ -343,7 +343,7 @@ def test_a_complete_run_of_other_data_is_not_called_complete(bases: Path, here: 
 
 def test_an_output_that_cannot_be_a_folder(bases: Path, here: Path) -> None:
     Path("file").write_text("mine")
-    for output in ("file", "file/run"):
+    for output in ("file", "file/run", "/"):
         settings = make_settings(config(bases, output=output), "a test")
         with pytest.raises(RunFolderError):
             RunFolder(settings)

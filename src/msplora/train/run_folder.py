@@ -8,6 +8,7 @@ name.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -41,6 +42,8 @@ BEFORE = "checkpoints/before.json"
 """What was measured before the first step, kept for a run that is resumed."""
 INPUTS = "checkpoints/inputs.json"
 """The checksums of the files that the run began with."""
+REPLACES = "checkpoints/replaces.json"
+"""The checksum of the complete run that stood in the output when this one began, if one did."""
 RUN = "run.json"
 """The mark of a complete run: the checksums of what it read and of what it wrote."""
 
@@ -72,8 +75,11 @@ class RunFolder:
     def __init__(self, settings: Settings, resume: Resume = False, force: bool = False) -> None:
         self.settings = settings
         self.path = Path(settings.output).expanduser().resolve()
+        if not self.path.name:
+            raise RunFolderError(f"the output {settings.output!r} is no folder of a run; name one.")
         self.working = self.path.with_name(self.path.name + ".unfinished")
         self.found = Found()
+        self._force = force
         self._locks: list[int] = []
         if resume not in (True, False, "auto"):
             raise RunFolderError(f"resume is True, False or 'auto', not {resume!r}.")
@@ -97,11 +103,8 @@ class RunFolder:
             self._check_same_data(self.path, (read_mark(self.path, RUN) or {}).get("inputs"))
         elif self.resumes:
             self._check_resumable()
-        elif force:
-            self._check_discardable()
         else:
-            self._check_free()
-        self._replaceable = self._mark_there()
+            self._check_may_begin()
 
     @property
     def checkpoints(self) -> Path:
@@ -137,12 +140,14 @@ class RunFolder:
             return self._take_up()
         if self.lacks_only_its_name:
             self._take_its_name()  # rather than discard what --force was once told to make
+        self._check_may_begin()  # of what a killed process had moved aside, too
         new = Path(tempfile.mkdtemp(prefix=f".{self.working.name}.partial-", dir=self.path.parent))
         self._lock(new)
         new.chmod(0o755)  # mkdtemp's folders are private
         (new / self.checkpoints.name).mkdir()
         write_settings(self.settings, new / CONFIG)
         write_whole(new / INPUTS, json.dumps(inputs.checksums(self.settings), indent=2) + "\n")
+        write_whole(new / REPLACES, json.dumps(self._run_there()) + "\n")
         sync(new)
         put_in_place(new, self.working)
         return []
@@ -154,7 +159,7 @@ class RunFolder:
     def finish(self) -> Path:
         """Drop the checkpoints and give the folder its name; return where the run now is."""
         if not self.lacks_only_its_name:
-            facts = {"inputs": self._inputs()}
+            facts = {"inputs": self._inputs(), "replaces": self._replaces()}
             write_mark(self.working, RUN, facts, leave_out=[self.checkpoints.name])
         sync(self.working)
         self._take_its_name()
@@ -182,7 +187,7 @@ class RunFolder:
                 f"its place. It is complete, in {self.working}: move what is yours away, and then "
                 f"{self.go_on}"
             )
-        if self._mark_there() not in (None, self._replaceable):
+        if self._is_another_there():
             raise RunFolderError(
                 f"another run was put into {self.path} while this one trained, and is left there. "
                 f"This one is complete, in {self.working}: move the other away, and then "
@@ -191,10 +196,21 @@ class RunFolder:
         put_in_place(self.working, self.path)
         clear_after_a_kill(self.path)
 
-    def _mark_there(self) -> bytes | None:
-        """The mark of the complete run in the output, which tells it from every other."""
+    def _run_there(self) -> str | None:
+        """The checksum of the complete run in the output, which tells it from every other."""
         mark = self.path / RUN
-        return mark.read_bytes() if mark.is_file() else None
+        return hashlib.sha256(mark.read_bytes()).hexdigest() if mark.is_file() else None
+
+    def _is_another_there(self) -> bool:
+        """Whether a run came into the output since this one began."""
+        return self._run_there() not in (None, self._replaces())
+
+    def _replaces(self) -> str | None:
+        """The checksum of the run that this one was told to replace."""
+        record = self.working / REPLACES
+        if record.is_file():
+            return json.loads(record.read_text(encoding="utf-8"))
+        return (read_mark(self.working, RUN) or {}).get("replaces")
 
     def _take_up(self) -> list[str]:
         self.checkpoints.mkdir(exist_ok=True)
@@ -251,6 +267,12 @@ class RunFolder:
                 f"in it, such as {self.path / 'run'}."
             )
 
+    def _check_may_begin(self) -> None:
+        if self._force:
+            self._check_discardable()
+        else:
+            self._check_free()
+
     def _check_discardable(self) -> None:
         """Of what --force would delete: it must be what a run left, and nothing else."""
         for folder, mark in ((self.path, RUN), (self.working, CONFIG)):
@@ -304,6 +326,11 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds what no run wrote: {foreign}. The run would take its place "
                 f"when it is complete: move it away first."
+            )
+        if self._is_another_there():
+            raise RunFolderError(
+                f"another run was put into {self.path} since the one in {self.working} began, "
+                f"which would take its place when it is complete: move the other away first."
             )
         self._check_same_settings(self.working)
         if (self.working / INPUTS).is_file():  # else only the name is lacking
