@@ -103,6 +103,7 @@ ROW = {
     "convolution": "convolutions", "attention module": "convolutions",
     "classifier's head": "a classifier's head", "experts": "experts", "embedding": "embeddings",
     "Conv1D": "Conv1D", "outside the language model": "vision and audio",
+    "encoder and decoder": "models with encoder", "no language model": "models with encoder",
 }  # fmt: skip
 
 

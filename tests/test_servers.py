@@ -260,6 +260,8 @@ LACKING: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: adapted(MODELS["vit"], target_modules=["projection"]),
     ),
     "Conv1D": ("c_", lambda: adapted(MODELS["gpt2"])),
+    "encoder and decoder": ("a T5ForCond", lambda: adapted(MODELS["t5"])),
+    "no language model": ("a ViTForImageClassification", lambda: adapted(MODELS["vit"])),
 }
 
 

@@ -59,7 +59,23 @@ def features(
         known = any(path == its or path.startswith(f"{its}.") for its in wrapped)
         if not known and not (name == "bias" and config.bias != "none"):
             found.setdefault("saved modules", f"its file holds {path!r} whole")
-    return found
+    return found | _base_features(root)
+
+
+def _base_features(root: Any) -> dict[str, str]:
+    """What its base is that a server of decoders does not know."""
+    its: Any = getattr(root, "config", None)
+    try:
+        text = its.get_text_config()
+    except (AttributeError, ValueError):  # no config of transformers; several texts
+        return {}
+    said = f"its base is a {type(root).__name__}"
+    hears: Any = getattr(root, "main_input_name", "input_ids") != "input_ids"  # Whisper is served
+    if its.is_encoder_decoder and not hears:
+        return {"encoder and decoder": said}
+    if getattr(text, "vocab_size", None) is None:
+        return {"no language model": said}
+    return {}
 
 
 def _kind(layer: Any) -> str | None:

@@ -19,6 +19,8 @@ GGUF_FILE = "adapter.gguf"
 
 # What a plain LoRA may hold (`server_limits.features`) -> why nearly no server takes it.
 _RARE = {
+    "encoder and decoder": "it serves no such language models",
+    "no language model": "it serves language models",
     "DoRA": "it knows no DoRA",
     "biases": "it reads no trained biases",
     "saved modules": "it reads no whole modules from an adapter",
