@@ -258,6 +258,16 @@ def test_a_launcher_of_ones_own_does_not_start_several_of_what_takes_one(
         train_run(make_settings(config_on(bases), "a test"))
 
 
+def test_a_number_of_processes_that_no_launcher_set_is_refused(
+    bases: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster's job exports it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 is set without RANK and MASTER_ADDR:"):
+        train_run(make_settings(config_on(bases), "a test"))
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_accelerate_knows_every_preset(strategy: str) -> None:
     from accelerate.commands.launch import launch_command_parser

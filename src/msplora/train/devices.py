@@ -79,7 +79,18 @@ def process_index() -> int:
 
 
 def join() -> None:
-    """Meet the other processes, where a launcher started several."""
+    """Meet the other processes, where a launcher started several.
+
+    Raises:
+        ConfigError: the environment speaks of several, and of nothing to meet them by.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]
+    if world_size() > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size()} is set without {' and '.join(missing)}: no "
+            f"launcher started this process. Take WORLD_SIZE out of the environment, or start by "
+            f"`accelerate launch` or torchrun."
+        )
     if world_size() > 1:
         from accelerate import PartialState
 

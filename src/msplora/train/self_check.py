@@ -28,6 +28,8 @@ from .settings import Settings
 _RELOADED = "reloaded"
 # Of the loss: the same weights give the same number, but for the order of sums on a GPU.
 _TOLERANCE = 1e-3
+# A run may be resumed with evaluations in other batches, whose padding rounds otherwise.
+_TOLERANCE_OF_HALVES = 1e-2
 _NO_GRADIENT = "They got no gradient, or too little to see, or only steps at a learning rate of 0."
 _KEPT = (
     "What was kept is of step {kept} of the {done} that were trained, the best evaluation, and the "
@@ -56,7 +58,8 @@ def check_trained(trainer: Any, job: Job, weights: Path, metrics: dict[str, Any]
     if job.adapted.rank is None:
         return []
     if settings.training.check_saved and not sharded:
-        found = reload_and_evaluate(trainer, weights, metrics["best"] if job.held_out else None)
+        best = metrics["best"] if job.held_out else None
+        found = reload_and_evaluate(trainer, weights, best, job.base.arithmetic)
         if found:
             metrics["reloaded"] = found
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -109,7 +112,10 @@ def untrained(model: nn.Module) -> dict[str, list[str]]:
 
 
 def reload_and_evaluate(
-    trainer: Any, weights: Path, measured: dict[str, Any] | None
+    trainer: Any,
+    weights: Path,
+    measured: dict[str, Any] | None,
+    arithmetic: torch.dtype = torch.float32,
 ) -> dict[str, float] | None:
     """Load a saved adapter beside the trained one; compare their tensors and held-out losses.
 
@@ -117,6 +123,7 @@ def reload_and_evaluate(
         trainer: which trained; its model, a `PeftModel`, is left as it was.
         weights: folder of the saved adapter.
         measured: the held-out metrics that the run reports; None where no rows were held out.
+        arithmetic: what the run computes in.
 
     Returns:
         The held-out metrics of the saved adapter.
@@ -148,7 +155,8 @@ def reload_and_evaluate(
         # Nobody is to be told of this evaluation: trackers would take it for one of the run's.
         trainer.callback_handler.callbacks.clear()
         found = plain_metrics(trainer.evaluate())
-        if not math.isclose(found["loss"], measured["loss"], rel_tol=_TOLERANCE):
+        tolerance = _TOLERANCE if arithmetic == torch.float32 else _TOLERANCE_OF_HALVES
+        if not math.isclose(found["loss"], measured["loss"], rel_tol=tolerance):
             raise NotWhatWasMeasured(
                 f"the adapter saved in {weights} has a loss of {found['loss']:.6g} on the held-out "
                 f"rows, and the run measured {measured['loss']:.6g}. Please report this."
