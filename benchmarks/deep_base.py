@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     start, text = given.output / "start", given.output / "text.txt"
+    read = "\n".join(its.read_text(encoding="utf-8") for its in given.text)
+    check_same(start, given.layers, text, read)
     # Both are written beside and renamed: a kill leaves no half of them to train on.
     if not start.exists():
         partial = given.output / "start.partial"
@@ -43,7 +45,7 @@ def main() -> None:
         AutoTokenizer.from_pretrained(given.like).save_pretrained(partial)
         partial.rename(start)
     if not text.exists():
-        write_whole(text, "\n".join(its.read_text(encoding="utf-8") for its in given.text))
+        write_whole(text, read)
     train_run(
         Settings.model_validate(
             {
@@ -63,6 +65,19 @@ def main() -> None:
         ),
         resume="auto",
     )
+
+
+def check_same(start: Path, layers: int, text: Path, read: str) -> None:
+    """Refuse to go on with another model or text than the folder was begun with.
+
+    Raises:
+        SystemExit: it was.
+    """
+    there = AutoConfig.from_pretrained(start).num_hidden_layers if start.exists() else layers
+    if there != layers:
+        raise SystemExit(f"{start} has {there} layers, not {layers}: name another --output.")
+    if text.exists() and text.read_text(encoding="utf-8") != read:
+        raise SystemExit(f"{text} was made of another --text: name another --output.")
 
 
 if __name__ == "__main__":

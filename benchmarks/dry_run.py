@@ -237,10 +237,11 @@ def main() -> None:
         return
     from msplora.bench.provenance import provenance
 
+    there = asked.output and asked.output.is_file()
+    lines = asked.output.read_text("utf-8").splitlines() if there else []
+    done = {json.loads(line)["case"] for line in lines}
     for name, case in CASES.items():
-        if asked.only and not any(part in name for part in asked.only):
-            continue
-        if asked.output and asked.output.is_file() and name in asked.output.read_text("utf-8"):
+        if name in done or (asked.only and not any(part in name for part in asked.only)):
             continue
         with tempfile.TemporaryDirectory() as folder:
             config = make_run(case, Path(folder))

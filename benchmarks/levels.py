@@ -39,6 +39,7 @@ from msplora.analysis.results import AdapterResult, KindResult, mean
 from msplora.bench.provenance import provenance, short
 from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, read_config
 from msplora.spectrum import singular_values_of
+from msplora.train.metric_order import sign_of
 from msplora.train.settings import Settings
 from msplora.train.task_record import TaskRecord
 
@@ -58,7 +59,10 @@ def main() -> None:
         "--append", action="store_true", help="Keep what the file has of other tasks and adapters."
     )
     given = parser.parse_args()
-    runs = chosen(described(run) for run in given.runs if (run / "metrics.json").is_file())
+    finished = [run for run in given.runs if (run / "metrics.json").is_file()]
+    if not finished:
+        raise SystemExit(f"none of {len(given.runs)} folders is a finished run of msplora train.")
+    runs = chosen(map(described, finished))
     content = {**provenance("cpu"), "draws": given.draws, "leading": LEADING}
     content["command"] = f"python benchmarks/levels.py RUN … --draws {given.draws}"
     of_commit = {"commit": content["commit"]}
@@ -151,7 +155,7 @@ def _group(row: Row) -> tuple[str, ...]:
 
 def _goodness(runs: Sequence[tuple[Path, Row]]) -> float:
     value = statistics.fmean(row["value"] for _, row in runs)
-    return -value if runs[0][1]["metric"] == "loss" else value
+    return sign_of(runs[0][1]["metric"]) * value
 
 
 def measured(folder: Path, draws: int, seed: int = 0) -> Row:

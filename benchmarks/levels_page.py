@@ -58,7 +58,9 @@ def grouped(runs: Sequence[Row]) -> list[list[Row]]:
         bases.setdefault(run["task"], set()).add(run["model"])
     found: dict[tuple[str, str, str], list[Row]] = {}
     for run in runs:
-        base, task = BASES.get(run["model"], run["model"]), TASKS[run["task"]]
+        base, task = (
+            names.get(run[key], run[key]) for key, names in (("model", BASES), ("task", TASKS))
+        )
         trained_on = f"{task}, {base}" if len(bases[run["task"]]) > 1 else task
         key = run["task"], run["model"], run["name"]
         found.setdefault(key, []).append(run | {"base": base, "trained_on": trained_on})

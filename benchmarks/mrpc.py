@@ -42,7 +42,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.results.open()] if given.results.exists() else []
-    done = {(row["name"], row["learning_rate"], row["seed"]) for row in rows}
+    told = (given.epochs, given.dtype)
+    done = {
+        (row["name"], row["learning_rate"], row["seed"])
+        for row in rows
+        if (row["epochs"], row["dtype"]) == told
+    }
     for seed, rate, name in itertools.product(given.seeds, given.rates, given.methods):
         if (name, rate, seed) in done:
             continue

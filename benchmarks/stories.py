@@ -50,10 +50,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.output.open()] if given.output.exists() else []
-    done = {(row["data"], row["name"], row["learning_rate"], row["seed"]) for row in rows}
+    told = (given.data.name, given.epochs, short(given.model))
+    done = {
+        (row["name"], row["learning_rate"], row["seed"])
+        for row in rows
+        if (row["data"], row["epochs"], row["model"]) == told
+    }
     given.output.parent.mkdir(parents=True, exist_ok=True)
     for seed, rate, name in itertools.product(given.seeds, given.rates, given.methods):
-        if (given.data.name, name, rate, seed) in done:
+        if (name, rate, seed) in done:
             continue
         row = one_run(given, name, rate, seed)
         with given.output.open("a") as file:

@@ -55,3 +55,14 @@ def test_half_of_what_it_trains_on_is_made_again(
     assert Path("deep/text.txt").read_text() == "a story\nanother one"
     assert {"config.json", "tokenizer.json"} <= {its.name for its in Path("deep/start").iterdir()}
     assert [its.data.train for its in trained] == ["deep/text.txt"]
+
+
+@pytest.mark.parametrize("other", [["--layers", "3"], ["--text", "more.txt"]])
+def test_another_model_or_text_is_refused(
+    deep_base: ModuleType, monkeypatch: pytest.MonkeyPatch, other: list[str]
+) -> None:
+    monkeypatch.setattr(deep_base, "train_run", lambda *_, **__: None)
+    deep_base.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *other])
+    with pytest.raises(SystemExit, match="name another --output"):
+        deep_base.main()

@@ -82,6 +82,8 @@ def test_the_best_rate_of_those_with_the_most_seeds_is_taken(
         ("mrpc", 2, 1),
     ]
     assert found[0]["rates"] == [1, 2, 3]
+    low = [row | {"metric": "perplexity"} for row in rows[:4]]
+    assert {its["learning_rate"] for _, its in levels.chosen([(Path(), row) for row in low])} == {1}
     # Another base is another row of the tables, with a best rate of its own.
     other = [row | {"model": "other", "value": -row["value"]} for row in rows]
     found = [row for _, row in levels.chosen([(Path(), row) for row in rows + other])]
@@ -114,6 +116,19 @@ def test_rows_of_other_tasks_and_adapters_are_kept_with_their_commit(
     ]
 
 
+def test_folders_that_are_no_finished_runs_replace_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = script("levels", monkeypatch)
+    result = tmp_path / "levels.json"
+    result.write_text("{}")
+    given = [str(tmp_path / "nowhere"), "--output", str(result)]
+    monkeypatch.setattr("sys.argv", ["levels.py", *given])
+    with pytest.raises(SystemExit, match="none of 1 folders is a finished run"):
+        levels.main()
+    assert result.read_text() == "{}"
+
+
 def test_runs_that_are_not_seeds_of_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = script("levels", monkeypatch)
     row = {"task": "mrpc", "model": "base", "name": "LoRA, 8", "metric": "accuracy", "seed": 0}
@@ -135,6 +150,8 @@ def test_bases_are_told_apart_and_called_by_their_names(monkeypatch: pytest.Monk
         "instructions, stories260K",
         "instructions, others/gpt",
     ]
+    other_task = page.grouped([run | {"task": "my-rows"}])
+    assert other_task[0][0]["trained_on"] == "my-rows"
     table = list(page._runs(found))
     assert [row.split(" | ")[1] for row in table[2:]] == ["stories260K", "others/gpt"]
 
