@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from examined import WEIGHTS, edit, save, save_lora, scale_b, statuses
 from msplora.diagnosis import outputs
 from msplora.errors import MSPLoraError
 from msplora.loading import BaseOptions
+from msplora.random_weights import RandomWeightsWarning
 from runs import answered_rows, save_decoder, write_jsonl
 from runs import msplora as command
 from tiny import MODELS, llama
@@ -287,3 +289,37 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     refused(base, tmp_path / "loha", "is a LOHA adapter")
     (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:2000])
     refused(base, adapter, "cut short or damaged")
+
+
+@pytest.mark.parametrize("kind", ["no head", "no pooler"])
+def test_a_base_that_is_partly_random_fails(tmp_path: Path, kind: str) -> None:
+    """Each loading makes up what is in no file, so that no answer is the adapter's."""
+    if kind == "no head":
+        base, adapter = save(tmp_path, task_type="CAUSAL_LM")
+        hf.LlamaModel.from_pretrained(base).save_pretrained(base)
+        missing = r"lm_head\.weight"
+    else:
+        base, adapter = save(tmp_path, "deberta", task_type="SEQ_CLS")
+        whole = load_file(f"{base}/model.safetensors")
+        rest = {key: its for key, its in whole.items() if "pooler" not in key}
+        save_file(rest, f"{base}/model.safetensors", metadata={"format": "pt"})
+        missing = r"pooler\.dense\.bias"
+    check = msplora.doctor(base, adapter)["made for this base"]
+    assert check.status == "failed"
+    assert re.search(rf"lacks {missing}.*random numbers", check.said)
+    assert check.advice.startswith("Pass a base that has them")
+    with pytest.warns(RandomWeightsWarning, match=missing):
+        msplora.to_lora(adapter, tmp_path / "lora", base=base, verify=False)
+
+
+def test_outputs_of_a_model_without_a_head_are_no_choice(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, "bert", task_type="SEQ_CLS")
+    assert "first choice" in msplora.doctor(base, adapter)["changes the output"].said
+    plain = hf.BertModel.from_pretrained(base)
+    config = peft.LoraConfig(
+        target_modules=["query"], task_type="FEATURE_EXTRACTION", init_lora_weights=False
+    )
+    get_peft_model(plain, config).save_pretrained(str(tmp_path / "features"))
+    found = msplora.doctor(base, tmp_path / "features")
+    assert found["changes the output"].status == "passed"
+    assert "first choice" not in found["changes the output"].said

@@ -243,11 +243,26 @@ def test_fields_of_a_wrong_type_are_named(
         msplora.inspect(tmp_path)
 
 
-def test_what_cannot_be_inspected(pyramid: Path, tmp_path: Path) -> None:
+def test_ranks_of_a_pattern_are_told_as_a_range(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    config.rank_pattern = {"layers.0.self_attn.q_proj": 16}
+    get_peft_model(llama(), config).save_pretrained(str(tmp_path))
+    query, value = msplora.inspect(tmp_path).kinds
+    assert (query.lowest_ranks, query.ranks) == ((4,), (16,))
+    assert (value.lowest_ranks, value.ranks) == ((4,), (4,))
+    assert "4–16" in command("inspect", str(tmp_path)).out
+
+
+def test_what_cannot_be_inspected(
+    pyramid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused(tmp_path / "adaptr", "Did you mean")
     refused(pyramid / WEIGHTS, "is a file; give the folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither an adapter nor a run nor a model")
+    monkeypatch.chdir(tmp_path / "empty")
+    refused(Path(), "neither an adapter nor a run nor a model")
+    refused(Path("/"), "neither an adapter nor a run nor a model")
     loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(tmp_path / "loha", "is a LOHA adapter")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from .classifier_head import CLASSIFIERS, number_of_labels
 from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
 from .planning import without_storage
+from .random_weights import warn_of_random
 from .same_source import same_source
 
 CONFIG_FILE = "adapter_config.json"
@@ -223,9 +223,15 @@ def load_base_of(
     }
     with loading_errors_explained(source):
         loader = base_class(config, source, base)
+    brought = {key.removeprefix("base_model.model.") for key in tensors}
+    if loader.__module__.partition(".")[0] == "transformers":
+        options["output_loading_info"] = True
     if not loader.__name__.endswith(CLASSIFIERS):
         with loading_errors_explained(source), quiet_loading():
-            return loader.from_pretrained(source, **options)
+            loaded = loader.from_pretrained(source, **options)
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, {"missing_keys": ()})
+        warn_of_random(source, set(info["missing_keys"]) - brought)
+        return model
     # A base may have the head of other classes, or none; the adapter's takes its place.
     labels = number_of_labels(config, tensors, classes)
     if labels:
@@ -235,9 +241,8 @@ def load_base_of(
         options["label2id"] = {name: place for place, name in enumerate(classes)}
     with loading_errors_explained(source), quiet_loading():
         model, info = loader.from_pretrained(
-            source, **options, ignore_mismatched_sizes=True, output_loading_info=True
+            source, **options | {"output_loading_info": True}, ignore_mismatched_sizes=True
         )
-    brought = {key.removeprefix("base_model.model.") for key in tensors}
     unlike = sorted(set(mismatched_names(info)) - brought)
     random = sorted(set(info["missing_keys"]) - brought)
     if unlike or (random and loader.__name__.endswith("ForImageClassification")):
@@ -245,13 +250,7 @@ def load_base_of(
             f"{source}: weights that the adapter does not bring are missing or have another shape: "
             f"{', '.join((unlike + random)[:5])}."
         )
-    if random:
-        warnings.warn(
-            f"{source} lacks {', '.join(random[:5])}, and the adapter does not bring them: they "
-            f"are random numbers, as they were when it was trained, but not the same. Train again "
-            f"with the modules in modules_to_save.",
-            stacklevel=2,
-        )
+    warn_of_random(source, random)
     return model
 
 

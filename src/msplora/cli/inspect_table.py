@@ -113,10 +113,14 @@ def _kinds(found: Inspection) -> Table:
             f"{kind.out_features}x{kind.in_features}",
             str(kind.layers) if known else "?",
             sizes,
-            "+".join(map(str, kind.ranks)),
+            "+".join(map(_range, kind.lowest_ranks, kind.ranks)),
             f"{kind.parameters:,}",
         )
     return table
+
+
+def _range(low: int, high: int) -> str:
+    return str(high) if low == high else f"{low}–{high}"
 
 
 def _sizes(counts: tuple[int, ...]) -> str:

@@ -57,6 +57,9 @@ def base_fits(patient: Patient) -> Check:
             f"It was made for a {wanted}, and this is a {model_type}.",
             "Pass the model that the adapter was made for.",
         )
+    if patient.random_weights:
+        said, _, advice = patient.random_weights.partition(". ")
+        return Check(BASE, "failed", f"{said}.", advice)
     tokens, unread = None, ""
     try:
         tokens = _tokens(patient.folder, patient.trust_remote_code)

@@ -27,6 +27,7 @@ from msplora.loading import (
     resolve_source,
 )
 from msplora.probing import probe_inputs
+from msplora.random_weights import RandomWeightsWarning
 
 from .belonging import (
     BASE,
@@ -96,8 +97,8 @@ def doctor(
         names = source, str(adapter), method
         return Diagnosis(*names, dtype, inputs, tuple(found), __version__)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they warn of is what is checked
+    with warnings.catch_warnings(record=True) as warned:  # what they warn of is what is checked
+        warnings.simplefilter("always")
         try:
             adapted, batch = _load(
                 folder, config, tensors, options if data is None else asked, data
@@ -115,6 +116,7 @@ def doctor(
             getattr(of_base.get_text_config(), "vocab_size", None),
             options.revision,
             options.trust_remote_code,
+            next((str(its.message) for its in warned if _is_of_random(its)), None),
         )
         dtype = name_of(patient.dtype)
         for step, checks in enumerate(_examine(patient), start=1):
@@ -133,6 +135,10 @@ def _examine(patient: Patient) -> Iterator[list[Check]]:
     yield rounding_keeps_the_update(patient)
     yield [unmerging_restores_the_base(patient)]
     yield [merging_keeps_the_output(patient)]
+
+
+def _is_of_random(warned: warnings.WarningMessage) -> bool:
+    return issubclass(warned.category, RandomWeightsWarning)
 
 
 def _misfit(error: Misfit, whole: Check) -> Check:

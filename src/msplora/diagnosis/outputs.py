@@ -66,7 +66,7 @@ def is_applied(patient: Patient) -> Check:
             else "Load it in float32 (--dtype float32) to see what it does.",
             numbers,
         )
-    if adapted.shape[-1] > 1:
+    if adapted.shape[-1] > 1 and patient.chooses:
         said += (
             f"; the first choice changes in {other.float().mean():.0%} of {other.numel()} places"
         )

@@ -39,6 +39,8 @@ class Patient:
     revision: str | None = None
     """Of the base, where it is not the newest."""
     trust_remote_code: bool = False
+    random_weights: str | None = None
+    """What is said of weights that neither the base's files nor the adapter's have, if any."""
 
     @property
     def config(self) -> Any:
@@ -51,6 +53,12 @@ class Patient:
     @property
     def base(self) -> Any:
         return self.model.get_base_model()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its outputs are odds, of which the largest is an answer: it has a head."""
+        with torch.inference_mode():
+            return "logits" in self.model(**self.inputs)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -197,13 +197,18 @@ def _kinds(files: TensorFiles, entries: Entries) -> tuple[KindReport, ...]:
         ]
         layers = max(sum(len(entry.layers) for entry in its) for its in by_level)
         headers = [files.headers[name] for entry in of_kind for name in (entry.a, entry.b)]
+        highest, lowest = (
+            tuple(of((entry.level.rank for entry in its), default=0) for its in by_level)
+            for of in (max, min)
+        )
         found.append(
             KindReport(
                 kind,
                 files.headers[first.b].rows,
                 files.headers[first.a].columns,
                 layers or (len(of_kind) if entries.levels[0].name == "lora" else None),
-                tuple(its[0].level.rank if its else 0 for its in by_level),
+                highest,
+                lowest,
                 tuple(tuple(len(entry.layers) for entry in its) for its in by_level),
                 sum(header.numbers for header in headers),
             )

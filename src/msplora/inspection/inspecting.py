@@ -117,7 +117,8 @@ def _find(path: Path) -> _Place:
         adapter_folder(path)  # says so, and what is near
     if path.is_file():
         raise AdapterFileError(f"{str(path)!r} is a file; give the folder that it is in.")
-    run = "unfinished run" if path.name.endswith(_UNFINISHED) else "run"
+    whole = path.resolve()  # "." has no name
+    run = "unfinished run" if whole.name.endswith(_UNFINISHED) else "run"
     if (path / CONFIG_FILE).is_file():
         return _Place(path, _converted(path) or "adapter")
     if (path / "adapter" / CONFIG_FILE).is_file():
@@ -135,7 +136,7 @@ def _find(path: Path) -> _Place:
             f"{str(path)!r} holds a LoRA for llama.cpp ({GGUF_FILE}), which is not read here. "
             f"Inspect what it was converted from."
         )
-    beside = path.with_name(path.name + _UNFINISHED)
+    beside = whole.with_name(whole.name + _UNFINISHED) if whole.name else whole
     hint = f" {beside} is unfinished: inspect that." if beside.is_dir() else ""
     found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
     raise AdapterFileError(

@@ -77,7 +77,9 @@ class KindReport:
     layers: int | None
     """How many weights; None where the file does not tell."""
     ranks: tuple[int, ...]
-    """Of each level."""
+    """Of each level; where a LoRA's `rank_pattern` gives layers ranks of their own, the most …"""
+    lowest_ranks: tuple[int, ...]
+    """… and the least."""
     group_sizes: tuple[tuple[int, ...], ...]
     """Of each level, how many layers share each of its pairs."""
     parameters: int
