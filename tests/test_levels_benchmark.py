@@ -142,7 +142,7 @@ def test_runs_that_are_not_seeds_of_one_are_refused(monkeypatch: pytest.MonkeyPa
 
 def test_bases_are_told_apart_and_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     page = script("levels_page", monkeypatch)
-    run = page.groups()[0][0]
+    run = next(its[0] for its in page.groups() if its[0]["task"] == "instruction-data")
     alone = page.grouped([run])
     assert [its["trained_on"] for its, *_ in alone] == ["instructions"]
     found = page.grouped([run, run | {"model": "others/gpt"}])
