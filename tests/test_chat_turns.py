@@ -224,12 +224,12 @@ def test_a_row_s_options_reach_the_template(options: Any, shown: str) -> None:
 
 def test_options_that_the_template_does_not_name_are_warned_of() -> None:
     asked = chat("u: 1", "a: One")
-    for name, warned in (("enable_thinking", 0), ("thinking_budget", 1)):
+    for name, warned in (("enable_thinking", 0), ("thinking_budget", 1), ("enable", 1)):
         told = replace(asked, template_options={name: False})
         warnings = checked(SWITCHED, told).warnings
         said = [its for its in warnings if "1 of 1 (100.0 %) rows set" in its]
         assert len(said) == warned
-        assert all("set thinking_budget in chat_template_kwargs" in its for its in said)
+        assert all(f"set {name} in chat_template_kwargs" in its for its in said)
 
 
 def test_turns_that_are_not_learnt_are_said_before_training(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def template_names(tokenizer: Any, name: str) -> bool:
     """Whether the chat template has a place for something, such as `tools` or `tool_calls`."""
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template or ""]
-    return any(name in text for text in texts)
+    word = re.compile(rf"\b{re.escape(name)}\b")  # enable_thinking is not thinking
+    return any(word.search(text) for text in texts)
 
 
 @dataclass(frozen=True)
