@@ -130,6 +130,20 @@ def test_a_first_turn_that_the_template_refuses_alone_is_left_unlearnt_and_count
     assert report.turns == 2
 
 
+def test_an_empty_turn_that_is_not_found_is_not_said_to_be_lost() -> None:
+    closed_once = (  # the end token stands behind the whole chat, as with Phi-3's
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
+    )
+    asked = chat("u: 1", "a: ", "u: 2", "a: Two")
+    (row,), report = counted(closed_once, asked)
+    assert row == "<user>1<end><assistant><end><user>2<end><assistant>▶Two<end></s>◀"
+    assert (report.turns, report.unlearnt_turns) == (1, 0)
+    check = checked(closed_once, asked)
+    assert check.empty == {"an empty turn of the assistant": 1}
+    assert not any("are not learnt" in its for its in check.warnings)
+
+
 def test_earlier_turns_are_learnt_as_they_stand_in_the_chat() -> None:
     asked = chat("u: 1", "a: One", "u: 2", "a: Two", "u: 3", "a: Three")
     (row,), report = counted(THINKING, asked)

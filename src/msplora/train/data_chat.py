@@ -104,6 +104,11 @@ def template_options(row: Row) -> Message | None:
     return options or None
 
 
+def is_empty(message: Message) -> bool:
+    """Whether a turn says nothing, and calls nothing."""
+    return not message["content"].strip() and "tool_calls" not in message
+
+
 def calls_as_text(message: Message) -> Message:
     """The same turn for a template that knows no calls: they stand in the content, as JSON."""
     if "tool_calls" not in message:
