@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from .data_check import share
 from .data_classification import Classes, examples, fit_columns
 from .data_files import TABLES, DataError, Row, read_rows, suffix_of
 from .data_forms import WITHOUT_PROMPTS
@@ -58,7 +59,7 @@ def predict_file(
             raise DataError(f"{file} is a folder, and {path} was not trained on images.")
         elif run.record.classes:
             rows = read_glue_file(run.settings.data.glue, file)
-            total, found = len(rows), _classify(run, rows, batch_size)
+            total, found = len(rows), _classify(run, rows, batch_size, notify)
         else:
             # All of them first: one that cannot be answered is not to cost the answers before it.
             asked = [prompt_to_continue(run, sample) for sample in _prompts(run, file, rows)]
@@ -81,14 +82,21 @@ def _prompts(run: SavedRun, file: Path | str, rows: list[Row]) -> list[Sample]:
     return read_more_sft(str(file), forms, run.settings.data, unanswered=True)[0]
 
 
-def _classify(run: SavedRun, rows: list[Any], batch_size: int) -> Iterator[Prediction]:
+def _classify(
+    run: SavedRun, rows: list[Row], batch_size: int, notify: Callable[[str], None]
+) -> Iterator[Prediction]:
     classes = run.record.classes
     assert classes
     # Every row gets its line, so none is dropped here.
     limit = row_limit(run.settings, run.base.model)
     limit = Limit(limit.positions, limit.length or limit.positions, "truncate")
     asked = examples(rows, fit_columns(rows, classes), labelled=False)
-    data, _ = tokenise_examples(asked, run.base.tokenizer, limit, "given")
+    data, report = tokenise_examples(asked, run.base.tokenizer, limit, "given")
+    if report.truncated:
+        notify(
+            f"{share(report.truncated, report.rows)} rows have more than {limit.length} tokens, "
+            f"and were cut to those."
+        )
     batches = (
         run.base.tokenizer.pad(data[start : start + batch_size], return_tensors="pt")
         for start in range(0, len(data), batch_size)
