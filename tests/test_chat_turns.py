@@ -130,6 +130,20 @@ def test_a_first_turn_that_the_template_refuses_alone_is_left_unlearnt_and_count
     assert report.turns == 2
 
 
+def test_an_empty_turn_that_is_not_found_is_not_said_to_be_lost() -> None:
+    closed_once = (  # the end token stands behind the whole chat, as with Phi-3's
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
+    )
+    asked = chat("u: 1", "a: ", "u: 2", "a: Two")
+    (row,), report = counted(closed_once, asked)
+    assert row == "<user>1<end><assistant><end><user>2<end><assistant>▶Two<end></s>◀"
+    assert (report.turns, report.unlearnt_turns) == (1, 0)
+    check = checked(closed_once, asked)
+    assert check.empty == {"an empty turn of the assistant": 1}
+    assert not any("are not learnt" in its for its in check.warnings)
+
+
 def test_earlier_turns_are_learnt_as_they_stand_in_the_chat() -> None:
     asked = chat("u: 1", "a: One", "u: 2", "a: Two", "u: 3", "a: Three")
     (row,), report = counted(THINKING, asked)
@@ -224,12 +238,12 @@ def test_a_row_s_options_reach_the_template(options: Any, shown: str) -> None:
 
 def test_options_that_the_template_does_not_name_are_warned_of() -> None:
     asked = chat("u: 1", "a: One")
-    for name, warned in (("enable_thinking", 0), ("thinking_budget", 1)):
+    for name, warned in (("enable_thinking", 0), ("thinking_budget", 1), ("enable", 1)):
         told = replace(asked, template_options={name: False})
         warnings = checked(SWITCHED, told).warnings
         said = [its for its in warnings if "1 of 1 (100.0 %) rows set" in its]
         assert len(said) == warned
-        assert all("set thinking_budget in chat_template_kwargs" in its for its in said)
+        assert all(f"set {name} in chat_template_kwargs" in its for its in said)
 
 
 def test_turns_that_are_not_learnt_are_said_before_training(tmp_path: Path) -> None:

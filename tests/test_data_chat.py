@@ -197,6 +197,12 @@ def test_of_a_chat_in_two_parts_only_the_completion_is_learnt() -> None:
     assert samples([asked], "messages", {}, unanswered=True)[0].messages == (ASKED,)
 
 
+def test_a_chat_without_a_prompt_has_nothing_to_answer() -> None:
+    row = Row("row 1", {"messages": [ANSWERED, ANSWERED]})
+    with pytest.raises(DataError, match=r"row 1: nothing but the assistant's answer"):
+        samples([row], "messages", {}, unanswered=True)
+
+
 @pytest.mark.parametrize(
     ("turns", "values", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from runs import (
     msplora,
     save_decoder,
     save_encoder,
+    word_tokenizer,
     write_config,
     write_jsonl,
 )
@@ -235,6 +237,22 @@ def test_good_classes_give_no_warning_and_numbers_have_none(bases: Path, tmp_pat
     found = report(bases, tmp_path, rows, "classification", regression=True)
     assert found.check.training.classes is None
     assert found.check.warnings == []
+
+
+def test_two_texts_that_the_tokenizer_glues_are_said(bases: Path, tmp_path: Path) -> None:
+    rows = [
+        {"sentence1": f"w{place % 50}", "sentence2": f"w{place // 50}", "label": place % 2}
+        for place in range(80)
+    ]
+    assert report(bases, tmp_path, rows, "classification").check.warnings == []
+    shutil.copytree(bases / "classification", tmp_path / "classification")
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer("[UNK]", "[PAD]"), unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(tmp_path / "classification")
+    (warning,) = report(tmp_path, tmp_path, rows, "classification").check.warnings
+    assert "puts nothing between the texts of sentence1 and sentence2" in warning
+    alone = [{"text": its["sentence1"] + its["sentence2"], "label": its["label"]} for its in rows]
+    assert report(tmp_path, tmp_path, alone, "classification").check.warnings == []
 
 
 # Duplicates.

@@ -276,7 +276,7 @@ def test_another_file_may_be_called_like_any_source_of_the_run(tmp_path: Path) -
 def test_predict_says_what_to_do_with_a_text_that_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(DataError, match="use msplora generate --prompt"):
-        predict_file(tmp_path / "run", tmp_path / "a.txt")
+        next(predict_file(tmp_path / "run", tmp_path / "a.txt"))
 
 
 # The mask, token by token.

@@ -155,6 +155,9 @@ def test_a_pattern_is_its_files_in_order(tmp_path: Path) -> None:
         named_sources(str(tmp_path / "*.tsv"), "data.train")
     with pytest.raises(DataError, match=r"names .*a\.jsonl twice"):
         named_sources([*weighted, DataSource(path=str(tmp_path / "a.jsonl"))], "data.train")
+    spelled = [DataSource(path=str(tmp_path / its)) for its in ("a.jsonl", "deep/../a.jsonl")]
+    with pytest.raises(DataError, match=r"names .*deep/\.\./a\.jsonl twice"):
+        named_sources(spelled, "data.train")
 
 
 def test_paths_are_recorded_absolute_and_patterns_as_what_they_matched(

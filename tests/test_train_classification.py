@@ -277,6 +277,10 @@ def test_predict_agrees_with_the_model_loaded_by_peft(
         "probability of good",
     ]
     assert [line.split("\t")[1] for line in table[1:]] == [its["prediction"] for its in found]
+    write_jsonl(file, [*rows[:2], {"text": "w1 " * 40}])
+    cut = command("predict", run, file)
+    assert len(cut.out.splitlines()) == 4
+    assert "1 of 3 (33.3 %) rows have more than 32 tokens, and were cut" in cut.error
 
 
 def test_eval_of_another_file_is_counted_by_hand(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -479,7 +479,7 @@ def test_prompts_are_all_looked_at_before_the_first_is_answered(
     folder: Path, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered: list[Any] = []
-    monkeypatch.setattr(prediction, "continue_prompt", lambda *its: answered.append(its))
+    monkeypatch.setattr(prediction, "continue_prompts", lambda *its: answered.append(its))
     rows = [{"prompt": "w1"}, {"prompt": "w1 " * 500}]
     result = command("predict", folder / "run", write_jsonl(tmp_path / "asked.jsonl", rows))
     assert result.code == 1

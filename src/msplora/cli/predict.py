@@ -20,7 +20,7 @@ def predict(
     base: Annotated[
         str | None, typer.Option(help="Base model, where the recorded one has moved.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest completion of a language model.")
     ] = 128,
@@ -30,21 +30,24 @@ def predict(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
 ) -> None:
     """Predict a class and its probability, a number, or a completion for each row."""
+    from functools import partial
+
     from msplora.extras import train_extra
 
-    with train_extra():
-        from msplora.train.prediction import (
-            check_output,
-            format_predictions,
-            predict_file,
-            write_predictions,
-        )
+    from .progress_bar import progress_bar
 
-        if output:
-            check_output(output, force, file)
-        found = predict_file(run, file, base, batch_size, max_new_tokens)
-    if not output:
-        typer.echo(format_predictions(found, ".jsonl" if as_json else ".tsv"), nl=False)
-        return
-    write_predictions(found, output)
-    typer.echo(f"{len(found)} predictions are in {output}")
+    tell = partial(typer.echo, err=True)
+    with train_extra():
+        from msplora.train.prediction import predict_file
+        from msplora.train.predictions_file import as_texts, check_output, write_predictions
+
+        if not output:  # what is printed shows how far it is
+            found = predict_file(run, file, base, batch_size, max_new_tokens, notify=tell)
+            for text in as_texts(found, ".jsonl" if as_json else ".tsv"):
+                typer.echo(text)
+            return
+        check_output(output, force, file)
+        with progress_bar() as progress:
+            found = predict_file(run, file, base, batch_size, max_new_tokens, progress, tell)
+            count = write_predictions(found, output)
+    typer.echo(f"{count} predictions are in {output}")

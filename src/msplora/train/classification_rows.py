@@ -85,6 +85,7 @@ def prepare_rows(
     )
     check.warnings += warnings_on_lengths(training, "training", limit.length)
     check.warnings += warnings_on_lengths(judging, "held-out", limit.length)
+    check.warnings += _warnings_on_pairs(data.classes, tokenizer)
     check.warnings += _warnings_on_classes(training, judging)
     check.warnings += warnings_on_repeats(check)
     odd = contradictions(said)
@@ -115,6 +116,18 @@ def _split(rows: datasets.Dataset, report: LengthReport, classes: Classes) -> Sp
         found = Counter(rows["labels"])
         counts = {name: found[place] for place, name in enumerate(classes.labels)}
     return SplitCheck.of(report, [len(ids) for ids in rows["input_ids"]], classes=counts)
+
+
+def _warnings_on_pairs(classes: Classes, tokenizer: Any) -> list[str]:
+    """What keeps the two texts of a row from being told apart."""
+    of_one, of_two = (tokenizer.num_special_tokens_to_add(pair=its) for its in (False, True))
+    if len(classes.text_columns) != 2 or of_two > of_one:
+        return []
+    return [
+        f"the tokenizer puts nothing between the texts of {' and '.join(classes.text_columns)}, so "
+        f"the model cannot tell where the second begins. Look at `msplora data`; have the second "
+        f"begin with a line break or a word that marks it."
+    ]
 
 
 def _warnings_on_classes(training: SplitCheck, judging: SplitCheck) -> list[str]:

@@ -80,6 +80,11 @@ def read_chat(row: Row, unanswered: bool) -> tuple[tuple[Message, ...], tuple[Me
     if unanswered:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
+        if not messages:
+            raise DataError(
+                f"{row.place}: nothing but the assistant's answer, so there is no prompt. Put the "
+                f"turn before it that it answers."
+            )
     else:
         said = [message for message in messages if message["role"] == "assistant"]
         if all(message.get("weight") == 0 for message in said):
@@ -102,6 +107,11 @@ def template_options(row: Row) -> Message | None:
             f"out."
         )
     return options or None
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn says nothing, and calls nothing."""
+    return not message["content"].strip() and "tool_calls" not in message
 
 
 def calls_as_text(message: Message) -> Message:

@@ -24,10 +24,13 @@ def named_sources(value: Sources | None, key: str) -> list[DataSource]:
     for source in written:
         paths = _matches(source.path, key) if source.path is not None else [None]
         found += [source.model_copy(update={"path": path}) for path in paths]
-    names = [source_name(source) for source in found]
-    for name in names:
-        if names.count(name) > 1:
+    seen = set[str]()
+    for source in found:
+        name = source_name(source)
+        whole = _absolute(name) if source.path is not None else name  # one file, however spelled
+        if whole in seen:
             raise DataError(f"{key} names {name} twice. Name it once; a weight repeats its rows.")
+        seen.add(whole)
     return found
 
 

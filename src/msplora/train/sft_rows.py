@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
+from .data_chat import is_empty
 from .data_check import (
     DataCheck,
     Said,
@@ -170,10 +171,7 @@ def _warnings_on_samples(samples: list[Sample], tokenizer: Any) -> list[str]:
 def _empty(data: SftData) -> dict[str, int]:
     counts = Counter({"an empty completion": data.left_out, "an empty prompt": data.unprompted})
     counts["an empty turn of the assistant"] = sum(
-        any(
-            turn["role"] == "assistant" and not turn["content"].strip() and "tool_calls" not in turn
-            for turn in sample.messages
-        )
+        any(turn["role"] == "assistant" and is_empty(turn) for turn in sample.messages)
         for sample in (*data.train, *data.held_out)
     )
     return {what: count for what, count in counts.items() if count}

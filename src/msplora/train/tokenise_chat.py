@@ -8,7 +8,7 @@ from typing import Any
 
 from msplora.errors import ConfigError
 
-from .data_chat import THOUGHTS, Message, calls_as_text
+from .data_chat import THOUGHTS, Message, calls_as_text, is_empty
 from .data_files import DataError, refuse_half_characters
 from .data_sft import Sample
 
@@ -26,7 +26,8 @@ def template_names(tokenizer: Any, name: str) -> bool:
     """Whether the chat template has a place for something, such as `tools` or `tool_calls`."""
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template or ""]
-    return any(name in text for text in texts)
+    word = re.compile(rf"\b{re.escape(name)}\b")  # enable_thinking is not thinking
+    return any(word.search(text) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RenderedChat:
     text: str
     spans: list[Span]
     turns: int
-    """Of the assistant, without those whose weight is 0."""
+    """Of the assistant, without those whose weight is 0 and empty ones that are not learnt."""
     shortened_turns: int
     """Those of `spans` that lack words of theirs, such as thoughts, which the template left out."""
 
@@ -77,7 +78,9 @@ def chat_spans(sample: Sample, tokenizer: Any) -> RenderedChat:
         _lacks_words(whole[slice(*span)], _as_known(sample.messages[turn], tokenizer))
         for turn, span in spans.items()
     )
-    return RenderedChat(whole, list(spans.values()), len(turns), shortened)
+    # An empty one that is not found loses nothing; that it is empty is said of the data anyway.
+    counted = [its for its in turns if its in spans or not is_empty(sample.messages[its])]
+    return RenderedChat(whole, list(spans.values()), len(counted), shortened)
 
 
 def _lacks_words(rendered: str, message: Message) -> bool:
