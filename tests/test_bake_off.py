@@ -409,11 +409,13 @@ def test_ray_here_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = SimpleNamespace(
         is_initialized=lambda: False,
         init=lambda address=None, **_: asked.append(address),
-        cluster_resources=lambda: {"CPU": 2},
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}] * 2,
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
     OnRay("local", 1, 0)._connect()
     assert asked == ["local"]
+    with pytest.raises(MSPLoraError, match="to have 3 CPU, and no machine of Ray's has more than 2"):
+        OnRay("local", 3, 0)._connect()
 
 
 @pytest.mark.thorough

@@ -144,12 +144,13 @@ class OnRay:
                 f"--ray {self.address}: {error}. Start a cluster with `ray start`, or use --ray "
                 f"local."
             ) from None
-        there = ray.cluster_resources()
+        machines = [its["Resources"] for its in ray.nodes() if its["Alive"]]
         for kind, wanted in (("CPU", self.cpus), ("GPU", self.gpus)):
-            if wanted > there.get(kind, 0):
+            most = max((its.get(kind, 0) for its in machines), default=0)
+            if wanted > most:  # a run is on one machine, whatever they have together
                 raise MSPLoraError(
-                    f"a run is to have {wanted:g} {kind}, and Ray has {there.get(kind, 0):g} in "
-                    f"all: it would wait for ever. Ask for less with --{kind.lower()}s."
+                    f"a run is to have {wanted:g} {kind}, and no machine of Ray's has more than "
+                    f"{most:g}: it would wait for ever. Ask for less with --{kind.lower()}s."
                 )
         return ray
 
