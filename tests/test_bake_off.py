@@ -414,7 +414,9 @@ def test_ray_here_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
     OnRay("local", 1, 0)._connect()
     assert asked == ["local"]
-    with pytest.raises(MSPLoraError, match="to have 3 CPU, and no machine of Ray's has more than 2"):
+    with pytest.raises(
+        MSPLoraError, match="to have 3 CPU, and no machine of Ray's has more than 2"
+    ):
         OnRay("local", 3, 0)._connect()
 
 
