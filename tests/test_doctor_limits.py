@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 
 import msplora
-from examined import edit, save, save_lora, statuses
+from examined import edit, save, save_lora, scale_b, statuses
 from msplora.diagnosis.restored import merged_and_unmerged
 from msplora.errors import MSPLoraError
 from msplora.loading import BaseOptions
+from oracle import randomise
 from tiny import MODELS
 
 
@@ -32,6 +34,50 @@ def test_a_change_that_bfloat16_can_tell_is_one(by: float, status: str, tmp_path
     if status == "warning":
         assert "rounding in bfloat16 alone" in check.said
         assert "--dtype float32" in check.advice
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A mixture of experts in bfloat16, whose rounding sends tokens to other experts."""
+    folder = tmp_path_factory.mktemp("routed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.MixtralConfig(
+        **sizes, **heads, num_local_experts=8, max_position_embeddings=64, initializer_range=0.2
+    )
+    hf.MixtralForCausalLM(config).bfloat16().save_pretrained(folder / "base")
+    base: Any = hf.MixtralForCausalLM.from_pretrained(folder / "base")
+    ours = msplora.MSPLoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, ours)
+    randomise(model)
+    scale_b(model, 0.1).save_pretrained(folder / "adapter")
+    return str(folder / "base"), folder / "adapter"
+
+
+def test_what_rounding_does_to_routers_is_no_failure_of_merging(routed: tuple[str, Path]) -> None:
+    found = msplora.doctor(*routed)
+    check = found["merging keeps the output"]
+    assert check.status == "warning", check.said
+    assert "The weights are right, but rounding to bfloat16" in check.said
+    assert "--dtype float32" in check.advice
+    assert found.ok, statuses(found)
+    precise = msplora.doctor(BaseOptions(routed[0], "float32"), routed[1])
+    assert precise["merging keeps the output"].status == "passed"
+
+
+def test_a_wrong_merge_fails_in_half_precision_too(
+    routed: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(self: Any, *_: Any, **__: Any) -> None:
+        self.base_layer.weight.data += 2 * self.get_delta_weight("default")
+        self.merged_adapters.append("default")
+
+    monkeypatch.setattr(LoraLinear, "merge", doubled)
+    check = msplora.doctor(*routed)["merging keeps the output"]
+    assert check.status == "failed"
+    assert "is not the sum of weight and update" in check.said
+    assert "written" not in check.said + check.advice
 
 
 def save_convnext(folder: Path, method: Any, **changes: Any) -> tuple[str, Path]:

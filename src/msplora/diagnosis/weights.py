@@ -17,7 +17,8 @@ from .restored import adapted_layers
 from .results import Check, figures, percent
 
 UNMERGED = "unmerging restores the base"
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes in which rounding may move the output more than a small adapter does."""
 _RESTORED = 8
 """Ulps of the weights' norm by which unmerged weights may differ."""
 _ERROR, _LOST = 0.1, 0.5
@@ -76,8 +77,8 @@ def rounding_keeps_the_update(patient: Patient) -> list[Check]:
     if patient.config.use_dora:
         reason = "It uses DoRA: merging rescales the weights, so there is no update to compare."
     if reason:
-        return [Check(rounded(dtype), "skipped", reason) for dtype in _HALVES]
-    sums = {dtype: _Rounding() for dtype in _HALVES}
+        return [Check(rounded(dtype), "skipped", reason) for dtype in HALVES]
+    sums = {dtype: _Rounding() for dtype in HALVES}
     total = 0.0
     for weight, delta in _updates(patient):
         weight, delta = weight.float(), delta.float()
@@ -88,7 +89,7 @@ def rounding_keeps_the_update(patient: Patient) -> list[Check]:
             its.lost += float(delta[kept == 0].double().square().sum())
             its.largest = max(its.largest, magnitude(weight + delta))
     if not total:
-        return [Check(rounded(dtype), "skipped", "The update is zero.") for dtype in _HALVES]
+        return [Check(rounded(dtype), "skipped", "The update is zero.") for dtype in HALVES]
     return [_rounding(patient, dtype, its, total) for dtype, its in sums.items()]
 
 
