@@ -13,9 +13,12 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 
 import msplora
 from examined import edit, save, save_lora, scale_b, statuses
+from msplora.diagnosis import outputs
+from msplora.diagnosis.patient import Patient
 from msplora.diagnosis.restored import merged_and_unmerged
 from msplora.errors import MSPLoraError
 from msplora.loading import BaseOptions
+from msplora.probing import logits
 from oracle import randomise
 from tiny import MODELS
 
@@ -41,8 +44,13 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A mixture of experts in bfloat16, whose rounding sends tokens to other experts."""
     folder = tmp_path_factory.mktemp("routed")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: Any = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "num_hidden_layers": 4,
+    }
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = hf.MixtralConfig(
         **sizes, **heads, num_local_experts=8, max_position_embeddings=64, initializer_range=0.2
     )
@@ -59,7 +67,8 @@ def test_what_rounding_does_to_routers_is_no_failure_of_merging(routed: tuple[st
     found = msplora.doctor(*routed)
     check = found["merging keeps the output"]
     assert check.status == "warning", check.said
-    assert "The weights are right, but rounding to bfloat16" in check.said
+    assert "rounding to bfloat16 grows" in check.said
+    assert "Each merged weight is base and update" in check.said
     assert "--dtype float32" in check.advice
     assert found.ok, statuses(found)
     precise = msplora.doctor(BaseOptions(routed[0], "float32"), routed[1])
@@ -78,6 +87,36 @@ def test_a_wrong_merge_fails_in_half_precision_too(
     assert check.status == "failed"
     assert "is not the sum of weight and update" in check.said
     assert "written" not in check.said + check.advice
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "status"),
+    [("float32", False, "failed"), ("bfloat16", False, "passed"), ("float32", True, "passed")],
+)
+def test_rounding_is_not_held_against_a_lora_of_equal_updates(
+    dtype: str, quantized: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rough(*its: Any) -> torch.Tensor:
+        return logits(*its) + 2
+
+    monkeypatch.setattr(outputs, "logits", rough)
+    if quantized:  # whose kernels round otherwise after another loading
+        monkeypatch.setattr(Patient, "is_quantized", True)
+    base, adapter = save(tmp_path)
+    check = msplora.doctor(BaseOptions(base, dtype), adapter)["the converted LoRA is equal"]
+    assert check.status == status, check.said
+    assert "differs by up to 2.0" in check.said
+    assert ("the updates of all weights are equal" in check.said) == (status == "passed")
+
+
+def test_nothing_is_said_to_be_allowed_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "logits", lambda *its: logits(*its) + 1e-3)
+    check = msplora.doctor(*save(tmp_path, by=1))["the converted LoRA is equal"]
+    assert check.status == "passed"  # it is small beside what the adapter does
+    assert check.figures["difference"] > check.figures["tolerance"]  # pyright: ignore
+    assert "allowed" not in check.said
 
 
 def save_convnext(folder: Path, method: Any, **changes: Any) -> tuple[str, Path]:

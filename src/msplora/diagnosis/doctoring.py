@@ -39,8 +39,8 @@ from .outputs import conversion_is_equal, is_applied, merging_keeps_the_output
 from .patient import Patient
 from .precision import activations_stay_in_range, factors_survive
 from .putting_on import Misfit, put_on
-from .results import Check, Diagnosis
-from .weights import name_of, rounding_keeps_the_update, unmerging_restores_the_base
+from .results import Check, Diagnosis, name_of
+from .weights import rounding_keeps_the_update, unmerging_restores_the_base
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of its steps are done, and of how many."""

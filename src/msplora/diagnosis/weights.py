@@ -14,21 +14,15 @@ from torch import Tensor, nn
 
 from .patient import Patient
 from .restored import adapted_layers
-from .results import Check, figures, percent
+from .results import Check, figures, name_of, percent
 
 UNMERGED = "unmerging restores the base"
-HALVES = (torch.bfloat16, torch.float16)
-"""The dtypes in which rounding may move the output more than a small adapter does."""
+_HALVES = (torch.bfloat16, torch.float16)
 _RESTORED = 8
 """Ulps of the weights' norm by which unmerged weights may differ."""
 _ERROR, _LOST = 0.1, 0.5
 """A rounding error above this share of the update is worth a warning; and this share of it lost in
 the base's own dtype is a failure."""
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype, as users write it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def magnitude(tensor: Tensor) -> float:
@@ -77,8 +71,8 @@ def rounding_keeps_the_update(patient: Patient) -> list[Check]:
     if patient.config.use_dora:
         reason = "It uses DoRA: merging rescales the weights, so there is no update to compare."
     if reason:
-        return [Check(rounded(dtype), "skipped", reason) for dtype in HALVES]
-    sums = {dtype: _Rounding() for dtype in HALVES}
+        return [Check(rounded(dtype), "skipped", reason) for dtype in _HALVES]
+    sums = {dtype: _Rounding() for dtype in _HALVES}
     total = 0.0
     for weight, delta in _updates(patient):
         weight, delta = weight.float(), delta.float()
@@ -89,7 +83,7 @@ def rounding_keeps_the_update(patient: Patient) -> list[Check]:
             its.lost += float(delta[kept == 0].double().square().sum())
             its.largest = max(its.largest, magnitude(weight + delta))
     if not total:
-        return [Check(rounded(dtype), "skipped", "The update is zero.") for dtype in HALVES]
+        return [Check(rounded(dtype), "skipped", "The update is zero.") for dtype in _HALVES]
     return [_rounding(patient, dtype, its, total) for dtype, its in sums.items()]
 
 
