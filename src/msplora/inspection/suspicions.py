@@ -47,7 +47,8 @@ RULES = {
     f"median of its level ({FEWEST} pairs or more)",
     "base not found": "the base that the adapter names is a path, and there is nothing",
     "unmerged": "a whole model's file holds an adapter's tensors beside the weights",
-    "missing tensor": "the index of a model's files names a file or a tensor that is not there",
+    "missing tensor": "the index of a model in parts, or a file or a tensor that it names, is not "
+    "there",
     "zero weight": "a matrix of a model holds zeros only",
     "exploded weight": f"a matrix's norm is above {OUTLIER:g} times the median of the same place "
     f"in all blocks ({FEWEST} or more)",
