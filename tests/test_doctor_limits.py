@@ -119,6 +119,39 @@ def test_nothing_is_said_to_be_allowed_that_is_not(
     assert "allowed" not in check.said
 
 
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_classifier_that_answers_at_the_end_of_a_text(name: str, tmp_path: Path) -> None:
+    """Its test inputs have an end, and its head a name that PEFT does not fill in."""
+    sizes: Any = {"vocab_size": 512, "d_model": 16, "num_labels": 3}
+    bart: Any = {
+        f"{its}_{what}": number
+        for its in ("encoder", "decoder")
+        for what, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
+    }
+    t5: Any = {"d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "eos_token_id": 1}
+    base: Any = (
+        hf.BartForSequenceClassification(hf.BartConfig(**sizes, **bart, init_std=0.2))
+        if name == "bart"
+        else hf.T5ForSequenceClassification(hf.T5Config(**sizes, **t5, decoder_start_token_id=0))
+    )
+    base.save_pretrained(tmp_path / "base")
+    config = msplora.MSPLoraConfig(
+        r=4,
+        target_modules=["q_proj" if name == "bart" else "q"],
+        task_type="SEQ_CLS",
+        modules_to_save=["classification_head"],
+    )
+    model: Any = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config)
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found.ok, statuses(found)
+    assert found["changes the output"].status == "passed"
+    edit(tmp_path / "adapter", lambda its: {k: t for k, t in its.items() if "head" not in k})
+    findings = msplora.inspect(tmp_path / "adapter").findings
+    assert "classification_head" in next(its.text for its in findings if its.rule == "missing part")
+
+
 def save_convnext(folder: Path, method: Any, **changes: Any) -> tuple[str, Path]:
     """An image model without an embedding; its convolutions have as many groups as channels."""
     config = hf.ConvNextConfig(
