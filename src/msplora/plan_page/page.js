@@ -228,12 +228,16 @@ function spell() {
   const used = setting.levels.map((level, place) => ({ ...plan.levels[place], ...level })).filter(({ on }) => on);
   const list = (name) => used.map((level) => level[name]).join(", ");
   const first = setting.levels.findIndex(({ on }) => on);
-  const own = plan.kinds.filter(({ alphas }) => alphas).map(({ pattern, alphas }) => `${JSON.stringify(pattern)}: ${alphas[first]}`);
-  put(
-    "config",
-    `msplora.MSPLoraConfig(\n    levels=[${used.map(({ name }) => `"${name}"`).join(", ")}],\n    ranks=[${list("rank")}],\n` +
-      `    groups=[${list("groups")}],\n    alphas=[${list("alpha")}],\n${own.length ? `    alpha_pattern={${own.join(", ")}},\n` : ""}${plan.levels[0].rslora ? "    use_rslora=True,\n" : ""}    …\n)`,
-  );
+  const own = plan.kinds.filter(({ alphas }) => alphas).map(({ pattern, alphas }) => `        ${JSON.stringify(pattern)}: ${alphas[first]},`);
+  const lines = [
+    `    levels=[${used.map(({ name }) => `"${name}"`).join(", ")}],`,
+    `    ranks=[${list("rank")}],`,
+    `    groups=[${list("groups")}],`,
+    `    alphas=[${list("alpha")}],`,
+    ...(own.length ? ["    alpha_pattern={", ...own, "    },"] : []),
+    ...(plan.levels[0].rslora ? ["    use_rslora=True,"] : []),
+  ];
+  put("config", ["msplora.MSPLoraConfig(", ...lines, "    …", ")"].join("\n"));
 }
 
 plan.levels.forEach((_, place) => {
