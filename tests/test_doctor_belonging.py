@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import msplora
 from analysed import edit as set_config
 from analysed import refused
-from examined import WEIGHTS, edit, save_lora, scale_b, statuses
+from examined import WEIGHTS, edit, save, save_lora, scale_b, statuses
 from msplora.loading import BaseOptions
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
@@ -136,3 +136,40 @@ def test_experts_that_an_earlier_transformers_had_as_layers(tmp_path: Path) -> N
     assert found["changes the output"].status == "passed"
     msplora.analyse(adapter)
     refused(adapter, base=base, match=r"stores as one now.* Analyse it without --base")
+
+
+@pytest.mark.parametrize("lost", ["local/3/", "v_proj"])
+def test_a_file_without_pairs_that_only_the_base_tells_of(lost: str, tmp_path: Path) -> None:
+    """A kind's last layer, or all of a target: the fingerprint says that it is the right base."""
+    base, adapter = save(tmp_path)
+    edit(adapter, lambda its: {name: t for name, t in its.items() if lost not in name})
+    found = msplora.doctor(base, adapter)
+    assert statuses(found) == {"the file is whole": "failed", BASE: "skipped"}
+    assert lost in found["the file is whole"].said
+    assert "The base has the sites that the adapter was made for" in found["the file is whole"].said
+    assert found["the file is whole"].advice.startswith("Save or copy it again")
+    set_config(adapter, fingerprint=None)
+    assert statuses(msplora.doctor(base, adapter)) == {
+        "the file is whole": "passed",
+        BASE: "failed",
+    }
+
+
+def test_too_little_memory_is_not_the_bases_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    base, adapter = save_lora(tmp_path)
+    monkeypatch.setattr(PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        msplora.doctor(base, adapter)
+
+
+def test_a_pyramid_in_float8_is_put_on(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path)
+    edit(adapter, lambda its: {name: t.to(torch.float8_e4m3fn) for name, t in its.items()})
+    found = msplora.doctor(base, adapter)
+    assert found.ok, statuses(found)
+    assert found[LOADED].status == "passed"

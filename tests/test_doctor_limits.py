@@ -9,12 +9,17 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 
 import msplora
-from examined import edit, save, save_lora, statuses
+from examined import edit, save, save_lora, scale_b, statuses
+from msplora.diagnosis import outputs
+from msplora.diagnosis.patient import Patient
 from msplora.diagnosis.restored import merged_and_unmerged
 from msplora.errors import MSPLoraError
 from msplora.loading import BaseOptions
+from msplora.probing import logits
+from oracle import randomise
 from tiny import MODELS
 
 
@@ -32,6 +37,119 @@ def test_a_change_that_bfloat16_can_tell_is_one(by: float, status: str, tmp_path
     if status == "warning":
         assert "rounding in bfloat16 alone" in check.said
         assert "--dtype float32" in check.advice
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A mixture of experts in bfloat16, whose rounding sends tokens to other experts."""
+    folder = tmp_path_factory.mktemp("routed")
+    torch.manual_seed(0)
+    sizes: Any = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "num_hidden_layers": 4,
+    }
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.MixtralConfig(
+        **sizes, **heads, num_local_experts=8, max_position_embeddings=64, initializer_range=0.2
+    )
+    hf.MixtralForCausalLM(config).bfloat16().save_pretrained(folder / "base")
+    base: Any = hf.MixtralForCausalLM.from_pretrained(folder / "base")
+    ours = msplora.MSPLoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, ours)
+    randomise(model)
+    scale_b(model, 0.1).save_pretrained(folder / "adapter")
+    return str(folder / "base"), folder / "adapter"
+
+
+def test_what_rounding_does_to_routers_is_no_failure_of_merging(routed: tuple[str, Path]) -> None:
+    found = msplora.doctor(*routed)
+    check = found["merging keeps the output"]
+    assert check.status == "warning", check.said
+    assert "rounding to bfloat16 grows" in check.said
+    assert "Each merged weight is base and update" in check.said
+    assert "--dtype float32" in check.advice
+    assert found.ok, statuses(found)
+    precise = msplora.doctor(BaseOptions(routed[0], "float32"), routed[1])
+    assert precise["merging keeps the output"].status == "passed"
+
+
+def test_a_wrong_merge_fails_in_half_precision_too(
+    routed: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(self: Any, *_: Any, **__: Any) -> None:
+        self.base_layer.weight.data += 2 * self.get_delta_weight("default")
+        self.merged_adapters.append("default")
+
+    monkeypatch.setattr(LoraLinear, "merge", doubled)
+    check = msplora.doctor(*routed)["merging keeps the output"]
+    assert check.status == "failed"
+    assert "is not the sum of weight and update" in check.said
+    assert "written" not in check.said + check.advice
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "status"),
+    [("float32", False, "failed"), ("bfloat16", False, "passed"), ("float32", True, "passed")],
+)
+def test_rounding_is_not_held_against_a_lora_of_equal_updates(
+    dtype: str, quantized: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rough(*its: Any) -> torch.Tensor:
+        return logits(*its) + 2
+
+    monkeypatch.setattr(outputs, "logits", rough)
+    if quantized:  # whose kernels round otherwise after another loading
+        monkeypatch.setattr(Patient, "is_quantized", True)
+    base, adapter = save(tmp_path)
+    check = msplora.doctor(BaseOptions(base, dtype), adapter)["the converted LoRA is equal"]
+    assert check.status == status, check.said
+    assert "differs by up to 2.0" in check.said
+    assert ("the updates of all weights are equal" in check.said) == (status == "passed")
+
+
+def test_nothing_is_said_to_be_allowed_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "logits", lambda *its: logits(*its) + 1e-3)
+    check = msplora.doctor(*save(tmp_path, by=1))["the converted LoRA is equal"]
+    assert check.status == "passed"  # it is small beside what the adapter does
+    assert check.figures["difference"] > check.figures["tolerance"]  # pyright: ignore
+    assert "allowed" not in check.said
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_classifier_that_answers_at_the_end_of_a_text(name: str, tmp_path: Path) -> None:
+    """Its test inputs have an end, and its head a name that PEFT does not fill in."""
+    sizes: Any = {"vocab_size": 512, "d_model": 16, "num_labels": 3}
+    bart: Any = {
+        f"{its}_{what}": number
+        for its in ("encoder", "decoder")
+        for what, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
+    }
+    t5: Any = {"d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "eos_token_id": 1}
+    base: Any = (
+        hf.BartForSequenceClassification(hf.BartConfig(**sizes, **bart, init_std=0.2))
+        if name == "bart"
+        else hf.T5ForSequenceClassification(hf.T5Config(**sizes, **t5, decoder_start_token_id=0))
+    )
+    base.save_pretrained(tmp_path / "base")
+    config = msplora.MSPLoraConfig(
+        r=4,
+        target_modules=["q_proj" if name == "bart" else "q"],
+        task_type="SEQ_CLS",
+        modules_to_save=["classification_head"],
+    )
+    model: Any = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config)
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found.ok, statuses(found)
+    assert found["changes the output"].status == "passed"
+    edit(tmp_path / "adapter", lambda its: {k: t for k, t in its.items() if "head" not in k})
+    findings = msplora.inspect(tmp_path / "adapter").findings
+    assert "classification_head" in next(its.text for its in findings if its.rule == "missing part")
 
 
 def save_convnext(folder: Path, method: Any, **changes: Any) -> tuple[str, Path]:

@@ -263,6 +263,7 @@ def test_what_cannot_be_inspected(
     monkeypatch.chdir(tmp_path / "empty")
     refused(Path(), "neither an adapter nor a run nor a model")
     refused(Path("/"), "neither an adapter nor a run nor a model")
+    assert "is unfinished" not in command("inspect", "/").error
     loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(tmp_path / "loha", "is a LOHA adapter")

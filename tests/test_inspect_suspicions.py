@@ -286,3 +286,22 @@ def test_a_model_of_several_files_of_which_one_is_missing(model_folder: Path) ->
     file = sorted(model_folder.glob("model-*.safetensors"))[1]
     file.unlink()
     assert the(msplora.inspect(model_folder), "missing tensor").where == (file.name,)
+
+
+def test_parts_of_a_model_without_their_index(tmp_path: Path) -> None:
+    """Which transformers does not load, whether there is one for each number or not."""
+    hf_model: Any = MODELS["llama"].model()
+    hf_model.save_pretrained(tmp_path, max_shard_size="20KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    assert not msplora.inspect(tmp_path).findings
+    index = tmp_path / "model.safetensors.index.json"
+    index.unlink()
+    assert the(msplora.inspect(tmp_path), "missing tensor").where == (index.name,)
+    parts[1].unlink()
+    found = the(msplora.inspect(tmp_path), "missing tensor")
+    assert found.where == (index.name, parts[1].name)
+    assert f"A model in {len(parts)} parts lacks" in found.text
+    hf_model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole/model.safetensors").rename(tmp_path / "model.safetensors")
+    assert not msplora.inspect(tmp_path).findings  # what is loaded is the one that is whole

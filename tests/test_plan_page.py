@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import msplora
 from html_page import Page, browser
@@ -292,6 +293,61 @@ seen.ground = getComputedStyle(document.body).backgroundColor;
 seen.errors = window.failed || 0;
 document.body.dataset.seen = JSON.stringify(seen);
 </script></body>"""
+
+
+_SCALES = """<script>
+document.getElementById("on-0").click();
+const seen = { config: document.getElementById("config").textContent };
+seen.labels = [...document.querySelectorAll(".level .cell")]
+  .map((its) => its.getAttribute("aria-label"));
+document.body.dataset.seen = JSON.stringify(seen);
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes", "pattern"),
+    [
+        ("llama", {"r": None, "ranks": [8, 4, 2], "alphas": [1, 2, 4]}, "v_proj"),
+        ("llama", {"split_alpha": True, "lora_alpha": 48}, "v_proj"),
+        ("t5", {"split_alpha": True, "lora_alpha": 48}, "decoder.*SelfAttention.v"),
+    ],
+)
+def test_the_config_of_a_browser_has_the_scales_that_it_shows(
+    name: str, changes: dict[str, Any], pattern: str, tmp_path: Path
+) -> None:
+    """With a pattern's alpha too, where the alpha that it stands for is another."""
+    made = plan_of(name, alpha_pattern={pattern: 5}, **changes)
+    (body,) = browser(render(made).replace("</body>", _SCALES), tmp_path).all("body")
+    seen = json.loads(body["data-seen"] or "")
+    targets = MODELS[name].targets
+    spelled = seen["config"].replace("…", f"target_modules={targets!r}")
+    plan = msplora.plan(MODELS[name].model(), eval(spelled, {"msplora": msplora}))
+    shown = dict(re.findall(r"(\S+)\. Rank \d+, scale ([\d.]+)\.", " ".join(seen["labels"])))
+    assert {its.address: float(f"{its.scale:.4g}") for its in plan.pairs} == {
+        address: float(scale) for address, scale in shown.items()
+    }
+    assert len({its.scale for its in plan.pairs}) > 2
+
+
+def test_experts_of_one_place_are_drawn_once() -> None:
+    """A slider would else draw each of hundreds anew."""
+    nn = torch.nn
+
+    def block() -> nn.Module:
+        experts = [nn.ModuleDict({its: nn.Linear(8, 4) for its in ("up", "at")}) for _ in range(6)]
+        mlp = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        return nn.ModuleDict({"experts": nn.ModuleList(experts), "mlp": mlp})
+
+    model: Any = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
+    targets = r".*(up|at|mlp\.\d)"
+    plan = msplora.plan(model, msplora.MSPLoraConfig(r=4, target_modules=targets))
+    page = Page(render(plan))
+    grids = [its for its in page.all("div") if its.get("role") == "grid"]
+    assert len(plan.kinds) == 14
+    assert len(grids) == 4
+    assert "experts.0.up and 5 like it" in page.texts
+    assert all(f"{kind.parameters:,}" in page.texts for kind in plan.kinds)
 
 
 @pytest.mark.slow

@@ -26,6 +26,10 @@ class AdapterFileError(MSPLoraError):
     """An adapter's tensors are missing, left over, misshapen or not finite."""
 
 
+class TensorsError(AdapterFileError):
+    """The tensors are not those of this config on this base, whichever of the three is at fault."""
+
+
 class BaseModelError(MSPLoraError):
     """A base model or tokenizer cannot be loaded, or not all of its weights can."""
 

@@ -22,6 +22,7 @@ from . import sisters
 from .classifier_head import CLASSIFIERS, number_of_labels
 from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .finite import is_finite
 from .planning import without_storage
 from .random_weights import warn_of_random
 from .same_source import same_source
@@ -145,21 +146,12 @@ def open_tensors(folder: Path) -> Iterator[safe_open]:
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise `AdapterFileError` if any of `tensors` holds a NaN or an infinity."""
-    bad = [
-        key
-        for key, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(_readable(tensor)).all())
-    ]
+    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise AdapterFileError(
             f"{where}: {len(bad)} tensor(s) hold values that are not finite, such as {bad[0]}. The "
             f"training diverged, or the dtype is too small; train again with a lower learning rate."
         )
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """A tensor that torch can compare: of 8-bit floats it only converts."""
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def read_config(folder: Path) -> PeftConfig:

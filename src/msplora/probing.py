@@ -54,6 +54,11 @@ def probe_inputs(model: Any, advice: str) -> dict[str, Tensor]:
         alone = type(base).__name__.endswith("ForSequenceClassification")
         rows = 1 if alone and text.pad_token_id is None else 2
         ids = torch.randint(text.vocab_size, (rows, length), generator=generator).to(device)
+        end = text.eos_token_id
+        if alone and config.is_encoder_decoder and isinstance(end, int):
+            # It reads its answer off the end of the text, of which each row has to have one.
+            ids[ids == end] = (end + 1) % text.vocab_size
+            ids[:, -1] = end
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids

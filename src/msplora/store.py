@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterFileError, MSPLoraError
+from .errors import MSPLoraError, TensorsError
 from .factor import Factor
+from .finite import is_finite
 from .matching import STORE_NAME
 from .pyramid import Pair, Plan
 from .stacking import Stacks
@@ -258,7 +259,7 @@ def _check_tensors(store: Store, state_dict: Mapping[str, Tensor], prefix: str, 
                 problems.append(
                     f"{key} has shape {tuple(found.shape)}, this model needs {tuple(wanted.shape)}"
                 )
-            elif found.device.type != "meta" and not bool(torch.isfinite(found).all()):
+            elif found.device.type != "meta" and not is_finite(found):
                 problems.append(f"{key} holds values that are not finite")
     raise_for(problems)
 
@@ -267,7 +268,7 @@ def raise_for(problems: list[str]) -> None:
     """Raise what is wrong with an adapter's tensors, if anything is."""
     if not problems:
         return
-    raise AdapterFileError(
+    raise TensorsError(
         f"the adapter's tensors do not fit this model ({len(problems)} problem(s)); nothing was "
         f"loaded:\n{listed(problems)}\nIs it whole, and was it made for this base model?"
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import MSPLoraConfig
 from .errors import AdapterFileError, MSPLoraError, UnsupportedError
+from .finite import is_finite
 from .forms import WRAPPED
 from .injecting import check_type
 from .layer import PyramidLayer
@@ -110,7 +111,7 @@ def _named_as_loaded(
         elif found.shape != loaded.shape:
             shapes = tuple(found.shape), tuple(loaded.shape)
             problems.append(f"{key} has shape {shapes[0]}, the loaded adapter has {shapes[1]}")
-        elif not bool(torch.isfinite(found).all()):
+        elif not is_finite(found):
             problems.append(f"{key} holds values that are not finite")
     raise_for(problems)
     return named

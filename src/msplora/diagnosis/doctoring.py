@@ -39,8 +39,8 @@ from .outputs import conversion_is_equal, is_applied, merging_keeps_the_output
 from .patient import Patient
 from .precision import activations_stay_in_range, factors_survive
 from .putting_on import Misfit, put_on
-from .results import Check, Diagnosis
-from .weights import name_of, rounding_keeps_the_update, unmerging_restores_the_base
+from .results import Check, Diagnosis, name_of
+from .weights import rounding_keeps_the_update, unmerging_restores_the_base
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of its steps are done, and of how many."""
@@ -104,7 +104,7 @@ def doctor(
                 folder, config, tensors, options if data is None else asked, data
             )
         except Misfit as error:
-            found.append(_misfit(error, whole))
+            found = _misfit(error, whole, config)
             return done()
         patient = Patient(
             folder,
@@ -141,10 +141,20 @@ def _is_of_random(warned: warnings.WarningMessage) -> bool:
     return issubclass(warned.category, RandomWeightsWarning)
 
 
-def _misfit(error: Misfit, whole: Check) -> Check:
-    if whole.status == "passed":
-        return Check(BASE, "failed", str(error), "Pass the base that it was made for.")
-    return Check(BASE, "skipped", f"The file is not whole, and cannot be put on a base: {error}")
+def _misfit(error: Misfit, whole: Check, config: Any) -> list[Check]:
+    """The first two checks, by whose fault it is that the adapter cannot be put on the base."""
+    if whole.status != "passed":
+        said = f"The file is not whole, and cannot be put on a base: {error}"
+        return [whole, Check(BASE, "skipped", said)]
+    if error.of_tensors and getattr(config, "fingerprint", None):
+        # What inspect cannot know without the base: a kind's last layer, or all of its pairs.
+        said = f"The base has the sites that the adapter was made for, and {error}"
+        advice = "Save or copy it again: the base is the right one."
+        return [
+            replace(whole, status="failed", said=said, advice=advice),
+            Check(BASE, "skipped", "The names and shapes of its sites are the adapter's."),
+        ]
+    return [whole, Check(BASE, "failed", str(error), "Pass the base that it was made for.")]
 
 
 def _load(

@@ -18,6 +18,7 @@ from msplora.config import MSPLoraConfig
 from msplora.probing import inputs_it_takes, logits
 
 from .restored import Restored, adapted_layers, merged_and_unmerged
+from .results import name_of
 
 
 @dataclass
@@ -65,9 +66,23 @@ class Patient:
         return self.base.dtype
 
     @property
+    def is_quantized(self) -> bool:
+        return bool(getattr(self.base, "is_quantized", False))
+
+    @property
+    def why_rough(self) -> str | None:
+        """Why rounding alone may move its outputs far, if it may."""
+        if self.is_quantized:
+            return "the kernels of a quantised base round in their own way"
+        if self.dtype in (torch.bfloat16, torch.float16):
+            name = name_of(self.dtype)
+            return f"rounding to {name} grows from layer to layer, and flips routers of experts"
+        return None
+
+    @property
     def why_not_merged(self) -> str | None:
         """Why checks of merged weights are left out, if they are."""
-        if getattr(self.base, "is_quantized", False):
+        if self.is_quantized:
             return "The base is quantised: merging would round its weights a second time."
         return self.restored.why_not_merged
 

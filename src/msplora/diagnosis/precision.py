@@ -18,8 +18,8 @@ from msplora.probing import logits
 from msplora.spectrum import norm_of
 
 from .patient import Patient
-from .results import Check, figures, percent
-from .weights import magnitude, name_of
+from .results import Check, figures, name_of, percent
+from .weights import magnitude
 
 FACTORS = "factors in {}"
 ACTIVATIONS = "activations in float16"

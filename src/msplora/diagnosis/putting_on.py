@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from msplora.adapted import fit_vocabulary
+from msplora.errors import TensorsError
 from msplora.loading import open_tensors
 
 _MOST_SAID = 600
@@ -16,7 +17,16 @@ _MOST_SAID = 600
 
 
 class Misfit(Exception):
-    """The adapter cannot be put on the base."""
+    """The adapter cannot be put on the base.
+
+    Attributes:
+        of_tensors: what is wrong are single tensors of a pyramid. Where its config knows the
+            fingerprint of its sites, the base has been found to have them before.
+    """
+
+    def __init__(self, said: str, of_tensors: bool = False) -> None:
+        super().__init__(said)
+        self.of_tensors = of_tensors
 
 
 def put_on(base: Any, folder: Path) -> PeftModel:
@@ -35,5 +45,8 @@ def put_on(base: Any, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except KeyError as error:  # PEFT looks for a head's tensors without asking
         raise Misfit(f"the file has no tensor {error}") from error
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, AttributeError) as error:  # PEFT's, and our own
-        raise Misfit(" ".join(str(error).split())[:_MOST_SAID]) from error
+        said = " ".join(str(error).split())[:_MOST_SAID]
+        raise Misfit(said, isinstance(error, TensorsError)) from error

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+
 Status = Literal["passed", "failed", "warning", "skipped"]
 
 
@@ -60,6 +62,11 @@ class Diagnosis:
 def figures(**values: float) -> dict[str, float | None]:
     """Numbers for a check."""
     return {name: its if math.isfinite(its) else None for name, its in values.items()}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, as users write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def percent(share: float) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .patient import Patient
 from .restored import adapted_layers
-from .results import Check, figures, percent
+from .results import Check, figures, name_of, percent
 
 UNMERGED = "unmerging restores the base"
 _HALVES = (torch.bfloat16, torch.float16)
@@ -23,11 +23,6 @@ _RESTORED = 8
 _ERROR, _LOST = 0.1, 0.5
 """A rounding error above this share of the update is worth a warning; and this share of it lost in
 the base's own dtype is a failure."""
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype, as users write it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def magnitude(tensor: Tensor) -> float:

@@ -136,7 +136,7 @@ def _find(path: Path) -> _Place:
             f"{str(path)!r} holds a LoRA for llama.cpp ({GGUF_FILE}), which is not read here. "
             f"Inspect what it was converted from."
         )
-    beside = whole.with_name(whole.name + _UNFINISHED) if whole.name else whole
+    beside = whole.parent / (whole.name + _UNFINISHED)
     hint = f" {beside} is unfinished: inspect that." if beside.is_dir() else ""
     found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
     raise AdapterFileError(

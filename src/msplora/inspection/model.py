@@ -19,6 +19,7 @@ from .tensor_file import TensorFiles
 
 INDEX = "model.safetensors.index.json"
 _OF_AN_ADAPTER = re.compile(rf"\.lora_|\.base_layer\.|{STORE_NAME}|msplora_")
+_PART = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 _AGAIN = "Copy or download it again."
 
 
@@ -71,7 +72,7 @@ def look_at_model(
 def _missing(files: TensorFiles, folder: Path) -> list[Finding]:
     index = folder / INDEX
     if not index.is_file():
-        return []
+        return _without_index([file.name for file in files.files])
     try:
         named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -86,6 +87,18 @@ def _missing(files: TensorFiles, folder: Path) -> list[Finding]:
     what = f"file(s): {some(lost)}" if lost else f"tensor(s): {some(tensors)}"
     text = f"{index.name} names {len(lost) or len(tensors)} missing {what}. {_AGAIN}"
     return [Finding("missing tensor", "problem", text, tuple(lost or tensors))]
+
+
+def _without_index(names: list[str]) -> list[Finding]:
+    """Of a model in parts nothing is loaded without the file that says what is in which."""
+    parts = [found for name in names if (found := _PART.fullmatch(name))]
+    if not parts or "model.safetensors" in names:
+        return []
+    last = parts[0][1]
+    whole = [f"model-{part:05}-of-{last}.safetensors" for part in range(1, int(last) + 1)]
+    lost = [INDEX, *sorted(set(whole) - set(names))]
+    text = f"A model in {int(last)} parts lacks {some(lost)}: it cannot be loaded. {_AGAIN}"
+    return [Finding("missing tensor", "problem", text, tuple(lost))]
 
 
 def _unmerged(files: TensorFiles) -> list[Finding]:

@@ -47,7 +47,8 @@ RULES = {
     f"median of its level ({FEWEST} pairs or more)",
     "base not found": "the base that the adapter names is a path, and there is nothing",
     "unmerged": "a whole model's file holds an adapter's tensors beside the weights",
-    "missing tensor": "the index of a model's files names a file or a tensor that is not there",
+    "missing tensor": "the index of a model in parts, or a file or a tensor that it names, is not "
+    "there",
     "zero weight": "a matrix of a model holds zeros only",
     "exploded weight": f"a matrix's norm is above {OUTLIER:g} times the median of the same place "
     f"in all blocks ({FEWEST} or more)",
@@ -79,9 +80,11 @@ def missing_parts(config: Any, others: Sequence[str]) -> list[Finding]:
     """What the config asks for beside the pairs and has no tensor of among the `others`."""
     saved = list(dict.fromkeys(config.modules_to_save or ()))
     # PEFT goes by how a module's path ends. It names two heads for every classifier, of which a
-    # model has one.
+    # model has one; or none, where its head is another of the modules that were trained.
     heads = [name for name in saved if name in HEADS]
-    parts = [[name] for name in saved if name not in heads] + ([heads] if heads else [])
+    parts = [[name] for name in saved if name not in heads]
+    if heads and not any(f"{name}." in its for [name] in parts for its in others):
+        parts.append(heads)
     asked = {
         f"a module of modules_to_save ({', '.join(names)})": [f"{name}." for name in names]
         for names in parts

@@ -205,7 +205,7 @@ function show() {
     put(`kind-${place}-parameters`, whole(parameters));
     put(`kind-${place}-lora`, whole(lora));
     put(`kind-${place}-share`, share(parameters, lora));
-    draw(kind, place);
+    if (kind.drawnAt === place) draw(kind, place);
   });
   const refused = plan.kinds.map(refusal).filter(Boolean).join(" ");
   at("refused").hidden = !refused;
@@ -223,15 +223,21 @@ function refusal(kind) {
   return "";
 }
 
-// The setting as a config.
+// The setting as a config. A pattern's alpha stands for the first level's that is on: which that is may have changed.
 function spell() {
   const used = setting.levels.map((level, place) => ({ ...plan.levels[place], ...level })).filter(({ on }) => on);
   const list = (name) => used.map((level) => level[name]).join(", ");
-  put(
-    "config",
-    `msplora.MSPLoraConfig(\n    levels=[${used.map(({ name }) => `"${name}"`).join(", ")}],\n    ranks=[${list("rank")}],\n` +
-      `    groups=[${list("groups")}],\n    alphas=[${list("alpha")}],\n${plan.levels[0].rslora ? "    use_rslora=True,\n" : ""}    …\n)`,
-  );
+  const first = setting.levels.findIndex(({ on }) => on);
+  const own = plan.kinds.filter(({ alphas }) => alphas).map(({ pattern, alphas }) => `        ${JSON.stringify(pattern)}: ${alphas[first]},`);
+  const lines = [
+    `    levels=[${used.map(({ name }) => `"${name}"`).join(", ")}],`,
+    `    ranks=[${list("rank")}],`,
+    `    groups=[${list("groups")}],`,
+    `    alphas=[${list("alpha")}],`,
+    ...(own.length ? ["    alpha_pattern={", ...own, "    },"] : []),
+    ...(plan.levels[0].rslora ? ["    use_rslora=True,"] : []),
+  ];
+  put("config", ["msplora.MSPLoraConfig(", ...lines, "    …", ")"].join("\n"));
 }
 
 plan.levels.forEach((_, place) => {
