@@ -168,11 +168,8 @@ def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
     assert kind.shared is not None
     assert kind.similarity is not None
     assert angles.header[3:] == ("random columns", "random rows")
-    assert explained.header[4:] == (
-        "columns or rows with nothing in common",
-        "a pair with nothing in common",
-    )
-    assert [row[5] for row in explained.rows] == [percent(its) for its in kind.shared.unlike_pair]
+    assert explained.header[4:] == ("random columns", "random rows", "a pair of random updates")
+    assert [row[6] for row in explained.rows] == [percent(its) for its in kind.shared.random_pair]
     assert any("share pairs, so theirs are alike by\nconstruction" in its for its in page.texts)
     alone = replace(found, adapters=(lora,), comparisons=()).to_html()
     assert "construction" not in alone
@@ -181,7 +178,7 @@ def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
     shown = row.split()
     assert shown[4] == f"{kind.similarity.random_columns:.1%}"
     assert shown[6] == f"{kind.similarity.random_rows:.1%}"
-    assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.unlike_pair)]
+    assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.random_pair)]
 
 
 def test_the_command_prints_the_notes(folders: Path) -> None:

@@ -121,8 +121,9 @@ def explained(kind: KindResult) -> Chart | None:
         Series("shared columns", found.columns, "c0"),
         Series("shared rows", found.rows, "c1"),
         Series("one shared pair", found.pair, "c2"),
-        Series("columns or rows with nothing in common", found.unlike, "ref"),
-        Series("a pair with nothing in common", found.unlike_pair, "c2 chance"),
+        Series("random columns", found.random_columns, "c0 chance"),
+        Series("random rows", found.random_rows, "c1 chance"),
+        Series("a pair of random updates", found.random_pair, "c2 chance"),
     ]
     places = range(1, max(len(its.values) for its in series) + 1)
     title = f"{kind.name}: one shared space for all layers"
