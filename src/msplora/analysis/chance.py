@@ -11,7 +11,6 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .measures import Updates, explained_by_a_pair, explained_by_a_space
@@ -58,7 +57,7 @@ def _mean_cosines(smaller: int, larger: int, features: int) -> tuple[float, ...]
     draws = max(_FEWEST, _DRAWN // smaller)
     for _ in range(draws):
         within = generator.standard_normal((larger, smaller))
-        rest = _gaussian(beside, smaller, generator)
+        rest = _gaussian(beside, smaller, generator).numpy()
         basis, _ = np.linalg.qr(np.concatenate([within, rest]))
         found += np.linalg.svd(basis[:larger], compute_uv=False)[:smaller]
     return tuple((found / draws).clip(0, 1).tolist())
@@ -78,6 +77,7 @@ def explained_of_turned(
         `explained_by_a_space` of the columns and of the rows, and `explained_by_a_pair`: (K,) each.
     """
     layers, rank = values_LK.shape
+    values_LK = (values_LK / values_LK.max()).float()  # a draw needs no more digits, and is large
     generator = np.random.default_rng(0)
     draws = min(_MOST, max(1, _DIRECTIONS // (layers * rank)))
     found = torch.zeros(3, rank, dtype=torch.float64)
@@ -103,16 +103,17 @@ def _random_vectors(
     layers: int, count: int, features: int, generator: np.random.Generator
 ) -> Tensor:
     """Orthonormal vectors for each layer, independent of the others', as `Updates` has them."""
-    joined = torch.from_numpy(_gaussian(features, layers * count, generator))
+    joined = _gaussian(features, layers * count, generator)
     basis_LPK, r_LKK = torch.linalg.qr(joined.mT.unflatten(0, (layers, count)).mT)
     # The decomposition picks signs that would make first vectors a little alike.
-    return basis_LPK * r_LKK.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    return basis_LPK.mul_(r_LKK.diagonal(dim1=-2, dim2=-1).sign()[:, None])
 
 
-def _gaussian(rows: int, columns: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Random numbers, of whose rows only inner products of columns count: no more than columns."""
-    if rows <= columns:
-        return generator.standard_normal((rows, columns))
-    found = np.triu(generator.standard_normal((columns, columns)), 1)
-    found[np.diag_indices(columns)] = np.sqrt(generator.chisquare(rows - np.arange(columns)))
+def _gaussian(rows: int, columns: int, generator: np.random.Generator) -> Tensor:
+    """Random numbers of which only the columns' inner products count: no more rows than columns."""
+    shape = min(rows, columns), columns
+    found = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if rows > columns:
+        diagonal = np.sqrt(generator.chisquare(rows - np.arange(columns)))
+        found.triu_(1).diagonal().copy_(torch.from_numpy(diagonal))
     return found

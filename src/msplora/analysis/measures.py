@@ -233,7 +233,7 @@ def explained_by_a_pair(updates: Updates) -> Tensor:
 def _gram_of_sum(updates: Updates) -> Tensor:
     """``M Mᵀ`` of the sum M of all layers' updates: (P, P)."""
     left, values, right = updates
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    total = left.new_zeros(left.shape[1], right.shape[1])
     for its_left, its_values, its_right in zip(left, values, right, strict=True):
         total.addmm_(its_left * its_values, its_right.mT)
     return total @ total.mT
