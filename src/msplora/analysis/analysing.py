@@ -15,10 +15,10 @@ from msplora.loading import BaseOptions, adapter_folder
 from .against_base import with_base
 from .base import Base
 from .comparing import compare
-from .history import History, checkpoint_folders, measured, read_history
+from .history import checkpoint_folders, over_training, read_history
 from .kinds import analyse_kind
 from .reading import read_adapter
-from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
+from .results import Ablation, AdapterResult, Analysis, KindResult
 from .stored import StoredAdapter
 from .summary import summarise
 from .too_large import check_norms, products_that_are_numbers
@@ -74,8 +74,7 @@ def analyse(
     if said and notify is not None:
         notify(said)
     histories = [
-        read_history(path, adapter.levels, options)
-        for path, (adapter, _) in zip(paths, read, strict=True)
+        read_history(path, adapter, options) for path, (adapter, _) in zip(paths, read, strict=True)
     ]
     # Before the rest, of all adapters: it loads most, and so may fail.
     ablations = [
@@ -87,6 +86,7 @@ def analyse(
         names, paths, read, histories, ablations, strict=True
     ):
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
+        course, of_course = over_training(history, partial(report, f"{name}: checkpoints"))
         results.append(
             AdapterResult(
                 name=name,
@@ -99,9 +99,9 @@ def analyse(
                     [list(site.levels.values()) for kind in kinds for site in kind.sites],
                 ),
                 kinds=kinds,
-                history=_history(history, partial(report, f"{name}: checkpoints")),
+                history=course,
                 ablation=ablation,
-                notes=(*adapter.notes, *history.notes, *_notes(adapter, kinds, its_base)),
+                notes=(*adapter.notes, *of_course, *_notes(adapter, kinds, its_base)),
             )
         )
     pairs = list(combinations(range(len(read)), 2))
@@ -171,20 +171,13 @@ def _kinds(
     for kind in adapter.kinds:
         with products_that_are_numbers(adapter.path, kind.name):
             its = analyse_kind(kind, adapter.levels)
-            check_norms(adapter.path, its.sites)
+            for site in its.sites:
+                check_norms(adapter.path, site.key, [site.update, *site.levels.values()])
             advance(len(kind.sites))
             if base is not None:
                 its = with_base(its, kind, base, intruder_vectors, advance)
         found.append(its)
     return tuple(found)
-
-
-def _history(history: History, report: Callable[[int, int], None]) -> tuple[Checkpoint, ...]:
-    found = dict(history.recorded)
-    for done, (step, adapter) in enumerate(history.stored.items(), start=1):
-        found[step] = measured(step, adapter)
-        report(done, len(history.stored))
-    return tuple(found[step] for step in sorted(found))
 
 
 def _ablation(

@@ -68,6 +68,7 @@ def read_adapter(
         levels=levels,
         kinds=kinds,
         notes=tuple(_notes(config, tensors, any(kind.counted for kind in kinds))),
+        shapes={name: tuple(its.shape) for name, its in tensors.shapes.items() if _factor(name)},
     )
     return adapter, found
 
@@ -80,10 +81,15 @@ def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
             "adapter's only where that has no gaps: where the adapter skips blocks, "
             "layer 3 is the fourth that is adapted."
         )
-    others = [key for key in tensors if ".lora_" not in key and ".msplora_" not in key]
+    others = [key for key in tensors if not _factor(key)]
     if others:
         notes.append(
             f"{len(others)} more tensor(s) in the file, such as {others[0]}, are no low-rank "
             f"update and are not looked at: a head, biases or trained tokens."
         )
     return [*notes, *beside_the_product(config, tensors)]
+
+
+def _factor(name: str) -> bool:
+    """Whether a tensor is of a low-rank update, and no head's, bias or token's."""
+    return ".lora_" in name or ".msplora_" in name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,3 +73,13 @@ class StoredAdapter:
     kinds: tuple[StoredKind, ...]
     notes: tuple[str, ...]
     """What the reader of its figures should know, in sentences."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Of the factors in its file, by their names there."""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Level → the largest rank that its factors have."""
+        pairs = [pair for kind in self.kinds for pair in kind.pairs]
+        return {
+            level: max(pair.rank for pair in pairs if pair.level == level) for level in self.levels
+        }
