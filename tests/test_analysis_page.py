@@ -17,6 +17,7 @@ from adapted_llama import adapted
 from html_page import Page, browser
 from msplora.analysis import sections
 from msplora.analysis.charts import Series, line_chart
+from msplora.analysis.experts import drawn
 from msplora.analysis.page import percent
 from msplora.analysis.results import Ablation, Analysis, Checkpoint, SwitchedOff
 from runs import msplora as command
@@ -179,6 +180,29 @@ def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
     assert shown[4] == f"{kind.similarity.random_columns:.1%}"
     assert shown[6] == f"{kind.similarity.random_rows:.1%}"
     assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.random_pair)]
+
+
+def test_adapters_side_by_side_have_one_scale_and_one_order(found: Analysis) -> None:
+    pyramid, lora = found.adapters
+    (large,) = (its for its in lora.kinds if its.name == "self_attn.v_proj")
+    sites = tuple(replace(its, update=replace(its.update, norm=1e3)) for its in large.sites)
+    large = replace(large, sites=sites)
+    (other,) = (its for its in lora.kinds if its.name == "self_attn.q_proj")
+    alone = replace(other, name="a.kind.of.its.own")
+    both = pyramid, replace(lora, kinds=(alone, large, other))
+    assert [its.name for its in drawn(both[1], both)] == [
+        *(its.name for its in drawn(both[0], both)),
+        "a.kind.of.its.own",
+    ]
+    for draw in (sections.norms, sections.effective_ranks):
+        of_both = [
+            draw(kind, [its.level for its in adapter.levels], both).y_ticks
+            for adapter in both
+            for kind in adapter.kinds
+            if kind.name == "self_attn.v_proj"
+        ]
+        assert of_both[0] == of_both[1]
+    assert sections.norms(pyramid.kinds[1], ["global"]).y_ticks != of_both[0]
 
 
 def test_the_command_prints_the_notes(folders: Path) -> None:
