@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,47 @@ def test_what_is_left_out_of_a_comparison_is_said(tmp_path: Path) -> None:
     for note in comparison.notes:
         assert note in page
         assert f"· {note}" in out
+
+
+def test_kinds_and_layers_that_only_one_adapts_are_said(tmp_path: Path) -> None:
+    one, other = (
+        save(adapted(target_modules=its, layers_to_transform=layers), tmp_path / its[1])
+        for its, layers in ((["q_proj", "v_proj"], [0, 1, 2]), (["q_proj", "k_proj"], [1, 2, 3]))
+    )
+    (comparison,) = msplora.analyse(one, other).comparisons
+    (kind,) = comparison.kinds
+    assert (kind.kind, kind.layers) == ("self_attn.q_proj", (1, 2))
+    alone, layers = comparison.notes
+    assert alone.startswith("2 kind(s) are not compared, such as self_attn.v_proj: only one")
+    assert layers.startswith("1 kind(s) are compared in some layers, such as self_attn.q_proj")
+    assert msplora.analyse(one, copy_of(one, tmp_path)).comparisons[0].notes == ()
+
+
+def copy_of(adapter: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(adapter, folder / "copy"))
+
+
+@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
+def test_a_base_that_is_not_the_named_one_is_said(method: Any, tmp_path: Path) -> None:
+    base = MODELS["llama"].model()
+    base.save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    config = method(target_modules=["q_proj"])
+    folder = save(get_peft_model(base, config), tmp_path)
+    edit(folder, base_model_name_or_path=str(tmp_path / "base"))
+    for name, said in (("base", False), ("other", True)):
+        (found,) = msplora.analyse(folder, base=str(tmp_path / name), intruder_vectors=0).adapters
+        notes = [note for note in found.notes if "measured against" in note]
+        assert bool(notes) == said
+        assert all("other. Unless" in note and str(tmp_path.parent) not in note for note in notes)
+
+
+def test_layers_that_peft_repeats_are_not_laid_beside_the_base(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 4)])
+    MODELS["llama"].model().save_pretrained(tmp_path / "base")
+    folder = save(get_peft_model(MODELS["llama"].model(), config), tmp_path)
+    refused(folder, base=str(tmp_path / "base"), match="layer_replication.* without --base")
+    assert len(msplora.analyse(folder).adapters[0].kinds[0].sites) == 5
 
 
 def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:
