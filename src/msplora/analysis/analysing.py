@@ -67,9 +67,9 @@ def analyse(
     # All is read before anything is computed: what is wrong with the last is said at once.
     folders = [_folder(path) for path in paths]
     read = [read_adapter(folder, options) for folder in folders]
-    for _, its_base in read:
+    for adapter, its_base in read:
         if its_base is not None:
-            its_base.check_weights()
+            its_base.check_weights(site.key for kind in adapter.kinds for site in kind.sites)
     said = _decompositions([its for its, of in read if of is not None], intruder_vectors)
     if said and notify is not None:
         notify(said)
