@@ -205,6 +205,12 @@ def test_adapters_side_by_side_have_one_scale_and_one_order(found: Analysis) -> 
     assert sections.norms(pyramid.kinds[1], ["global"]).y_ticks != of_both[0]
 
 
+def test_the_colours_of_heat_maps_have_a_scale(page: Page) -> None:
+    maps = [its for its in page.all("figure") if "heat" in (its.get("class") or "").split()]
+    scales = [its for its in page.all("span") if its.get("class") == "scale"]
+    assert len(maps) == 3 * len(scales) > 0
+
+
 def test_the_command_prints_the_notes(folders: Path) -> None:
     (adapter,) = msplora.analyse(folders / "pyramid").adapters
     assert adapter.notes
@@ -384,6 +390,17 @@ def test_the_command_overwrites_nothing(folders: Path, tmp_path: Path) -> None:
     assert "is a file; give a folder" in result.error
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(its.name for its in tmp_path.iterdir()) == ["file", "page.html"]
+
+
+def test_the_name_of_a_file_is_not_given_to_a_folder(folders: Path, tmp_path: Path) -> None:
+    for name in ("page.htm", "PAGE.HTML"):
+        result = command("analyse", folders / "lora", "--output", tmp_path / name)
+        assert result.code == 0, result.error
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    result = command("analyse", folders / "lora", "--output", tmp_path / "numbers.json")
+    assert result.code == 1
+    assert "is no page; --json prints the numbers" in result.error
+    assert not (tmp_path / "numbers.json").exists()
 
 
 def test_without_jinja2_the_extra_is_named_before_any_work(
