@@ -97,10 +97,15 @@ def test_a_base_that_is_not_the_named_one_is_said(method: Any, tmp_path: Path) -
     folder = save(get_peft_model(base, config), tmp_path)
     edit(folder, base_model_name_or_path=str(tmp_path / "base"))
     for name, said in (("base", False), ("other", True)):
-        (found,) = msplora.analyse(folder, base=str(tmp_path / name), intruder_vectors=0).adapters
+        (found,) = msplora.analyse(folder, base=tmp_path / name, intruder_vectors=0).adapters
         notes = [note for note in found.notes if "measured against" in note]
         assert bool(notes) == said
         assert all("other. Unless" in note and str(tmp_path.parent) not in note for note in notes)
+
+
+def test_less_than_no_vectors_are_refused(tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    refused(folder, base=tmp_path / "base", intruder_vectors=-1, match="has to be 0 or more")
 
 
 def test_layers_that_peft_repeats_are_not_laid_beside_the_base(tmp_path: Path) -> None:

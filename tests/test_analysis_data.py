@@ -42,7 +42,7 @@ def with_zeros(run: Path, folder: Path, *parts: str) -> Path:
 
 
 def ablation(run: Path, data: str) -> Ablation:
-    (found,) = library.analyse(run, data=data).adapters
+    (found,) = library.analyse(run, data=Path(data)).adapters
     assert found.ablation is not None
     return found.ablation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import msplora as library
 from adapted_llama import LLAMA, adapted
-from msplora.analysis.history import checkpoint
+from msplora.analysis.history import checkpoint, read_record
 from msplora.errors import MSPLoraError
 from msplora.train.level_history import LevelHistory
 from msplora.train.settings import Settings
@@ -48,6 +49,19 @@ def test_a_finished_run_has_the_history_of_its_checkpoints(tmp_path: Path) -> No
     record.write_text(record.read_text()[:-20])
     with pytest.raises(MSPLoraError, match="is no record of a run's levels"):
         library.analyse(run)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", '"a"', "null", "[]"])
+@pytest.mark.parametrize("field", ["step", "norm", "rank"])
+def test_a_record_of_what_is_no_number_is_none(field: str, value: str, tmp_path: Path) -> None:
+    level = {"level": "lora", "norm": 1.0, "share": None, "effective_rank": 1, "stable_rank": 1.0}
+    point = {"step": 5, "levels": [level | {"rank": 2}], "coarser_columns": None}
+    text = json.dumps([point | {"coarser_rows": 0.5}])
+    (tmp_path / "levels.json").write_text(text)
+    assert len(read_record(tmp_path)) == 1
+    (tmp_path / "levels.json").write_text(re.sub(rf'("{field}": )[\d.]+', rf"\g<1>{value}", text))
+    with pytest.raises(MSPLoraError, match="is no record of a run's levels"):
+        read_record(tmp_path)
 
 
 def test_what_a_killed_process_did_not_record_is_made_up_for(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ Progress = Callable[[str, int, int], None]
 
 def analyse(
     *adapters: str | Path,
-    base: str | BaseOptions | None = None,
+    base: str | Path | BaseOptions | None = None,
     intruder_vectors: int = 10,
-    data: str | None = None,
+    data: str | Path | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Analysis:
@@ -60,7 +60,10 @@ def analyse(
     """
     if not adapters:
         raise MSPLoraError("there is no adapter to analyse: give the folder of at least one.")
-    options = BaseOptions(base) if isinstance(base, str) else base
+    if intruder_vectors < 0:
+        raise MSPLoraError(f"intruder_vectors is {intruder_vectors}: it has to be 0 or more.")
+    options = BaseOptions.of(base)
+    rows = None if data is None else str(data)
     report = progress or _silent
     paths = [Path(path).expanduser() for path in adapters]
     names = _names(paths)
@@ -78,7 +81,7 @@ def analyse(
     ]
     # Before the rest, of all adapters: it loads most, and so may fail.
     ablations = [
-        _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
+        _ablation(adapter.path, rows, options, partial(report, f"{name}: data"))
         for name, (adapter, _) in zip(names, read, strict=True)
     ]
     results = []
@@ -181,7 +184,7 @@ def _kinds(
 
 
 def _ablation(
-    folder: Path, data: str | None, base: BaseOptions | None, report: Callable[[int, int], None]
+    folder: Path, data: str | None, base: BaseOptions, report: Callable[[int, int], None]
 ) -> Ablation | None:
     if data is None:
         return None

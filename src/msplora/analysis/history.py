@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from msplora.errors import AdapterFileError, BaseModelError, MSPLoraError
 from msplora.loading import CONFIG_FILE, BaseOptions
 
 from .kinds import KindUpdates, coarser, level_measures
 from .reading import read_adapter
-from .results import Checkpoint, LevelSummary, mean
+from .results import Checkpoint, LevelSummary, Number, mean
 from .stored import StoredAdapter
 from .summary import summarise
 from .too_large import check_norms, products_that_are_numbers
@@ -188,10 +190,10 @@ def read_record(folder: Path) -> list[Checkpoint]:
         content = json.loads(file.read_text(encoding="utf-8"))
         return [
             Checkpoint(
-                its["step"],
-                tuple(LevelSummary(**level) for level in its["levels"]),
-                its["coarser_columns"],
-                its["coarser_rows"],
+                int(_number(its["step"])),
+                tuple(_level(level) for level in its["levels"]),
+                _number_or_none(its["coarser_columns"]),
+                _number_or_none(its["coarser_rows"]),
             )
             for its in content
         ]
@@ -200,3 +202,21 @@ def read_record(folder: Path) -> list[Checkpoint]:
             f"{str(file)!r} is no record of a run's levels ({type(error).__name__}: {error}). Move "
             f"it away: without it the adapter is analysed as it is."
         ) from error
+
+
+def _level(of: Mapping[str, Any]) -> LevelSummary:
+    figures = ("share", "effective_rank", "stable_rank")
+    checked = {name: _number_or_none(of[name]) for name in figures}
+    its = {**of, **checked, "norm": _number(of["norm"]), "rank": int(_number(of["rank"]))}
+    return LevelSummary(**its)
+
+
+def _number_or_none(value: Any) -> Number:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> float:
+    """A finite number; JSON's readers take NaN too, and its writers and charts do not."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return value
+    raise ValueError(f"{value!r} is no number")

@@ -308,11 +308,11 @@ class Analysis:
         return render(self)
 
     def write(self, output: str | Path, *, force: bool = False) -> list[Path]:
-        """Write the page to a file that ends in .html; or the page and the JSON to a folder.
+        """Write the page to a file that ends in .html or .htm; or page and JSON to a folder.
 
         Args:
             output: the file or folder.
-            force: replace what an earlier analysis wrote there.
+            force: replace the files that are there.
 
         Returns:
             The files written.
