@@ -19,13 +19,10 @@ class StoredPair:
     rank: int
     in_features: int
     out_features: int
+    parameters: int
+    """The numbers in the file's A and B: as matrices, those of grouped convolutions have zeros."""
     read: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     """A (R, I) and B (O, R), from the file each time: they are not kept here."""
-
-    @property
-    def parameters(self) -> int:
-        """The numbers in A and B, as matrices."""
-        return self.rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True)
