@@ -106,7 +106,7 @@ def test_a_kind_has_a_table_of_all_figures(found: Analysis, page: Page) -> None:
     expected = [
         (str(site.layer), level, its)
         for site in kind.sites
-        for level, its in (*site.levels.items(), ("sum", site.update))
+        for level, its in (*site.levels.items(), ("sum of all", site.update))
     ]
     for row, (layer, level, its) in zip(rows, expected, strict=True):
         assert row[:3] == [layer, level, f"{its.norm:.3g}"]

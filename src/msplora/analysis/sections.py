@@ -17,6 +17,9 @@ from .results import (
     SiteResult,
 )
 
+_SUM = "sum of all"
+"""Of a layer's levels; none of them can be called so."""
+
 
 def layers_of(kind: KindResult) -> list[int]:
     """The numbers of a kind's blocks; 0 outside every list of blocks."""
@@ -45,7 +48,7 @@ def norms(kind: KindResult, levels: Sequence[str], adapters: Adapters = ()) -> C
         for place, level in enumerate(levels)
     ]
     if len(levels) > 1:
-        series.append(Series("sum", [site.update.norm for site in kind.sites], "ref"))
+        series.append(Series(_SUM, [site.update.norm for site in kind.sites], "ref"))
     beside = [its.norm for its in _measures(kind, adapters)]
     title = f"{kind.name}: norm"
     return line_chart(title, "layer", "‖s·BA‖", layers_of(kind), series, beside=beside)
@@ -58,7 +61,7 @@ def effective_ranks(kind: KindResult, levels: Sequence[str], adapters: Adapters 
         for place, level in enumerate(levels)
     ]
     if len(levels) > 1:
-        series.append(Series("sum", [site.update.effective_rank for site in kind.sites], "ref"))
+        series.append(Series(_SUM, [site.update.effective_rank for site in kind.sites], "ref"))
     beside = [its.effective_rank for its in _measures(kind, adapters)]
     title = f"{kind.name}: effective rank"
     return line_chart(title, "layer", "effective rank", layers_of(kind), series, beside=beside)
@@ -74,7 +77,7 @@ def figures(kind: KindResult, levels: Sequence[str]) -> list[tuple[str, str, Mea
     for site in kind.sites:
         layer = site.key if site.layer is None else str(site.layer)
         rows += [(layer, level, site.levels[level]) for level in levels]
-        rows += [(layer, "sum", site.update)] if len(levels) > 1 else []
+        rows += [(layer, _SUM, site.update)] if len(levels) > 1 else []
     return rows
 
 
