@@ -1,4 +1,4 @@
-"""Which weights of a base `msplora analyse` reads: of the hub's files, and of tied embeddings."""
+"""The base of `msplora analyse`: which weights it reads, of which model, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import msplora
 from adapted_llama import adapted
-from analysed import refused, save
+from analysed import edit, refused, save
 from msplora.analysis.weight_files import weight_files
 from tiny import MODELS, llama
 
@@ -85,3 +86,44 @@ def test_the_index_says_which_files_there_are(tmp_path: Path) -> None:
     folder = save(adapted(), tmp_path / "pyramid")
     (base / "model.safetensors.index.json").write_text("[]")
     refused(folder, base=str(base), match="has no weight_map")
+
+
+@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
+def test_a_base_that_is_not_the_named_one_is_said(method: Any, tmp_path: Path) -> None:
+    base = MODELS["llama"].model()
+    base.save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    config = method(target_modules=["q_proj"])
+    folder = save(get_peft_model(base, config), tmp_path)
+    edit(folder, base_model_name_or_path=str(tmp_path / "base"))
+    for name, said in (("base", False), ("other", True)):
+        (found,) = msplora.analyse(folder, base=tmp_path / name, intruder_vectors=0).adapters
+        notes = [note for note in found.notes if "measured against" in note]
+        assert bool(notes) == said
+        assert all("other. Unless" in note and str(tmp_path.parent) not in note for note in notes)
+
+
+def test_less_than_no_vectors_are_refused(tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    refused(folder, base=tmp_path / "base", intruder_vectors=-1, match="has to be 0 or more")
+
+
+def test_layers_that_peft_repeats_are_not_laid_beside_the_base(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 4)])
+    MODELS["llama"].model().save_pretrained(tmp_path / "base")
+    folder = save(get_peft_model(MODELS["llama"].model(), config), tmp_path)
+    refused(folder, base=str(tmp_path / "base"), match="layer_replication.* without --base")
+    assert len(msplora.analyse(folder).adapters[0].kinds[0].sites) == 5
+
+
+def test_a_quantised_base_and_one_without_safetensors(tmp_path: Path) -> None:
+    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+    base, file = str(tmp_path / "base"), tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    packed = {key.replace("proj.weight", "proj.qweight"): its for key, its in tensors.items()}
+    for stored in (tensors, packed):
+        save_file({key: its.to(torch.int8) for key, its in stored.items()}, file)
+        # Before anything is spent: the data, which is measured first, is not looked for.
+        refused(folder, base=base, data="nowhere.jsonl", match="I8: it is quantised")
+    file.unlink()
+    refused(folder, base=base, match="no weights in safetensors")

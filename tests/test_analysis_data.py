@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import msplora as library
 from msplora.analysis.results import Ablation
-from msplora.train import saved_run
+from msplora.train import held_out_loss, saved_run
 from msplora.train.evaluation import evaluate_run
 from runs import answered_rows, config_on, msplora, save_bases, write_config, write_jsonl
 
@@ -41,7 +42,7 @@ def with_zeros(run: Path, folder: Path, *parts: str) -> Path:
 
 
 def ablation(run: Path, data: str) -> Ablation:
-    (found,) = library.analyse(run, data=data).adapters
+    (found,) = library.analyse(run, data=Path(data)).adapters
     assert found.ablation is not None
     return found.ablation
 
@@ -91,6 +92,24 @@ def test_a_plain_lora_of_preferences(start: bool, tmp_path: Path) -> None:
         copy = with_zeros(run, tmp_path / f"copy{len(parts)}", *parts)
         assert its.loss == pytest.approx(evaluate_run(copy, data)["loss"], abs=1e-5)
     assert found.runs[1].change > 1e-3
+
+
+def test_no_more_logits_are_in_float32_than_in_an_evaluation(
+    language_model: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = language_model
+    expected, judge, sizes = ablation(run, data), F.cross_entropy, list[int]()
+
+    def noted(scores: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        sizes.append(scores.numel())
+        return judge(scores, *arguments, **named)
+
+    monkeypatch.setattr(held_out_loss, "PIECE", 1000)
+    monkeypatch.setattr(F, "cross_entropy", noted)
+    found = ablation(run, data)
+    assert 0 < max(sizes) <= 1000
+    for one, other in zip(found.runs, expected.runs, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=1e-6)
 
 
 def test_what_is_not_there_is_missed_before_a_model_is_loaded(

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import msplora
 from analysed import WEIGHTS, edit, refused, save, update
@@ -214,3 +215,26 @@ def test_what_a_lora_does_beside_its_product_is_said(tmp_path: Path) -> None:
     folder = save(get_peft_model(llama(), activated), tmp_path / "activated")
     (found,) = msplora.analyse(folder).adapters
     assert any("acts from these tokens on" in note for note in found.notes)
+
+
+def test_a_model_inside_a_sequential_has_its_blocks(tmp_path: Path) -> None:
+    """As sentence-transformers' models have: `0.auto_model.encoder.layer.3…`."""
+    model = nn.Sequential(MODELS["bert"].model(), nn.Identity())
+    folder = save(get_peft_model(model, LoraConfig(target_modules=["query"])), tmp_path)
+    (kind,) = msplora.analyse(folder).adapters[0].kinds
+    assert [site.layer for site in kind.sites] == [0, 1, 2, 3]
+    (inspected,) = msplora.inspect(folder).kinds
+    assert inspected.layers == 4
+    # Blocks that are the sequence themselves stay what they are, whatever is in them.
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+    folder = save(get_peft_model(blocks, LoraConfig(target_modules=r"\d\.0")), tmp_path / "of")
+    (kind,) = msplora.analyse(folder).adapters[0].kinds
+    assert [site.layer for site in kind.sites] == [0, 1, 2]
+
+
+def test_what_is_counted_are_the_numbers_in_the_file(tmp_path: Path) -> None:
+    """As matrices, the factors of a grouped convolution have zeros beside its groups."""
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 3, groups=4) for _ in range(2)))
+    folder = save(get_peft_model(model, LoraConfig(r=8, target_modules=["0", "1"])), tmp_path)
+    stored = sum(its.numel() for its in load_file(folder / WEIGHTS).values())
+    assert msplora.analyse(folder).adapters[0].parameters == stored

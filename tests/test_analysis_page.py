@@ -17,6 +17,7 @@ from adapted_llama import adapted
 from html_page import Page, browser
 from msplora.analysis import sections
 from msplora.analysis.charts import Series, line_chart
+from msplora.analysis.experts import drawn
 from msplora.analysis.page import percent
 from msplora.analysis.results import Ablation, Analysis, Checkpoint, SwitchedOff
 from runs import msplora as command
@@ -105,7 +106,7 @@ def test_a_kind_has_a_table_of_all_figures(found: Analysis, page: Page) -> None:
     expected = [
         (str(site.layer), level, its)
         for site in kind.sites
-        for level, its in (*site.levels.items(), ("sum", site.update))
+        for level, its in (*site.levels.items(), ("sum of all", site.update))
     ]
     for row, (layer, level, its) in zip(rows, expected, strict=True):
         assert row[:3] == [layer, level, f"{its.norm:.3g}"]
@@ -168,11 +169,8 @@ def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
     assert kind.shared is not None
     assert kind.similarity is not None
     assert angles.header[3:] == ("random columns", "random rows")
-    assert explained.header[4:] == (
-        "columns or rows with nothing in common",
-        "a pair with nothing in common",
-    )
-    assert [row[5] for row in explained.rows] == [percent(its) for its in kind.shared.unlike_pair]
+    assert explained.header[4:] == ("random columns", "random rows", "a pair of random updates")
+    assert [row[6] for row in explained.rows] == [percent(its) for its in kind.shared.random_pair]
     assert any("share pairs, so theirs are alike by\nconstruction" in its for its in page.texts)
     alone = replace(found, adapters=(lora,), comparisons=()).to_html()
     assert "construction" not in alone
@@ -181,7 +179,36 @@ def test_what_layers_with_nothing_in_common_would_give_stands_beside_them(
     shown = row.split()
     assert shown[4] == f"{kind.similarity.random_columns:.1%}"
     assert shown[6] == f"{kind.similarity.random_rows:.1%}"
-    assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.unlike_pair)]
+    assert shown[7:] == [f"{its[-1]:.1%}" for its in (kind.shared.pair, kind.shared.random_pair)]
+
+
+def test_adapters_side_by_side_have_one_scale_and_one_order(found: Analysis) -> None:
+    pyramid, lora = found.adapters
+    (large,) = (its for its in lora.kinds if its.name == "self_attn.v_proj")
+    sites = tuple(replace(its, update=replace(its.update, norm=1e3)) for its in large.sites)
+    large = replace(large, sites=sites)
+    (other,) = (its for its in lora.kinds if its.name == "self_attn.q_proj")
+    alone = replace(other, name="a.kind.of.its.own")
+    both = pyramid, replace(lora, kinds=(alone, large, other))
+    assert [its.name for its in drawn(both[1], both)] == [
+        *(its.name for its in drawn(both[0], both)),
+        "a.kind.of.its.own",
+    ]
+    for draw in (sections.norms, sections.effective_ranks):
+        of_both = [
+            draw(kind, [its.level for its in adapter.levels], both).y_ticks
+            for adapter in both
+            for kind in adapter.kinds
+            if kind.name == "self_attn.v_proj"
+        ]
+        assert of_both[0] == of_both[1]
+    assert sections.norms(pyramid.kinds[1], ["global"]).y_ticks != of_both[0]
+
+
+def test_the_colours_of_heat_maps_have_a_scale(page: Page) -> None:
+    maps = [its for its in page.all("figure") if "heat" in (its.get("class") or "").split()]
+    scales = [its for its in page.all("span") if its.get("class") == "scale"]
+    assert len(maps) == 3 * len(scales) > 0
 
 
 def test_the_command_prints_the_notes(folders: Path) -> None:
@@ -363,6 +390,17 @@ def test_the_command_overwrites_nothing(folders: Path, tmp_path: Path) -> None:
     assert "is a file; give a folder" in result.error
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(its.name for its in tmp_path.iterdir()) == ["file", "page.html"]
+
+
+def test_the_name_of_a_file_is_not_given_to_a_folder(folders: Path, tmp_path: Path) -> None:
+    for name in ("page.htm", "PAGE.HTML"):
+        result = command("analyse", folders / "lora", "--output", tmp_path / name)
+        assert result.code == 0, result.error
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    result = command("analyse", folders / "lora", "--output", tmp_path / "numbers.json")
+    assert result.code == 1
+    assert "is no page; --json prints the numbers" in result.error
+    assert not (tmp_path / "numbers.json").exists()
 
 
 def test_without_jinja2_the_extra_is_named_before_any_work(

@@ -21,7 +21,6 @@ from msplora.analysis.reading import read_adapter
 from msplora.errors import BaseModelError
 from msplora.loading import BaseOptions
 from oracle import levels_of, plan_of
-from runs import msplora as command
 from tiny import MODELS, llama
 
 
@@ -116,73 +115,6 @@ def test_a_pyramid_and_the_lora_that_it_is_have_the_same_updates(tmp_path: Path)
     for kind in comparison.kinds:
         assert kind.layers == (0, 1, 2, 3)
         np.testing.assert_allclose([kind.cosine, kind.columns, kind.rows], 1, rtol=1e-6)
-
-
-@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
-def test_an_encoder_is_compared_with_an_encoder(method: Any, tmp_path: Path) -> None:
-    """Kinds of two stacks may have one name and shape: beside itself an adapter is itself."""
-    model: Any = get_peft_model(MODELS["t5"].model(), method(target_modules=["q", "v"], r=4))
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_()
-    for name in ("one", "other"):
-        save(model, tmp_path / name)
-    found = msplora.analyse(tmp_path / "one/adapter", tmp_path / "other/adapter")
-    assert len(found.comparisons[0].kinds) == len(found.adapters[0].kinds)
-    for kind in found.comparisons[0].kinds:
-        np.testing.assert_allclose([kind.cosine, kind.columns, kind.rows], 1, rtol=1e-6)
-
-
-def test_layers_that_are_only_counted_are_not_laid_beside_numbered_ones(tmp_path: Path) -> None:
-    """Without the base nothing tells which block a pyramid's file skips; a LoRA's names do."""
-    from msplora.loading import write_json
-    from msplora.plain_lora import lora_of
-
-    model = adapted(exclude_modules=["model.layers.1.self_attn.q_proj"])
-    folder = save(model, tmp_path, MODELS["llama"].model())
-    tensors, config = lora_of(model)
-    (tmp_path / "lora").mkdir()
-    save_file(tensors, tmp_path / "lora" / WEIGHTS)
-    write_json(tmp_path / "lora/adapter_config.json", config)
-    for base, layers in ((None, {}), (str(tmp_path / "base"), {"q_proj": (0, 2, 3)})):
-        found = msplora.analyse(folder, tmp_path / "lora", base=base, intruder_vectors=0)
-        compared = {its.kind.rpartition(".")[2]: its for its in found.comparisons[0].kinds}
-        assert {name: its.layers for name, its in compared.items()} == {
-            **layers,
-            "v_proj": (0, 1, 2, 3),
-        }
-        said = " ".join(found.comparisons[0].notes)
-        assert ("1 kind(s) are not compared, such as self_attn.q_proj" in said) == (base is None)
-        for its in compared.values():
-            np.testing.assert_allclose([its.cosine, its.columns, its.rows], 1, rtol=1e-6)
-
-
-def test_two_adapters_that_have_nothing_in_common(tmp_path: Path) -> None:
-    query = save(adapted(target_modules=["q_proj"]), tmp_path / "query")
-    value = save(adapted(target_modules=["v_proj"]), tmp_path / "value")
-    found = msplora.analyse(query, value)
-    assert [its.name for its in found.adapters] == ["query/adapter", "value/adapter"]
-    assert found.comparisons[0].kinds == ()
-    assert found.comparisons[0].notes == ("They adapt no weight of the same place and shape.",)
-
-
-def test_what_is_left_out_of_a_comparison_is_said(tmp_path: Path) -> None:
-    folders = []
-    for name, layers in (("one", [0, 1]), ("other", [2, 3])):
-        folders.append(save(adapted(layers_to_transform=layers), tmp_path / name))
-        edit(folders[-1], base_model_name_or_path=str(tmp_path / name / "base"))
-    found = msplora.analyse(*folders)
-    (comparison,) = found.comparisons
-    bases, blocks = comparison.notes
-    assert "one/adapter names one/base, and other/adapter names other/base" in bases
-    assert str(tmp_path) not in bases
-    assert blocks.startswith("2 kind(s) are not compared, such as self_attn.q_proj")
-    assert "in different blocks" in blocks
-    page, out = found.to_html(), command("analyse", *folders).out
-    for note in comparison.notes:
-        assert note in page
-        assert f"· {note}" in out
 
 
 def test_an_untrained_adapter_has_no_shares_and_says_so(tmp_path: Path) -> None:
@@ -324,16 +256,6 @@ def test_what_the_file_alone_does_not_say_needs_the_base(tmp_path: Path) -> None
     (found,) = msplora.analyse(folder, base=str(tmp_path / "base"), intruder_vectors=0).adapters
     assert len(found.kinds[0].sites) == 4
     assert found.kinds[0].intruders is None
-
-
-def test_a_quantised_base_and_one_without_safetensors(tmp_path: Path) -> None:
-    folder = save(adapted(), tmp_path, MODELS["llama"].model())
-    base, file = str(tmp_path / "base"), tmp_path / "base/model.safetensors"
-    tensors = load_file(file)
-    save_file({key: its.to(torch.int8) for key, its in tensors.items()}, file)
-    refused(folder, base=base, match="int8: it is quantised")
-    file.unlink()
-    refused(folder, base=base, match="no weights in safetensors")
 
 
 @pytest.mark.parametrize("command", ["analyse", "doctor"])

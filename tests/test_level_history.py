@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import msplora as library
 from adapted_llama import LLAMA, adapted
-from msplora.analysis.history import checkpoint
+from msplora.analysis.history import checkpoint, read_record
 from msplora.errors import MSPLoraError
 from msplora.train.level_history import LevelHistory
 from msplora.train.settings import Settings
@@ -47,6 +49,19 @@ def test_a_finished_run_has_the_history_of_its_checkpoints(tmp_path: Path) -> No
     record.write_text(record.read_text()[:-20])
     with pytest.raises(MSPLoraError, match="is no record of a run's levels"):
         library.analyse(run)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", '"a"', "null", "[]"])
+@pytest.mark.parametrize("field", ["step", "norm", "rank"])
+def test_a_record_of_what_is_no_number_is_none(field: str, value: str, tmp_path: Path) -> None:
+    level = {"level": "lora", "norm": 1.0, "share": None, "effective_rank": 1, "stable_rank": 1.0}
+    point = {"step": 5, "levels": [level | {"rank": 2}], "coarser_columns": None}
+    text = json.dumps([point | {"coarser_rows": 0.5}])
+    (tmp_path / "levels.json").write_text(text)
+    assert len(read_record(tmp_path)) == 1
+    (tmp_path / "levels.json").write_text(re.sub(rf'("{field}": )[\d.]+', rf"\g<1>{value}", text))
+    with pytest.raises(MSPLoraError, match="is no record of a run's levels"):
+        read_record(tmp_path)
 
 
 def test_what_a_killed_process_did_not_record_is_made_up_for(tmp_path: Path) -> None:
@@ -131,7 +146,7 @@ def test_checkpoints_of_an_earlier_run_are_left_out(tmp_path: Path) -> None:
     (its,) = found.adapters
     assert [one.step for one in its.history] == [5, 10]
     assert any("2 checkpoint(s) have other levels" in note for note in its.notes)
-    assert any("step 7 (lora)" in note for note in its.notes)
+    assert any("step 7 (lora of rank 8)" in note for note in its.notes)
     assert "Over training" in found.to_html()
     shutil.rmtree(tmp_path / "checkpoint-5")
     (its,) = library.analyse(tmp_path).adapters
@@ -139,15 +154,50 @@ def test_checkpoints_of_an_earlier_run_are_left_out(tmp_path: Path) -> None:
     assert any("2 checkpoint(s) have other levels" in note for note in its.notes)
 
 
-def test_a_damaged_checkpoint_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"r": 8}, {"target_modules": ["v_proj"]}, {"target_modules": ["q_proj", "v_proj"]}]
+)
+def test_checkpoints_of_another_lora_are_left_out(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Every LoRA has the one level: its ranks and weights tell."""
+    config: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]}
+    for of_step, folder in ((config, ""), (config | changes, "checkpoint-5"), (config, "")):
+        lora: Any = get_peft_model(LLAMA.model(), LoraConfig(**of_step))
+        lora.save_pretrained(tmp_path / folder)
+    for step in (10, 20):
+        lora.save_pretrained(tmp_path / f"checkpoint-{step}")
+    (its,) = library.analyse(tmp_path).adapters
+    assert [one.step for one in its.history] == [10, 20]
+    assert any("1 checkpoint(s) have other levels, ranks or weights" in note for note in its.notes)
+
+
+def test_what_is_recorded_of_other_ranks_is_left_out(tmp_path: Path) -> None:
+    model = adapted(r=4)
+    recorder = LevelHistory(tmp_path, settings(tmp_path), lambda _: None)
+    for step, of_step in ((5, adapted(r=8)), (10, model), (20, model)):
+        of_step.save_pretrained(tmp_path / f"checkpoint-{step}")
+        recorder.on_save(None, state(step), None)
+    (its,) = library.analyse(tmp_path).adapters
+    assert [one.step for one in its.history] == [10, 20]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None:
+    """The adapter may be whole: of a run that diverged the best one was kept."""
     model = adapted()
-    for step in (5, 10):
-        model.save_pretrained(tmp_path / f"damaged/checkpoint-{step}")
-    for name in ("sound", "damaged"):
-        model.save_pretrained(tmp_path / name)
-    (tmp_path / "damaged/checkpoint-5/adapter_model.safetensors").write_bytes(b"cut")
-    folders = tmp_path / "sound", tmp_path / "damaged"
-    done: list[str] = []
-    with pytest.raises(MSPLoraError, match=r"checkpoint-5.* cannot be read"):
-        library.analyse(*folders, progress=lambda what, *_: done.append(what))
-    assert done == []
+    for step in (5, 10, 15, 20, 25):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-5/adapter_model.safetensors").write_bytes(b"cut")
+    for step, value in ((10, float("nan")), (15, 1e200)):
+        file = tmp_path / f"checkpoint-{step}/adapter_model.safetensors"
+        tensors = {name: its.double() for name, its in load_file(file).items()}
+        save_file({name: its.fill_(value) for name, its in tensors.items()}, file)
+    found = library.analyse(tmp_path)
+    (its,) = found.adapters
+    assert [one.step for one in its.history] == [20, 25]
+    (note,) = [note for note in its.notes if "cannot be shown" in note]
+    assert note.startswith("3 checkpoint(s) cannot be shown over training, such as that of step 5:")
+    assert "cannot be read" in note
+    found.to_json()
+    (tmp_path / "checkpoint-25").rename(tmp_path / "away")
+    (its,) = library.analyse(tmp_path).adapters
+    assert its.history == ()

@@ -63,9 +63,11 @@ class BaseOptions:
             dtype_named(self.dtype)
 
     @classmethod
-    def of(cls, base: str | BaseOptions | None) -> BaseOptions:
+    def of(cls, base: str | Path | BaseOptions | None) -> BaseOptions:
         """The options where a path, a hub id or nothing may stand for them."""
-        return base if isinstance(base, BaseOptions) else cls(base)
+        if isinstance(base, BaseOptions):
+            return base
+        return cls(None if base is None else str(base))
 
     def revision_for(self, config: Any) -> str | None:
         """Of the base: as asked, or as an adapter's config says of the base that it names."""

@@ -20,7 +20,7 @@ from transformers import DataCollatorWithPadding, default_data_collator
 from msplora.loading import BaseOptions
 from msplora.train.data_files import check_named
 from msplora.train.evaluation import image_rows, pair_judge, pair_rows, text_rows, token_rows
-from msplora.train.held_out_loss import autocast, pad_rows
+from msplora.train.held_out_loss import autocast, counted_pieces, pad_rows
 from msplora.train.levels import level_parameters
 from msplora.train.quiet import quiet_libraries
 from msplora.train.saved_run import SavedRun, open_run
@@ -161,11 +161,13 @@ def _of_tokens(run: SavedRun, ids: Tensor, mask: Tensor, labels: Tensor) -> Loss
     ids, mask, labels = (its.to(device) for its in (ids, mask, labels))
     with autocast(device.type, run.base.arithmetic):
         logits = run.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    labels = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().mT, labels, ignore_index=IGNORED, reduction="none"
-    )
-    return losses.double().sum(-1).cpu(), (labels != IGNORED).double().sum(-1).cpu()
+    losses = [
+        F.cross_entropy(scores, token, reduction="none").double().cpu()
+        for scores, token in counted_pieces(logits, labels)
+    ]
+    counts = (labels[:, 1:] != IGNORED).sum(-1).cpu()
+    by_row = torch.cat(losses).split(counts.tolist())
+    return torch.stack([its.sum() for its in by_row]), counts.double()
 
 
 @torch.no_grad()

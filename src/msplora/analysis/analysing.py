@@ -15,10 +15,10 @@ from msplora.loading import BaseOptions, adapter_folder
 from .against_base import with_base
 from .base import Base
 from .comparing import compare
-from .history import History, checkpoint_folders, measured, read_history
+from .history import checkpoint_folders, over_training, read_history
 from .kinds import analyse_kind
 from .reading import read_adapter
-from .results import Ablation, AdapterResult, Analysis, Checkpoint, KindResult
+from .results import Ablation, AdapterResult, Analysis, KindResult
 from .stored import StoredAdapter
 from .summary import summarise
 from .too_large import check_norms, products_that_are_numbers
@@ -29,9 +29,9 @@ Progress = Callable[[str, int, int], None]
 
 def analyse(
     *adapters: str | Path,
-    base: str | BaseOptions | None = None,
+    base: str | Path | BaseOptions | None = None,
     intruder_vectors: int = 10,
-    data: str | None = None,
+    data: str | Path | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Analysis:
@@ -60,26 +60,28 @@ def analyse(
     """
     if not adapters:
         raise MSPLoraError("there is no adapter to analyse: give the folder of at least one.")
-    options = BaseOptions(base) if isinstance(base, str) else base
+    if intruder_vectors < 0:
+        raise MSPLoraError(f"intruder_vectors is {intruder_vectors}: it has to be 0 or more.")
+    options = BaseOptions.of(base)
+    rows = None if data is None else str(data)
     report = progress or _silent
     paths = [Path(path).expanduser() for path in adapters]
     names = _names(paths)
     # All is read before anything is computed: what is wrong with the last is said at once.
     folders = [_folder(path) for path in paths]
     read = [read_adapter(folder, options) for folder in folders]
-    for _, its_base in read:
+    for adapter, its_base in read:
         if its_base is not None:
-            its_base.check_weights()
+            its_base.check_weights(site.key for kind in adapter.kinds for site in kind.sites)
     said = _decompositions([its for its, of in read if of is not None], intruder_vectors)
     if said and notify is not None:
         notify(said)
     histories = [
-        read_history(path, adapter.levels, options)
-        for path, (adapter, _) in zip(paths, read, strict=True)
+        read_history(path, adapter, options) for path, (adapter, _) in zip(paths, read, strict=True)
     ]
     # Before the rest, of all adapters: it loads most, and so may fail.
     ablations = [
-        _ablation(adapter.path, data, options, partial(report, f"{name}: data"))
+        _ablation(adapter.path, rows, options, partial(report, f"{name}: data"))
         for name, (adapter, _) in zip(names, read, strict=True)
     ]
     results = []
@@ -87,6 +89,7 @@ def analyse(
         names, paths, read, histories, ablations, strict=True
     ):
         kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
+        course, of_course = over_training(history, partial(report, f"{name}: checkpoints"))
         results.append(
             AdapterResult(
                 name=name,
@@ -99,9 +102,9 @@ def analyse(
                     [list(site.levels.values()) for kind in kinds for site in kind.sites],
                 ),
                 kinds=kinds,
-                history=_history(history, partial(report, f"{name}: checkpoints")),
+                history=course,
                 ablation=ablation,
-                notes=(*adapter.notes, *history.notes, *_notes(adapter, kinds, its_base)),
+                notes=(*adapter.notes, *of_course, *_notes(adapter, kinds, its_base)),
             )
         )
     pairs = list(combinations(range(len(read)), 2))
@@ -171,7 +174,8 @@ def _kinds(
     for kind in adapter.kinds:
         with products_that_are_numbers(adapter.path, kind.name):
             its = analyse_kind(kind, adapter.levels)
-            check_norms(adapter.path, its.sites)
+            for site in its.sites:
+                check_norms(adapter.path, site.key, [site.update, *site.levels.values()])
             advance(len(kind.sites))
             if base is not None:
                 its = with_base(its, kind, base, intruder_vectors, advance)
@@ -179,16 +183,8 @@ def _kinds(
     return tuple(found)
 
 
-def _history(history: History, report: Callable[[int, int], None]) -> tuple[Checkpoint, ...]:
-    found = dict(history.recorded)
-    for done, (step, adapter) in enumerate(history.stored.items(), start=1):
-        found[step] = measured(step, adapter)
-        report(done, len(history.stored))
-    return tuple(found[step] for step in sorted(found))
-
-
 def _ablation(
-    folder: Path, data: str | None, base: BaseOptions | None, report: Callable[[int, int], None]
+    folder: Path, data: str | None, base: BaseOptions, report: Callable[[int, int], None]
 ) -> Ablation | None:
     if data is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from msplora.parameters import shape_of
 from msplora.pyramid import Shape
 
 from .weight_files import download_weights, weight_files
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""What is not stored in one of these is quantised."""
+_WEIGHTS = ("weight", "in_proj_weight")
+_PACKED = ("qweight", "weight_packed")
+"""In place of a weight: GPTQ's and AWQ's, compressed-tensors'."""
 
 
 class Base:
@@ -60,17 +67,13 @@ class Base:
         name = self._stored(key)
         if name is None:
             return None
-        file = self._files[name]
+        self._refuse_quantised(name)
+        file, _ = self._files[name]
         try:
             with safe_open(file, framework="pt") as opened:
                 weight = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BaseModelError(f"{str(file)!r} cannot be read: {error}.") from error
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise BaseModelError(
-                f"the base {self.source!r} stores {name!r} as {str(weight.dtype).split('.')[-1]}: "
-                f"it is quantised. Pass --base with the model that it was made from."
-            )
         if not bool(weight.isfinite().all()):
             raise BaseModelError(
                 f"{str(file)!r}: {name!r} holds values that are not finite. The file is damaged, "
@@ -85,7 +88,7 @@ class Base:
         """The name in the files of a module's weight, or of the one that it is tied to."""
         prefix = getattr(self.model, "base_model_prefix", "") + "."
         for path in (key, *self._tied_to(key)):
-            names = [f"{path}.weight", f"{path}.in_proj_weight", path]
+            names = [path, *(f"{path}.{end}" for end in (*_WEIGHTS, *_PACKED))]
             names += [its.removeprefix(prefix) for its in names] + [prefix + its for its in names]
             for name in names:
                 if name in self._files:
@@ -119,17 +122,30 @@ class Base:
         except TargetError:
             return None
 
-    def check_weights(self) -> None:
-        """Refuse a base whose weights cannot be read one by one.
+    def check_weights(self, keys: Iterable[str]) -> None:
+        """Refuse a base whose weights cannot be read one by one, by the heads of its files.
+
+        Args:
+            keys: the paths of the modules whose weights will be read.
 
         Raises:
-            BaseModelError: it has none in safetensors.
+            BaseModelError: it has none in safetensors, or they are quantised.
         """
-        _ = self._files
+        for name in map(self._stored, keys):
+            if name is not None:
+                self._refuse_quantised(name)
+
+    def _refuse_quantised(self, name: str) -> None:
+        _, dtype = self._files[name]
+        if dtype not in _FLOATS:
+            raise BaseModelError(
+                f"the base {self.source!r} stores {name!r} as {dtype}: it is quantised. Pass "
+                f"--base with the model that it was made from."
+            )
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        """Name of a tensor → the file it is in."""
+    def _files(self) -> dict[str, tuple[Path, str]]:
+        """Name of a tensor → the file it is in, and its dtype as safetensors has it."""
         folder = Path(self.source)
         if not folder.is_dir():
             with loading_errors_explained(self.source):
@@ -144,5 +160,6 @@ class Base:
         found = {}
         for file in files:
             with loading_errors_explained(self.source), safe_open(file, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
+                for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    found[name] = file, str(opened.get_slice(name).get_dtype())
         return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from .results import Number
 
@@ -86,6 +87,7 @@ def line_chart(
     *,
     log: bool = False,
     share: bool = False,
+    beside: Iterable[Number] = (),
 ) -> Chart:
     """Lay out a chart.
 
@@ -97,8 +99,10 @@ def line_chart(
         series: the lines; None is a gap.
         log: a logarithmic y-axis, on which zero and what is far below the rest is a gap.
         share: values are shares: the axis is in percent, and reaches from 0 (or the lowest) to 1.
+        beside: values of charts that stand beside this one, whose axis is the same.
     """
-    found = [its for one in series for its in one.values if its is not None]
+    values = chain(beside, *(one.values for one in series))
+    found = [its for its in values if its is not None]
     low, high = _range(found, log, share)
     span = math.log10(high / low) if log else high - low
     x_low, x_high = (x[0], x[-1]) if x else (0, 1)

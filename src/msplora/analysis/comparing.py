@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,17 +19,23 @@ from .stored import StoredAdapter, StoredKind, StoredSite
 def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) -> Comparison:
     """Layer by layer, kinds of the same name and shape; what is left out is noted."""
     found: list[KindComparison] = []
-    uncertain: list[str] = []
-    apart: list[str] = []
+    out = _LeftOut()
     for kind in first.kinds:
         other = _counterpart(kind, first, second)
         its = None if other is None else _compare(kind, other)
-        if its:
+        if other is None:
+            out.alone.append(kind.name)
+        elif its is None:
+            (out.uncertain if kind.counted or other.counted else out.apart).append(kind.name)
+        else:
             found.append(its)
-        elif other is not None:
-            (uncertain if kind.counted or other.counted else apart).append(kind.name)
-    notes = [*_bases(first, second, names), *_left_out(uncertain, apart)]
-    if not found and not uncertain and not apart:
+            if not len(its.layers) == len(kind.sites) == len(other.sites):
+                out.layers.append(kind.name)
+    out.alone += [kind.name for kind in second.kinds if _counterpart(kind, second, first) is None]
+    notes = [*_bases(first, second, names)]
+    if found or out.uncertain or out.apart:
+        notes += out.notes()
+    else:
         notes.append("They adapt no weight of the same place and shape.")
     return Comparison(*names, tuple(found), tuple(notes))
 
@@ -45,19 +52,37 @@ def _bases(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str]) 
     ]
 
 
-def _left_out(uncertain: list[str], apart: list[str]) -> list[str]:
-    notes = []
-    if uncertain:
-        notes.append(
-            f"{len(uncertain)} kind(s) are not compared, such as {uncertain[0]}: the numbers of "
-            f"their blocks are only counted from the file. Pass --base, which knows them."
+@dataclass
+class _LeftOut:
+    """The names of kinds that are not compared, or not all of whose layers are, by the reason."""
+
+    uncertain: list[str] = field(default_factory=list[str])
+    apart: list[str] = field(default_factory=list[str])
+    alone: list[str] = field(default_factory=list[str])
+    layers: list[str] = field(default_factory=list[str])
+
+    def notes(self) -> list[str]:
+        """A sentence for each reason."""
+        reasons = (
+            (
+                self.uncertain,
+                "kind(s) are not compared",
+                "the numbers of their blocks are only counted from the file. Pass --base, which "
+                "knows them.",
+            ),
+            (self.apart, "kind(s) are not compared", "they adapt them in different blocks."),
+            (
+                self.alone,
+                "kind(s) are not compared",
+                "only one of the two adapts them, or in another shape.",
+            ),
+            (
+                self.layers,
+                "kind(s) are compared in some layers",
+                "only one of the two adapts the others.",
+            ),
         )
-    if apart:
-        notes.append(
-            f"{len(apart)} kind(s) are not compared, such as {apart[0]}: they adapt them in "
-            f"different blocks."
-        )
-    return notes
+        return [f"{len(its)} {what}, such as {its[0]}: {why}" for its, what, why in reasons if its]
 
 
 def _counterpart(kind: StoredKind, first: StoredAdapter, second: StoredAdapter) -> Any:

@@ -35,9 +35,20 @@ def weights(adapter: AdapterResult) -> list[Weight]:
     return [Weight(name, tuple(kinds)) for name, kinds in found.items()]
 
 
-def drawn(adapter: AdapterResult) -> list[KindResult]:
-    """The kinds to draw: of many experts those with the smallest, median and largest update."""
-    return _few(adapter.kinds, lambda kind: kind.name, norm)
+def drawn(adapter: AdapterResult, adapters: Sequence[AdapterResult]) -> list[KindResult]:
+    """The kinds to draw: of many experts those with the smallest, median and largest update.
+
+    Those that all adapters have come first, in one order, so that they stand beside each other.
+    """
+    first, found = (_few(its.kinds, lambda kind: kind.name, norm) for its in (adapters[0], adapter))
+    common = [kind.name for kind in first if all(named(its, kind.name) for its in adapters)]
+    places = {name: place for place, name in enumerate(common)}
+    return sorted(found, key=lambda kind: places.get(kind.name, len(places)))
+
+
+def named(adapter: AdapterResult, name: str) -> list[KindResult]:
+    """The kind of that name, if the adapter has it."""
+    return [kind for kind in adapter.kinds if kind.name == name]
 
 
 def compared(kinds: Sequence[KindComparison]) -> list[KindComparison]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from msplora.errors import AdapterFileError, BaseModelError
+from msplora.errors import AdapterFileError, BaseModelError, MSPLoraError
 from msplora.loading import CONFIG_FILE, BaseOptions
 
 from .kinds import KindUpdates, coarser, level_measures
 from .reading import read_adapter
-from .results import Checkpoint, LevelSummary, mean
+from .results import Checkpoint, LevelSummary, Number, mean
 from .stored import StoredAdapter
 from .summary import summarise
+from .too_large import check_norms, products_that_are_numbers
 
 RECORD = "levels.json"
 """What `msplora train` leaves of the checkpoints that it drops."""
@@ -29,6 +32,8 @@ class History:
     """Step → what its run recorded."""
     stored: Mapping[int, StoredAdapter]
     """Step → a checkpoint that is there, and is not recorded."""
+    damaged: Mapping[int, MSPLoraError]
+    """Step → why a checkpoint that is there cannot be read."""
     notes: tuple[str, ...] = ()
     """What the reader of the figures should know, in sentences."""
 
@@ -53,38 +58,78 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_NAME))
 
 
-def read_history(path: Path, levels: tuple[str, ...], base: BaseOptions | None = None) -> History:
+def read_history(path: Path, adapter: StoredAdapter, base: BaseOptions | None = None) -> History:
     """Read the checkpoints of an adapter, where there are several.
 
-    A folder may hold those of an earlier run: what has other levels is left out.
+    A folder may hold those of an earlier run: what has other levels, ranks or weights is left out.
+    So is what cannot be read: the adapter itself may be whole.
 
     Args:
         path: the folder of the adapter or its run.
-        levels: the adapter's.
+        adapter: what was found there.
         base: asked for where a file alone does not say which weights share.
 
     Raises:
-        MSPLoraError: a checkpoint, or the record of them, cannot be read.
+        AdapterFileError: the record of the checkpoints is none.
     """
     recorded = {its.step: its for its in _recorded(path)}
     folders = [its for its in checkpoint_folders(path) if step_of(its) not in recorded]
     if len(recorded) + len(folders) < 2:
-        return History({}, {})
-    stored = {step_of(folder): _read(folder, base) for folder in folders}
-    names = {step: tuple(its.level for its in one.levels) for step, one in recorded.items()}
-    names |= {step: its.levels for step, its in stored.items()}
-    others = [step for step in sorted(names) if names[step] != levels]
+        return History({}, {}, {})
+    stored: dict[int, StoredAdapter] = {}
+    damaged: dict[int, MSPLoraError] = {}
+    for folder in folders:
+        try:
+            stored[step_of(folder)] = _read(folder, base)
+        except MSPLoraError as error:
+            damaged[step_of(folder)] = error
+    ranks = {step: {its.level: its.rank for its in one.levels} for step, one in recorded.items()}
+    ranks |= {step: its.ranks for step, its in stored.items()}
+    others = [
+        step
+        for step in sorted(ranks)
+        if list(ranks[step].items()) != list(adapter.ranks.items())
+        or (step in stored and stored[step].shapes != adapter.shapes)
+    ]
     notes = []
     if others:
+        of_first = ", ".join(f"{level} of rank {its}" for level, its in ranks[others[0]].items())
         notes.append(
-            f"{len(others)} checkpoint(s) have other levels than the adapter, such as that of step "
-            f"{others[0]} ({', '.join(names[others[0]])}): they are another run's, and are not "
+            f"{len(others)} checkpoint(s) have other levels, ranks or weights than the adapter, "
+            f"such as that of step {others[0]} ({of_first}): they are another run's, and are not "
             f"shown over training."
         )
     recorded = {step: its for step, its in recorded.items() if step not in others}
     stored = {step: its for step, its in stored.items() if step not in others}
-    several = len(recorded) + len(stored) > 1
-    return History(recorded, stored, tuple(notes)) if several else History({}, {}, tuple(notes))
+    if len(recorded) + len(stored) < 2:  # one is no course
+        recorded, stored = {}, {}
+    return History(recorded, stored, damaged, tuple(notes))
+
+
+def over_training(
+    history: History, report: Callable[[int, int], None]
+) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
+    """Measure what is not recorded, and note what cannot be measured.
+
+    Returns:
+        The checkpoints by their step, and what the reader of the figures should know.
+    """
+    found, damaged = dict(history.recorded), dict(history.damaged)
+    for done, (step, adapter) in enumerate(history.stored.items(), start=1):
+        try:
+            found[step] = measured(step, adapter)
+        except MSPLoraError as error:
+            damaged[step] = error
+        report(done, len(history.stored))
+    notes = list(history.notes)
+    if damaged:
+        first = min(damaged)
+        notes.append(
+            f"{len(damaged)} checkpoint(s) cannot be shown over training, such as that of step "
+            f"{first}: {damaged[first]}"
+        )
+    course = tuple(found[step] for step in sorted(found))
+    return course if len(course) > 1 else (), tuple(notes)
 
 
 def checkpoint(folder: Path, base: BaseOptions | None = None) -> Checkpoint:
@@ -98,12 +143,20 @@ def checkpoint(folder: Path, base: BaseOptions | None = None) -> Checkpoint:
 
 
 def measured(step: int, adapter: StoredAdapter) -> Checkpoint:
-    """What is followed over training, of an adapter as it was at a step."""
+    """What is followed over training, of an adapter as it was at a step.
+
+    Raises:
+        AdapterFileError: an update is too large for a number.
+    """
     measures, columns, rows = [], [], []
     for kind in adapter.kinds:
-        updates = KindUpdates(kind, adapter.levels)
-        measures += level_measures(updates)
-        overlap = coarser(updates)
+        with products_that_are_numbers(adapter.path, kind.name):
+            updates = KindUpdates(kind, adapter.levels)
+            of_kind = level_measures(updates)
+            overlap = coarser(updates)
+        for of_site in of_kind:
+            check_norms(adapter.path, kind.name, of_site)
+        measures += of_kind
         if overlap is not None:
             columns += overlap.columns
             rows += overlap.rows
@@ -137,10 +190,10 @@ def read_record(folder: Path) -> list[Checkpoint]:
         content = json.loads(file.read_text(encoding="utf-8"))
         return [
             Checkpoint(
-                its["step"],
-                tuple(LevelSummary(**level) for level in its["levels"]),
-                its["coarser_columns"],
-                its["coarser_rows"],
+                int(_number(its["step"])),
+                tuple(_level(level) for level in its["levels"]),
+                _number_or_none(its["coarser_columns"]),
+                _number_or_none(its["coarser_rows"]),
             )
             for its in content
         ]
@@ -149,3 +202,21 @@ def read_record(folder: Path) -> list[Checkpoint]:
             f"{str(file)!r} is no record of a run's levels ({type(error).__name__}: {error}). Move "
             f"it away: without it the adapter is analysed as it is."
         ) from error
+
+
+def _level(of: Mapping[str, Any]) -> LevelSummary:
+    figures = ("share", "effective_rank", "stable_rank")
+    checked = {name: _number_or_none(of[name]) for name in figures}
+    its = {**of, **checked, "norm": _number(of["norm"]), "rank": int(_number(of["rank"]))}
+    return LevelSummary(**its)
+
+
+def _number_or_none(value: Any) -> Number:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> float:
+    """A finite number; JSON's readers take NaN too, and its writers and charts do not."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return value
+    raise ValueError(f"{value!r} is no number")

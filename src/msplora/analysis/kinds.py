@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msplora.spectrum import is_nothing
 
-from .chance import random_principal_cosines
+from .chance import explained_of_turned, random_principal_cosines
 from .measures import (
     Updates,
     cosines,
@@ -19,7 +19,6 @@ from .measures import (
     effective_ranks,
     explained_by_a_pair,
     explained_by_a_space,
-    explained_of_unlike,
     inside,
     joint_span,
     layer_cosines,
@@ -125,14 +124,18 @@ def analyse_kind(kind: StoredKind, levels: tuple[str, ...]) -> KindResult:
     of_levels, overlaps_of_levels = level_measures(updates), decoupling(updates)
     total = updates.total()
     del updates  # each is as large as the kind's factors
+    sites = _sites(kind, total, levels, of_levels)
     several = len(kind.sites) > 1 and bool((total.values[:, 0] > 0).any())
+    similarity = _similarity(kind, total) if several else None
+    found, values = _explained(total) if several else (), total.values
+    del total
     return KindResult(
         kind.name,
         kind.out_features,
         kind.in_features,
-        _sites(kind, total, levels, of_levels),
-        _similarity(kind, total) if several else None,
-        _shared(total) if several else None,
+        sites,
+        similarity,
+        Shared(*found, *_explained_by_chance(kind, values)) if found else None,
         overlaps_of_levels,
     )
 
@@ -222,17 +225,20 @@ def _between(spans_LPK: Tensor) -> tuple[Matrix, Numbers]:
     return matrix(overlaps(spans_LPK, spans_LPK)), numbers(mean_principal_cosines(spans_LPK))
 
 
-def _shared(total: Updates) -> Shared:
+def _explained(total: Updates) -> tuple[Numbers, Numbers, Numbers]:
+    """By one space of columns, of rows, and by one pair."""
     left, values, right = total
     ranks = values.shape[-1]  # what each layer has now
-    unlike = explained_of_unlike(values)[:ranks]
-    return Shared(
+    return (
         numbers(explained_by_a_space(left, values)[:ranks]),
         numbers(explained_by_a_space(right, values)[:ranks]),
         numbers(explained_by_a_pair(total)[:ranks]),
-        numbers(unlike),
-        numbers(unlike / len(values)),
     )
+
+
+def _explained_by_chance(kind: StoredKind, values_LK: Tensor) -> tuple[Numbers, Numbers, Numbers]:
+    columns, rows, pair = explained_of_turned(values_LK, kind.out_features, kind.in_features)
+    return numbers(columns), numbers(rows), numbers(pair)
 
 
 def decoupling(updates: KindUpdates) -> tuple[LevelOverlap, ...]:

@@ -230,22 +230,10 @@ def explained_by_a_pair(updates: Updates) -> Tensor:
     return _cumulated(_gram_of_sum(updates), updates.values.square().sum() * len(updates.values))
 
 
-def explained_of_unlike(values_LK: Tensor) -> Tensor:
-    """For k = 1 …: what one space of rank k explains of updates that are orthogonal, (L K,).
-
-    Then every singular vector of a layer is one of all layers together, and the best are those of
-    the largest values. Whatever the spaces are, no less is explained. Of one pair it is a part of
-    1 / L of that: the mean of L orthogonal updates has their values, over L.
-    """
-    squares = values_LK.square().flatten().sort(descending=True).values
-    total = squares.sum()
-    return squares.cumsum(0) / torch.where(total > 0, total, math.nan)
-
-
 def _gram_of_sum(updates: Updates) -> Tensor:
     """``M Mᵀ`` of the sum M of all layers' updates: (P, P)."""
     left, values, right = updates
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    total = left.new_zeros(left.shape[1], right.shape[1])
     for its_left, its_values, its_right in zip(left, values, right, strict=True):
         total.addmm_(its_left * its_values, its_right.mT)
     return total @ total.mT

@@ -16,7 +16,11 @@ PAGE, NUMBERS = "analysis.html", "analysis.json"
 
 def files_of(output: Path) -> list[Path]:
     """What is written for an output: the page alone, or the page and the numbers."""
-    return [output] if output.suffix == ".html" else [output / PAGE, output / NUMBERS]
+    return [output] if _is_page(output) else [output / PAGE, output / NUMBERS]
+
+
+def _is_page(output: Path) -> bool:
+    return output.suffix.lower() in (".html", ".htm")
 
 
 def check_free(output: Path, force: bool) -> None:
@@ -26,9 +30,14 @@ def check_free(output: Path, force: bool) -> None:
         OutputError: a file would be overwritten and `force` is not set, or the place cannot be
             written to.
     """
-    if output.suffix == ".html":
+    if _is_page(output):
         check_page_free(output, force)
         return
+    if output.suffix.lower() == ".json" and not output.is_dir():
+        raise OutputError(
+            f"the output {str(output)!r} is no page; --json prints the numbers. Give a page that "
+            f"ends in .html, or a folder for the page and the numbers."
+        )
     if output.exists() and not output.is_dir():
         raise OutputError(
             f"the output {str(output)!r} is a file; give a folder, or a page that ends in .html."

@@ -15,6 +15,8 @@ from msplora.config import MSPLoraConfig
 from msplora.config_file import lora_or_pyramid
 from msplora.errors import UnsupportedError
 from msplora.loading import BaseOptions
+from msplora.page.environment import short
+from msplora.same_source import same_source
 
 from .base import Base
 from .on_disk import TensorsOnDisk
@@ -51,6 +53,11 @@ def read_adapter(
         )
     tensors = TensorsOnDisk(folder)
     found = Base(base, config) if base and base.source else None
+    if found is not None and getattr(config, "layer_replication", None):
+        raise UnsupportedError(
+            f"{str(folder)!r} repeats layers of its base (layer_replication), so that its weights "
+            f"have other names than the base's files. Analyse it without --base."
+        )
     is_pyramid = isinstance(config, MSPLoraConfig)
     if not is_pyramid:
         kinds = lora_kinds(tensors, config, found)
@@ -67,7 +74,11 @@ def read_adapter(
         base=config.base_model_name_or_path or None,
         levels=levels,
         kinds=kinds,
-        notes=tuple(_notes(config, tensors, any(kind.counted for kind in kinds))),
+        notes=(
+            *_notes(config, tensors, any(kind.counted for kind in kinds)),
+            *_other_base(config, found),
+        ),
+        shapes={name: tuple(its.shape) for name, its in tensors.shapes.items() if _factor(name)},
     )
     return adapter, found
 
@@ -80,10 +91,27 @@ def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
             "adapter's only where that has no gaps: where the adapter skips blocks, "
             "layer 3 is the fourth that is adapted."
         )
-    others = [key for key in tensors if ".lora_" not in key and ".msplora_" not in key]
+    others = [key for key in tensors if not _factor(key)]
     if others:
         notes.append(
             f"{len(others)} more tensor(s) in the file, such as {others[0]}, are no low-rank "
             f"update and are not looked at: a head, biases or trained tokens."
         )
     return [*notes, *beside_the_product(config, tensors)]
+
+
+def _other_base(config: Any, base: Base | None) -> list[str]:
+    """That the base has another name than the one in the config: shapes that fit prove little."""
+    named = config.base_model_name_or_path
+    if base is None or not named or same_source(named, base.source):
+        return []
+    return [
+        f"It names the base {short(named)}, and is measured against {short(base.source)}. Unless "
+        f"these are one model in two places, relative norms and intruder dimensions are not those "
+        f"of what was trained."
+    ]
+
+
+def _factor(name: str) -> bool:
+    """Whether a tensor is of a low-rank update, and no head's, bias or token's."""
+    return ".lora_" in name or ".msplora_" in name

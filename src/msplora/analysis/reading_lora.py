@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,8 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
     for key, asked in _asked(factors, tensors, config, base).items():
         names = factors[key]
         a, b = (tensors.shapes[name] for name in names)
-        for number, (site, a_RI, b_OR) in enumerate(_as_sites(asked, a, b)):
+        matrices = _as_sites(asked, a, b)
+        for number, (site, a_RI, b_OR) in enumerate(matrices):
             fit = a_RI.ndim == b_OR.ndim == 2 and a_RI.shape[0] == b_OR.shape[1]
             if not fit:
                 raise AdapterFileError(
@@ -46,7 +47,8 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
             rank, in_features = a_RI.shape
             _check_rank(rank, asked, key, tensors.path)
             its = "lora", 0, asked.scale(rank)
-            pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], read)
+            parameters = (a.numel() + b.numel()) // len(matrices)
+            pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], parameters, read)
         if asked.is_parameter and len(a) % asked.rank:
             raise AdapterFileError(
                 f"{tensors.path}: A {tuple(a.shape)} of {key!r} is of no whole number of experts "
@@ -55,9 +57,9 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
             )
         if base is not None:
             _check_fit(asked, a, b, base, tensors.path)
-    sites = []
+    sites, is_wrapped = [], wrapped(pairs)
     for key, pair in pairs.items():
-        stack, block, kind = place_of(key, config, base)
+        stack, block, kind = place_of(key, config, base, is_wrapped)
         shape = Shape("linear", pair.out_features, pair.in_features)
         sites.append(Site(key, stack, kind, block, shape))
     # The level is only there to have the kinds named and ordered as a plan's are.
@@ -145,14 +147,34 @@ def _as_sites(asked: Asked, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Ten
     return [(asked.name, *as_matrices(a, b, groups=groups))]
 
 
-def place_of(key: str, config: Any, base: Base | None) -> tuple[str, int | None, str]:
-    """The stack, the block's number and the kind; without the base, by the outermost number."""
+def wrapped(keys: Iterable[str]) -> bool:
+    """Whether the model is one part of an `nn.Sequential`, as sentence-transformers' are.
+
+    Then all paths begin with one number, and are of blocks further in.
+    """
+    names = [key.split(".") for key in keys]
+    first = {its[0] for its in names}
+    inside = any(name.isdigit() for its in names for name in its[1:])
+    return inside and len(first) == 1 and first.pop().isdigit()
+
+
+def place_of(
+    key: str, config: Any, base: Base | None, is_wrapped: bool = False
+) -> tuple[str, int | None, str]:
+    """The stack, the block's number and the kind; without the base, by the outermost number.
+
+    Args:
+        key: the path.
+        config: PEFT's.
+        base: the base, where it is known.
+        is_wrapped: the path begins with a number that is no block's.
+    """
     if base is not None:
         path = key.partition("[")[0]
         stack, block, kind = place(base.model, path, config.layers_pattern)
         return stack, block, kind + key[len(path) :]
     names = key.split(".")
-    numbers = [at for at, name in enumerate(names) if name.isdigit()]
+    numbers = [at for at, name in enumerate(names) if name.isdigit() and at >= is_wrapped]
     if not numbers:
         return key, None, key
     at = numbers[0]

@@ -187,7 +187,8 @@ def _pair(
     a, b = (tensors.shapes[name] for name in names)
     a_RI, b_OR = matrices_of(a, b, experts, expert)
     rank, in_features = a_RI.shape
-    return StoredPair(level, group, scale, rank, in_features, b_OR.shape[0], read)
+    parameters = (a.numel() + b.numel()) // experts
+    return StoredPair(level, group, scale, rank, in_features, b_OR.shape[0], parameters, read)
 
 
 def _addresses(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:

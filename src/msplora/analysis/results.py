@@ -104,11 +104,11 @@ class Shared:
     """One space of inputs, with each layer's own columns."""
     pair: Numbers
     """One pair (A, B), the same update for every layer, as a pyramid's first level."""
-    unlike: Numbers
-    """What `columns` and `rows` would be of layers with nothing in common, whose spaces are
-    orthogonal: the k largest squared singular values of all layers, over the sum of all."""
-    unlike_pair: Numbers
-    """What `pair` would be then: a part of 1 / layers of that."""
+    random_columns: Numbers
+    """What `columns` would be of updates with these singular values and random singular vectors: a
+    mean over draws."""
+    random_rows: Numbers
+    random_pair: Numbers
 
 
 @dataclass(frozen=True)
@@ -308,11 +308,11 @@ class Analysis:
         return render(self)
 
     def write(self, output: str | Path, *, force: bool = False) -> list[Path]:
-        """Write the page to a file that ends in .html; or the page and the JSON to a folder.
+        """Write the page to a file that ends in .html or .htm; or page and JSON to a folder.
 
         Args:
             output: the file or folder.
-            force: replace what an earlier analysis wrote there.
+            force: replace the files that are there.
 
         Returns:
             The files written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .charts import Chart, Series, line_chart, style_of
-from .experts import Weight, compared, norm
+from .experts import Weight, compared, named, norm
 from .results import (
     AdapterResult,
     Comparison,
@@ -17,34 +17,54 @@ from .results import (
     SiteResult,
 )
 
+_SUM = "sum of all"
+"""Of a layer's levels; none of them can be called so."""
+
 
 def layers_of(kind: KindResult) -> list[int]:
     """The numbers of a kind's blocks; 0 outside every list of blocks."""
     return [site.layer or 0 for site in kind.sites]
 
 
-def norms(kind: KindResult, levels: Sequence[str]) -> Chart:
+Adapters = Sequence[AdapterResult]
+"""All of a page: a chart has the scale of those of the same kind that stand beside it."""
+
+
+def _sites(kind: KindResult, adapters: Adapters) -> list[SiteResult]:
+    """The sites of a kind, and of those of its name in all adapters."""
+    beside = [its for adapter in adapters for its in named(adapter, kind.name)]
+    return [site for its in (kind, *beside) for site in its.sites]
+
+
+def _measures(kind: KindResult, adapters: Adapters) -> list[Measures]:
+    """Of the updates of these sites and their levels."""
+    return [its for site in _sites(kind, adapters) for its in (site.update, *site.levels.values())]
+
+
+def norms(kind: KindResult, levels: Sequence[str], adapters: Adapters = ()) -> Chart:
     """The norm of every level's update, layer by layer."""
     series = [
         Series(level, [site.levels[level].norm for site in kind.sites], style_of(place))
         for place, level in enumerate(levels)
     ]
     if len(levels) > 1:
-        series.append(Series("sum", [site.update.norm for site in kind.sites], "ref"))
-    return line_chart(f"{kind.name}: norm", "layer", "‖s·BA‖", layers_of(kind), series)
+        series.append(Series(_SUM, [site.update.norm for site in kind.sites], "ref"))
+    beside = [its.norm for its in _measures(kind, adapters)]
+    title = f"{kind.name}: norm"
+    return line_chart(title, "layer", "‖s·BA‖", layers_of(kind), series, beside=beside)
 
 
-def effective_ranks(kind: KindResult, levels: Sequence[str]) -> Chart:
+def effective_ranks(kind: KindResult, levels: Sequence[str], adapters: Adapters = ()) -> Chart:
     """The effective rank of every level's update, layer by layer."""
     series = [
         Series(level, [site.levels[level].effective_rank for site in kind.sites], style_of(place))
         for place, level in enumerate(levels)
     ]
     if len(levels) > 1:
-        series.append(Series("sum", [site.update.effective_rank for site in kind.sites], "ref"))
-    return line_chart(
-        f"{kind.name}: effective rank", "layer", "effective rank", layers_of(kind), series
-    )
+        series.append(Series(_SUM, [site.update.effective_rank for site in kind.sites], "ref"))
+    beside = [its.effective_rank for its in _measures(kind, adapters)]
+    title = f"{kind.name}: effective rank"
+    return line_chart(title, "layer", "effective rank", layers_of(kind), series, beside=beside)
 
 
 def figures(kind: KindResult, levels: Sequence[str]) -> list[tuple[str, str, Measures]]:
@@ -57,7 +77,7 @@ def figures(kind: KindResult, levels: Sequence[str]) -> list[tuple[str, str, Mea
     for site in kind.sites:
         layer = site.key if site.layer is None else str(site.layer)
         rows += [(layer, level, site.levels[level]) for level in levels]
-        rows += [(layer, "sum", site.update)] if len(levels) > 1 else []
+        rows += [(layer, _SUM, site.update)] if len(levels) > 1 else []
     return rows
 
 
@@ -69,19 +89,25 @@ def experts(weight: Weight) -> Chart:
     return line_chart(f"{weight.name}: norm by expert", "expert", "‖s·BA‖", places, series)
 
 
-def spectra(kind: KindResult, levels: Sequence[str]) -> list[Chart]:
+def spectra(kind: KindResult, levels: Sequence[str], adapters: Adapters = ()) -> list[Chart]:
     """The singular values of the sum and of every level: one line per layer."""
     whole = "update" if len(levels) == 1 else "sum of the levels"
-    charts = [_spectrum(kind, whole, [site.update.singular_values for site in kind.sites])]
+    beside = [value for its in _measures(kind, adapters) for value in its.singular_values]
+    totals = [site.update.singular_values for site in kind.sites]
+    charts = [_spectrum(kind, whole, totals, beside)]
     if len(levels) > 1:
         charts += [
-            _spectrum(kind, level, [site.levels[level].singular_values for site in kind.sites])
+            _spectrum(
+                kind, level, [site.levels[level].singular_values for site in kind.sites], beside
+            )
             for level in levels
         ]
     return charts
 
 
-def _spectrum(kind: KindResult, what: str, values: Sequence[Sequence[float]]) -> Chart:
+def _spectrum(
+    kind: KindResult, what: str, values: Sequence[Sequence[float]], beside: Sequence[float]
+) -> Chart:
     last = max(len(kind.sites) - 1, 1)
     series = [
         Series(_name(site), its, "shaded", place / last)
@@ -89,7 +115,7 @@ def _spectrum(kind: KindResult, what: str, values: Sequence[Sequence[float]]) ->
     ]
     places = range(1, max(map(len, values)) + 1)
     title = f"{kind.name}: {what}"
-    return line_chart(title, "k", "k-th singular value", places, series, log=True)
+    return line_chart(title, "k", "k-th singular value", places, series, log=True, beside=beside)
 
 
 def _name(site: SiteResult) -> str:
@@ -121,8 +147,9 @@ def explained(kind: KindResult) -> Chart | None:
         Series("shared columns", found.columns, "c0"),
         Series("shared rows", found.rows, "c1"),
         Series("one shared pair", found.pair, "c2"),
-        Series("columns or rows with nothing in common", found.unlike, "ref"),
-        Series("a pair with nothing in common", found.unlike_pair, "c2 chance"),
+        Series("random columns", found.random_columns, "c0 chance"),
+        Series("random rows", found.random_rows, "c1 chance"),
+        Series("a pair of random updates", found.random_pair, "c2 chance"),
     ]
     places = range(1, max(len(its.values) for its in series) + 1)
     title = f"{kind.name}: one shared space for all layers"
@@ -145,30 +172,31 @@ def inside_coarser(kind: KindResult, levels: Sequence[str]) -> Chart | None:
     return line_chart(title, "layer", "share of the square", layers, series, share=True)
 
 
-def relative_norms(kind: KindResult) -> Chart | None:
+def relative_norms(kind: KindResult, adapters: Adapters = ()) -> Chart | None:
     """‖ΔW‖ / ‖W0‖, layer by layer."""
     if kind.relative_norm is None:
         return None
     values = [site.relative_norm for site in kind.sites]
     series = [Series("‖ΔW‖ / ‖W₀‖", values, "c0")]
-    return line_chart(
-        f"{kind.name}: relative norm", "layer", "‖ΔW‖ / ‖W₀‖", layers_of(kind), series
-    )
+    beside = [site.relative_norm for site in _sites(kind, adapters)]
+    title = f"{kind.name}: relative norm"
+    return line_chart(title, "layer", "‖ΔW‖ / ‖W₀‖", layers_of(kind), series, beside=beside)
 
 
-def intruders(kind: KindResult) -> Chart | None:
+def intruders(kind: KindResult, adapters: Adapters = ()) -> Chart | None:
     """How many of the leading singular vectors are new, layer by layer."""
     if kind.intruders is None:
         return None
-    values: list[Number] = [
-        site.intruders.count if site.intruders is not None else None for site in kind.sites
-    ]
+    values, beside = (
+        [None if site.intruders is None else site.intruders.count for site in sites]
+        for sites in (kind.sites, _sites(kind, adapters))
+    )
     series = [Series("intruders", values, "c2")]
     title = f"{kind.name}: intruder dimensions"
-    return line_chart(title, "layer", "number", layers_of(kind), series)
+    return line_chart(title, "layer", "number", layers_of(kind), series, beside=beside)
 
 
-def over_training(adapter: AdapterResult) -> list[Chart]:
+def over_training(adapter: AdapterResult, adapters: Adapters = ()) -> list[Chart]:
     """What the checkpoints were like, one small chart per figure."""
     steps = [its.step for its in adapter.history]
     levels = [its.level for its in adapter.levels]
@@ -182,7 +210,9 @@ def over_training(adapter: AdapterResult) -> list[Chart]:
             )
             for place, level in enumerate(levels)
         ]
-        return line_chart(title, "step", label, steps, series, share=share)
+        checkpoints = [its for one in adapters for its in one.history]
+        beside = [getattr(its, attribute) for point in checkpoints for its in point.levels]
+        return line_chart(title, "step", label, steps, series, share=share, beside=beside)
 
     charts = [
         chart("norm, root mean square", "‖s·BA‖", "norm"),

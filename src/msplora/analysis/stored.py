@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +19,10 @@ class StoredPair:
     rank: int
     in_features: int
     out_features: int
+    parameters: int
+    """The numbers in the file's A and B: as matrices, those of grouped convolutions have zeros."""
     read: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     """A (R, I) and B (O, R), from the file each time: they are not kept here."""
-
-    @property
-    def parameters(self) -> int:
-        """The numbers in A and B, as matrices."""
-        return self.rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True)
@@ -73,3 +70,13 @@ class StoredAdapter:
     kinds: tuple[StoredKind, ...]
     notes: tuple[str, ...]
     """What the reader of its figures should know, in sentences."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Of the factors in its file, by their names there."""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Level → the largest rank that its factors have."""
+        pairs = [pair for kind in self.kinds for pair in kind.pairs]
+        return {
+            level: max(pair.rank for pair in pairs if pair.level == level) for level in self.levels
+        }

@@ -14,7 +14,7 @@ def summarise(
 ) -> tuple[LevelSummary, ...]:
     """Per level; `measures` has one entry per weight, with one entry per level."""
     squares = [sum(of[place].norm ** 2 for of in measures) for place in range(len(adapter.levels))]
-    found = []
+    ranks, found = adapter.ranks, []
     for place, level in enumerate(adapter.levels):
         of_level = [of[place] for of in measures]
         acting = [its for its in of_level if its.norm > 0]
@@ -25,12 +25,7 @@ def summarise(
                 squares[place] / sum(squares) if sum(squares) else None,
                 mean(its.effective_rank for its in acting),
                 mean(its.stable_rank for its in acting),
-                max(
-                    pair.rank
-                    for kind in adapter.kinds
-                    for pair in kind.pairs
-                    if pair.level == level
-                ),
+                ranks[level],
             )
         )
     return tuple(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from msplora.errors import AdapterFileError
 
-from .results import SiteResult
+from .results import Measures
 
 
 @contextmanager
@@ -27,16 +27,14 @@ def products_that_are_numbers(adapter: Path, kind: str) -> Iterator[None]:
         raise _refusal(adapter, kind) from error
 
 
-def check_norms(adapter: Path, sites: Sequence[SiteResult]) -> None:
+def check_norms(adapter: Path, weight: str, measured: Iterable[Measures]) -> None:
     """Refuse norms that are infinite, which JSON cannot hold.
 
     Raises:
-        AdapterFileError: an update's square has no number in float64.
+        AdapterFileError: the square of one of a weight's updates has no number in float64.
     """
-    for site in sites:
-        measured = [site.update, *site.levels.values()]
-        if not all(math.isfinite(its.norm) for its in measured):
-            raise _refusal(adapter, site.key)
+    if not all(math.isfinite(its.norm) for its in measured):
+        raise _refusal(adapter, weight)
 
 
 def _refusal(adapter: Path, weight: str) -> AdapterFileError:

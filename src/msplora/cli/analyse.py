@@ -37,7 +37,7 @@ def analyse(
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code that the base model brings along.")
     ] = False,
-    force: Annotated[bool, typer.Option(help="Replace an earlier analysis.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace the files that are there.")] = False,
 ) -> None:
     """Measure what the levels of an adapter learned; two or more are laid side by side."""
     if base is None and intruders is not None:

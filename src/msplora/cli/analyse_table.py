@@ -95,8 +95,8 @@ def _between_layers(adapter: AdapterResult) -> Table:
     table = _table(
         "between layers",
         *("kind", "layers", "cosine", "columns", "random", "rows", "random"),
-        *("one pair\nexplains", "of unlike\nlayers"),  # rich would fold the names first
-        caption="of unlike layers: what it would explain if they had nothing in common",
+        *("one pair\nexplains", "random"),  # rich would fold the names first
+        caption="random: spaces of these ranks; one pair of updates with these singular values",
     )
     for kind in adapter.kinds:
         cosine, columns, rows = kind.likeness()
@@ -108,7 +108,7 @@ def _between_layers(adapter: AdapterResult) -> Table:
             rows,
             random.random_rows if random else None,
             shared.pair[-1] if shared else None,
-            shared.unlike_pair[-1] if shared else None,
+            shared.random_pair[-1] if shared else None,
         )
         table.add_row(escape(kind.name), str(len(kind.sites)), *map(percent, shares))
     return table

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from msplora.analysis.other_products import beside_the_product, is_bias, other_product
-from msplora.analysis.reading_lora import place_of
+from msplora.analysis.reading_lora import place_of, wrapped
 from msplora.analysis.reading_pyramid import path_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
@@ -93,7 +93,8 @@ def look_at_adapter(
         findings += absent_targets(config, paths)
         findings += absent_layers(config, layers)
         if not is_pyramid:
-            findings += gaps(config, [place_of(path, config, None) for path in paths])
+            within = wrapped(paths)
+            findings += gaps(config, [place_of(path, config, None, within) for path in paths])
     return AdapterReport(
         _levels(entries, pairs),
         kinds,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from msplora.analysis.asked_of_lora import asked_of
-from msplora.analysis.reading_lora import LORA_TENSOR, place_of
+from msplora.analysis.reading_lora import LORA_TENSOR, place_of, wrapped
 from msplora.analysis.reading_pyramid import address_of, block_numbers, experts_of, levels_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
@@ -151,10 +151,10 @@ def _of_lora(files: TensorFiles, config: Any) -> Entries:
             stored.setdefault(match.group(1), {})[match.group(2)] = name
     used = frozenset(name for its in stored.values() for name in its.values())
     lacking = [key for key, its in stored.items() if len(its) < 2]
-    sites: list[Site] = []
+    sites, is_wrapped = list[Site](), wrapped(stored)
     for key, names in stored.items():
         if key not in lacking:
-            stack, block, kind = place_of(key, config, None)
+            stack, block, kind = place_of(key, config, None, is_wrapped)
             columns = (files.headers[names["A"]].shape or (1,))[-1]
             shape = Shape("linear", files.headers[names["B"]].rows, columns)
             sites.append(Site(key, stack, kind, block, shape))

@@ -41,7 +41,7 @@ def held_out_loss(
             ids, mask, labels = (its.to(device) for its in pad_rows(batch, pad_token_id))
             with autocast(device.type, arithmetic):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for scores, token in _pieces(logits, labels):
+            for scores, token in counted_pieces(logits, labels):
                 # The sum over a whole corpus would lose digits in float32.
                 loss_of_each = F.cross_entropy(scores, token, reduction="none").cpu()
                 loss += loss_of_each.double().sum().item()
@@ -59,7 +59,9 @@ def held_out_loss(
     }
 
 
-def _pieces(logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def counted_pieces(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """The logits (tokens, vocabulary) in float32 before each token that counts, and the tokens.
 
     In pieces: in float32, and once more in the loss, a batch's logits would be several times what
