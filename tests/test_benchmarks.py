@@ -281,7 +281,7 @@ def test_what_a_script_imports_of_the_library_is_there(script: Path) -> None:
 def test_the_tables_of_the_results_are_those_of_the_reports() -> None:
     names = runpy.run_path(str(BENCHMARKS / "results_page.py"))
     page = names["PAGE"].read_text(encoding="utf-8")
-    assert page.count("<!-- end of table -->") == page.count("<!-- table: ") == 5
+    assert page.count("<!-- end of table -->") == page.count("<!-- table: ") == 10
     assert names["filled"](page) == page
 
 
