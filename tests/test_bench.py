@@ -5,6 +5,7 @@ Nothing here asserts on a time.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections import Counter
@@ -299,6 +300,18 @@ def test_memory_of_known_allocations_is_exact() -> None:
     assert memory.peak_live_bytes(step) == 3_000_000
     kept = torch.empty(700_000, dtype=torch.uint8)  # alive before: not the step's
     assert memory.peak_live_bytes(kept.zero_) == 0
+
+
+def test_what_earlier_work_left_is_not_let_go_during_the_step() -> None:
+    left: list[Any] = [torch.zeros(1_000_000)]
+    left.append(left)  # a circle, which only the collector finds
+    del left
+
+    def step() -> None:
+        gc.collect()
+        torch.zeros(500_000)
+
+    assert memory.peak_live_bytes(step) == 2_000_000
     assert memory.peak_live_bytes(kept.clone) == 700_000
     assert memory.highest([5, -3, 2, -4, 9, -9]) == 9
     assert memory.highest([]) == 0

@@ -10,6 +10,7 @@ process of its own for each method: a process never gives back all it once took.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def peak_live_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes that tensors hold during `step`, above those that are alive before it."""
     if device == "cuda":
         return peak_gpu_bytes(step)
+    gc.collect()  # what is left of earlier work would else be let go during the step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = step()
     del kept
