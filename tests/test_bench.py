@@ -300,6 +300,9 @@ def test_memory_of_known_allocations_is_exact() -> None:
     assert memory.peak_live_bytes(step) == 3_000_000
     kept = torch.empty(700_000, dtype=torch.uint8)  # alive before: not the step's
     assert memory.peak_live_bytes(kept.zero_) == 0
+    assert memory.peak_live_bytes(kept.clone) == 700_000
+    assert memory.highest([5, -3, 2, -4, 9, -9]) == 9
+    assert memory.highest([]) == 0
 
 
 def test_what_earlier_work_left_is_not_let_go_during_the_step() -> None:
@@ -312,9 +315,6 @@ def test_what_earlier_work_left_is_not_let_go_during_the_step() -> None:
         torch.zeros(500_000)
 
     assert memory.peak_live_bytes(step) == 2_000_000
-    assert memory.peak_live_bytes(kept.clone) == 700_000
-    assert memory.highest([5, -3, 2, -4, 9, -9]) == 9
-    assert memory.highest([]) == 0
 
 
 def test_memory_of_a_known_step() -> None:
