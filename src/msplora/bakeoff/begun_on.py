@@ -6,7 +6,8 @@ from pathlib import Path
 
 from msplora.bench.provenance import commit, hardware
 from msplora.sweep.rows import Row
-from msplora.train.run_folder import RUN, goes_on
+from msplora.train.interrupted import goes_on
+from msplora.train.run_folder import RUN
 from msplora.train.settings import Settings
 from msplora.versions import versions
 

@@ -13,7 +13,8 @@ from msplora.sweep.naming import shown
 from msplora.sweep.rows import RESULTS, Row, Rows, essence
 from msplora.train.absolute_paths import with_absolute_paths
 from msplora.train.checkpoints import clear
-from msplora.train.run_folder import RunFolder, RunFolderError, goes_on
+from msplora.train.interrupted import goes_on
+from msplora.train.run_folder import RunFolder, RunFolderError
 from msplora.train.settings import Settings
 
 from .inputs import Inputs, compare, inputs_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from msplora.sweep.rows import Row
 from msplora.sweep.running import SweepSignals, run_apart
 from msplora.train.checkpoints import remove
-from msplora.train.run_folder import goes_on
+from msplora.train.interrupted import goes_on
 from msplora.train.settings import Settings
 
 from .rejecting import Evaluations, Rejecting, evaluations_so_far

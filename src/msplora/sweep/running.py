@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from msplora.errors import MSPLoraError
-from msplora.train.run_folder import has_to_start_anew
+from msplora.train.interrupted import has_to_start_anew
 from msplora.train.settings import Settings
 from msplora.train.settings_file import write_settings
 from msplora.train.stopping import AFTER_THIS_STEP, Interrupted, StopSignals

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from msplora.errors import MSPLoraError
 from msplora.train.inputs import data_paths, fingerprint
-from msplora.train.run_folder import goes_on
+from msplora.train.interrupted import goes_on
 from msplora.train.settings import Settings
 from msplora.train.stopping import Interrupted
 

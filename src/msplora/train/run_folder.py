@@ -30,6 +30,7 @@ from msplora.folders import (
 from . import inputs
 from .checkpoints import Found, clear, find_newest, remove, sync, write_whole
 from .devices import world_size
+from .interrupted import NOT_RESUMED
 from .same_settings import can_start_from, differences, free_to_change
 from .settings import Settings
 from .settings_file import read_settings, write_settings
@@ -54,9 +55,6 @@ _WRITTEN = frozenset(
     }
 )
 """All that a run writes in its folder."""
-
-NOT_RESUMED = ("adalora",)
-"""The methods whose unfinished runs can only be started anew."""
 
 Resume = bool | Literal["auto"]
 """Whether to resume: False starts, True needs an unfinished run, "auto" does what is left to do."""
@@ -386,20 +384,6 @@ class RunFolder:
                 + (f", with init_from: {folder} to start from its adapter" if start else "")
                 + ". --force would replace the run."
             )
-
-
-def has_to_start_anew(settings: Settings) -> bool:
-    """Whether what an interrupted run has left cannot be continued, whoever asks."""
-    output = Path(settings.output)
-    checkpoints = output.with_name(f"{output.name}.unfinished") / "checkpoints"
-    return settings.method in NOT_RESUMED and any(checkpoints.glob("checkpoint-*"))
-
-
-def goes_on(settings: Settings) -> bool:
-    """Whether an interrupted run with these settings goes on after a checkpoint."""
-    output = Path(settings.output)
-    checkpoints = output.with_name(f"{output.name}.unfinished") / "checkpoints"
-    return any(checkpoints.glob("checkpoint-*")) and not has_to_start_anew(settings)
 
 
 def _holds_something(folder: Path) -> bool:
