@@ -118,12 +118,12 @@ def stable_ranks(values_LK: Tensor) -> Tensor:
 
 def cosines(one: Updates, other: Updates) -> Tensor:
     """``⟨ΔW_i, ΔW'_j⟩ / (‖ΔW_i‖ ‖ΔW'_j‖)`` for all i, j: (L, L'); not a number beside a zero."""
-    rows = []
-    for left, values, right in zip(*one, strict=True):
-        products = (left.mT @ other.left) * (right.mT @ other.right)  # (L', K, K')
-        rows.append(((values @ products) * other.values).sum(-1))
+    found = one.values.new_empty(len(one.values), len(other.values))
+    for place, (left, values, right) in enumerate(zip(*one, strict=True)):
+        products = _beside(left, other.left).mul_(_beside(right, other.right))  # (L', K', K)
+        found[place] = ((products @ values) * other.values).sum(-1)
     norms = one.values.norm(dim=-1)[:, None] * other.values.norm(dim=-1)
-    return torch.stack(rows) / torch.where(norms > 0, norms, math.nan)
+    return found / torch.where(norms > 0, norms, math.nan)
 
 
 def layer_cosines(one: Updates, other: Updates) -> Tensor:
@@ -146,7 +146,7 @@ def principal_cosines(one_PK: Tensor, other_LPK: Tensor) -> Tensor:
 
     ``(P, K), (L, P, K') -> (L, min(K, K'))``
     """
-    return torch.linalg.svdvals(one_PK.mT @ other_LPK)
+    return torch.linalg.svdvals(_beside(one_PK, other_LPK))
 
 
 def overlaps(one_LPK: Tensor, other_LPK: Tensor) -> Tensor:
@@ -156,7 +156,9 @@ def overlaps(one_LPK: Tensor, other_LPK: Tensor) -> Tensor:
     r ≥ r' in n dimensions r / n is expected. Not a number beside an empty space.
     """
     smaller = torch.minimum(_dimensions(one_LPK)[:, None], _dimensions(other_LPK))
-    squares = torch.stack([(basis.mT @ other_LPK).square().sum((-2, -1)) for basis in one_LPK])
+    squares = one_LPK.new_empty(len(one_LPK), len(other_LPK))
+    for place, basis in enumerate(one_LPK):
+        squares[place] = _beside(basis, other_LPK).square_().sum((-2, -1))
     return squares / torch.where(smaller > 0, smaller, math.nan)
 
 
@@ -237,6 +239,14 @@ def _gram_of_sum(updates: Updates) -> Tensor:
     for its_left, its_values, its_right in zip(left, values, right, strict=True):
         total.addmm_(its_left * its_values, its_right.mT)
     return total @ total.mT
+
+
+def _beside(one_PK: Tensor, other_LPK: Tensor) -> Tensor:
+    """Inner products of a layer's vectors with those of others: (L, K', K).
+
+    As one product: a batched one would copy all of them, where they lie vector by vector.
+    """
+    return (other_LPK.mT.flatten(0, 1) @ one_PK).unflatten(0, (len(other_LPK), -1))
 
 
 def _dimensions(basis_LPK: Tensor) -> Tensor:
