@@ -342,3 +342,11 @@ def test_chance_between_levels_is_that_of_the_layers_that_have_an_update(tmp_pat
         assert within["mid", ("global",)].random_columns is None
         # Of four layers one has a local update that is no zero.
         close(within["global", ("local",)].random_columns, 1 / 4 / kind.out_features)
+
+
+def test_chance_over_all_kinds_weighs_them_as_the_figure_beside_it(tmp_path: Path) -> None:
+    """A head is one weight, and the queries are four."""
+    adapted(r=4, target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
+    (found,) = msplora.analyse(tmp_path).adapters
+    of_query, of_head = 6 / 32, 6 / 64
+    close(found.random_inside_coarser("local"), [(4 * of_query + of_head) / 5, 6 / 32])

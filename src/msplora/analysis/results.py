@@ -240,11 +240,11 @@ class AdapterResult:
         )
 
     def random_inside_coarser(self, level: str) -> tuple[Number, Number]:
-        """What that would be of random updates."""
+        """What that would be of random updates: each layer that has a value counts, as there."""
         found = self._within_coarser(level)
         return (
-            mean(its.random_columns for its in found),
-            mean(its.random_rows for its in found),
+            mean(its.random_columns for its in found for value in its.columns if value is not None),
+            mean(its.random_rows for its in found for value in its.rows if value is not None),
         )
 
     def _within_coarser(self, level: str) -> list[LevelOverlap]:
