@@ -42,21 +42,68 @@ def test_layers_that_are_only_counted_are_not_laid_beside_numbered_ones(tmp_path
 
     model = adapted(exclude_modules=["model.layers.1.self_attn.q_proj"])
     folder = save(model, tmp_path, MODELS["llama"].model())
-    tensors, config = lora_of(model)
+    tensors, config = lora_of(model)  # it has zeros where the pyramid has nothing
     (tmp_path / "lora").mkdir()
     save_file(tensors, tmp_path / "lora" / WEIGHTS)
     write_json(tmp_path / "lora/adapter_config.json", config)
-    for base, layers in ((None, {}), (str(tmp_path / "base"), {"q_proj": (0, 2, 3)})):
-        found = msplora.analyse(folder, tmp_path / "lora", base=base, intruder_vectors=0)
-        compared = {its.kind.rpartition(".")[2]: its for its in found.comparisons[0].kinds}
-        assert {name: its.layers for name, its in compared.items()} == {
-            **layers,
-            "v_proj": (0, 1, 2, 3),
+    (comparison,) = msplora.analyse(folder, tmp_path / "lora").comparisons
+    assert comparison.kinds == ()
+    assert comparison.notes[0].startswith("2 kind(s) are not compared, such as self_attn.q_proj")
+    base = str(tmp_path / "base")
+    layers = {"q_proj": (0, 2, 3), "v_proj": (0, 1, 2, 3)}
+    compare_alike(folder, tmp_path / "lora", layers, base=base, intruder_vectors=0)
+
+
+def test_the_hash_of_what_is_adapted_tells_that_layers_are_the_same(tmp_path: Path) -> None:
+    """A LoRA has their numbers in its file, and both skip one."""
+    asked = {"target_modules": ["q_proj", "embed_tokens"], "exclude_modules": r".*\.1\..*"}
+    folder = save(adapted(**asked), tmp_path / "pyramid")
+    lora = get_peft_model(MODELS["llama"].model(), LoraConfig(**asked))
+    other = save(lora, tmp_path / "lora")
+    for pair in ((folder, other), (other, folder)):
+        (comparison,) = msplora.analyse(*pair).comparisons
+        assert comparison.notes == ()
+        assert {its.kind: its.layers for its in comparison.kinds} == {
+            "self_attn.q_proj": (0, 2, 3),
+            "model.embed_tokens": (None,),
         }
-        said = " ".join(found.comparisons[0].notes)
-        assert ("1 kind(s) are not compared, such as self_attn.q_proj" in said) == (base is None)
-        for its in compared.values():
-            np.testing.assert_allclose([its.cosine, its.columns, its.rows], 1, rtol=1e-6)
+
+
+def compare_alike(
+    one: Path, other: Path, layers: dict[str, tuple[int, ...]], **options: Any
+) -> None:
+    (comparison,) = msplora.analyse(one, other, **options).comparisons
+    compared = {its.kind.rpartition(".")[2]: its for its in comparison.kinds}
+    assert {name: its.layers for name, its in compared.items()} == layers
+    for its in compared.values():
+        np.testing.assert_allclose([its.cosine, its.columns, its.rows], 1, rtol=1e-6)
+
+
+def test_adapters_of_other_blocks_are_not_taken_for_those_of_the_same(tmp_path: Path) -> None:
+    """Their files are alike: the numbers of their blocks are not in them."""
+    folders = {
+        name: save(adapted(target_modules=rf".*layers\.[{blocks}]\..*q_proj"), tmp_path / name)
+        for name, blocks in (("even", "02"), ("odd", "13"), ("again", "13"))
+    }
+    lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1])
+    folders["lora"] = save(get_peft_model(MODELS["llama"].model(), lora), tmp_path / "lora")
+    for other in ("odd", "lora"):
+        (comparison,) = msplora.analyse(folders["even"], folders[other]).comparisons
+        assert comparison.kinds == ()
+        assert comparison.notes[0].endswith("may not be the same. Pass --base, which knows them.")
+    compare_alike(folders["odd"], folders["again"], {"q_proj": (0, 1)})
+
+
+def test_layers_are_the_same_where_both_adapt_all(tmp_path: Path) -> None:
+    """Though one adapts more of them, so that the hashes of what they adapt differ."""
+    one, other = (
+        save(adapted(target_modules=its), tmp_path / its[0])
+        for its in (["q_proj"], ["v_proj", "q_proj"])
+    )
+    (comparison,) = msplora.analyse(one, other).comparisons
+    assert [(its.kind, its.layers) for its in comparison.kinds] == [
+        ("self_attn.q_proj", (0, 1, 2, 3))
+    ]
 
 
 def test_two_adapters_that_have_nothing_in_common(tmp_path: Path) -> None:

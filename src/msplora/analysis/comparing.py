@@ -20,9 +20,10 @@ def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str])
     """Layer by layer, kinds of the same name and shape; what is left out is noted."""
     found: list[KindComparison] = []
     out = _LeftOut()
+    same = first.fingerprint is not None and first.fingerprint == second.fingerprint
     for kind in first.kinds:
         other = _counterpart(kind, first, second)
-        its = None if other is None else _compare(kind, other)
+        its = None if other is None else _compare(kind, other, same)
         if other is None:
             out.alone.append(kind.name)
         elif its is None:
@@ -67,8 +68,8 @@ class _LeftOut:
             (
                 self.uncertain,
                 "kind(s) are not compared",
-                "the numbers of their blocks are only counted from the file. Pass --base, which "
-                "knows them.",
+                "the numbers of their blocks are only counted from the file, and may not be the "
+                "same. Pass --base, which knows them.",
             ),
             (self.apart, "kind(s) are not compared", "they adapt them in different blocks."),
             (
@@ -109,21 +110,31 @@ def _bare(kind: StoredKind) -> tuple[str, int, int]:
     return kind.name.rpartition(":")[2], kind.out_features, kind.in_features
 
 
-def _shared(first: StoredKind, second: StoredKind) -> list[tuple[StoredSite, StoredSite]]:
-    """The sites of the same layers; none where it is not certain which these are."""
+def _shared(
+    first: StoredKind, second: StoredKind, same_weights: bool
+) -> list[tuple[StoredSite, StoredSite]]:
+    """The sites of the same layers; none where it is not certain which these are.
+
+    Args:
+        first: of the one adapter.
+        second: of the other.
+        same_weights: the adapters are known to adapt the same.
+    """
     if first.counted or second.counted:
-        # Certain only if no block is skipped, which whoever knows the numbers has to tell.
         count = len(first.sites)
         known = [[its.layer for its in kind.sites] for kind in (first, second) if not kind.counted]
-        certain = all(its in (list(range(count)), [None]) for its in known)
-        same = certain and len(second.sites) == count
-        return list(zip(first.sites, second.sites, strict=True)) if same else []
+        # Whoever only counts has to mean all blocks, and whoever knows the numbers has to have all.
+        all_blocks = all(its in (list(range(count)), [None]) for its in known) and all(
+            its.everywhere for its in (first, second) if its.counted
+        )
+        certain = (same_weights or all_blocks) and len(second.sites) == count
+        return list(zip(first.sites, second.sites, strict=True)) if certain else []
     places = {site.layer: site for site in second.sites}
     return [(site, places[site.layer]) for site in first.sites if site.layer in places]
 
 
-def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
-    shared = _shared(first, second)
+def _compare(first: StoredKind, second: StoredKind, same_weights: bool) -> KindComparison | None:
+    shared = _shared(first, second, same_weights)
     if not shared:
         return None
     coordinates = Coordinates([*first.pairs, *second.pairs])
@@ -137,7 +148,7 @@ def _compare(first: StoredKind, second: StoredKind) -> KindComparison | None:
     random_columns, random_rows = numbers(mean_larger(*ranks) / torch.tensor(shape))
     return KindComparison(
         first.name,
-        tuple(site.layer for site, _ in shared),
+        tuple((other if first.counted else one).layer for one, other in shared),
         numbers(layer_cosines(ours, theirs)),
         numbers(overlaps(*columns).diagonal()),
         numbers(overlaps(*rows).diagonal()),

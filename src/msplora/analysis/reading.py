@@ -60,9 +60,10 @@ def read_adapter(
         )
     is_pyramid = isinstance(config, MSPLoraConfig)
     if not is_pyramid:
-        kinds = lora_kinds(tensors, config, found)
+        kinds, fingerprint = lora_kinds(tensors, config, found)
         levels: tuple[str, ...] = ("lora",)
     else:
+        fingerprint = config.fingerprint
         levels = tuple(level.name for level in config.pyramid)
         if found is not None:
             kinds = planned_kinds(tensors, config, found)
@@ -79,6 +80,7 @@ def read_adapter(
             *_other_base(config, found),
         ),
         shapes={name: tuple(its.shape) for name, its in tensors.shapes.items() if _factor(name)},
+        fingerprint=fingerprint,
     )
     return adapter, found
 
@@ -87,9 +89,9 @@ def _notes(config: Any, tensors: Iterable[str], counted: bool) -> list[str]:
     notes = []
     if counted:
         notes.append(
-            "Without --base the layers are counted from the file, and are laid beside another "
-            "adapter's only where that has no gaps: where the adapter skips blocks, "
-            "layer 3 is the fourth that is adapted."
+            "Without --base the layers are counted from the file: where the adapter skips blocks, "
+            "layer 3 is the fourth that is adapted. They are laid beside another adapter's only "
+            "where both adapt the same weights, or it is certain that none is skipped."
         )
     others = [key for key in tensors if not _factor(key)]
     if others:

@@ -26,11 +26,17 @@ LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([A
 """The name of a factor: its site, and which of the two it is."""
 
 
-def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[StoredKind, ...]:
-    """Sort a LoRA's pairs into kinds; raises as `read_adapter`."""
+def lora_kinds(
+    tensors: TensorsOnDisk, config: Any, base: Base | None
+) -> tuple[tuple[StoredKind, ...], str]:
+    """Sort a LoRA's pairs into kinds, and say the fingerprint of a pyramid on the same weights.
+
+    Raises as `read_adapter`.
+    """
     if base is not None:
         tensors = by_names_of_now(tensors, config, base)
     pairs: dict[str, StoredPair] = {}
+    shapes: dict[str, Shape] = {}
     factors = _factors(tensors)
     for key, asked in _asked(factors, tensors, config, base).items():
         names = factors[key]
@@ -49,6 +55,8 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
             its = "lora", 0, asked.scale(rank)
             parameters = (a.numel() + b.numel()) // len(matrices)
             pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], parameters, read)
+            layout = "embedding" if ".lora_embedding_" in names[0] else "linear"
+            shapes[site] = Shape(layout, b_OR.shape[0], in_features)
         if asked.is_parameter and len(a) % asked.rank:
             raise AdapterFileError(
                 f"{tensors.path}: A {tuple(a.shape)} of {key!r} is of no whole number of experts "
@@ -58,13 +66,12 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
         if base is not None:
             _check_fit(asked, a, b, base, tensors.path)
     sites, is_wrapped = [], wrapped(pairs)
-    for key, pair in pairs.items():
+    for key in pairs:
         stack, block, kind = place_of(key, config, base, is_wrapped)
-        shape = Shape("linear", pair.out_features, pair.in_features)
-        sites.append(Site(key, stack, kind, block, shape))
+        sites.append(Site(key, stack, kind, block, shapes[key]))
     # The level is only there to have the kinds named and ordered as a plan's are.
-    kinds = arrange(sites, [Level("lora", rank=1, groups=0, alpha=1)]).kinds
-    return tuple(
+    plan = arrange(sites, [Level("lora", rank=1, groups=0, alpha=1)])
+    kinds = tuple(
         StoredKind(
             kind.name,
             tuple(replace(pairs[site.key], group=depth) for depth, site in enumerate(kind.sites)),
@@ -72,8 +79,9 @@ def lora_kinds(tensors: TensorsOnDisk, config: Any, base: Base | None) -> tuple[
                 StoredSite(site.key, site.block, (depth,)) for depth, site in enumerate(kind.sites)
             ),
         )
-        for kind in kinds
+        for kind in plan.kinds
     )
+    return kinds, plan.fingerprint
 
 
 def _factors(tensors: TensorsOnDisk) -> dict[str, tuple[str, str]]:

@@ -141,11 +141,11 @@ def _counted(
         StoredSite(f"{number}.{kind}", number, tuple(its))
         for number, its in zip(numbers, borrowed, strict=True)
     )
-    if experts == 1:
-        return [StoredKind(kind, tuple(matrices[0]), sites, counted)]
+    names = [kind] if experts == 1 else [f"{kind}[expert {expert}]" for expert in range(experts)]
+    everywhere = counted and _means_all_blocks(config)
     return [
-        StoredKind(f"{kind}[expert {expert}]", tuple(pairs), sites, counted)
-        for expert, pairs in enumerate(matrices)
+        StoredKind(name, tuple(pairs), sites, counted, everywhere)
+        for name, pairs in zip(names, matrices, strict=True)
     ]
 
 
@@ -219,6 +219,15 @@ def block_numbers(config: MSPLoraConfig, layers: int) -> tuple[list[int], bool]:
     numbers = sorted({asked} if isinstance(asked, int) else set(asked or ()))
     counted = len(numbers) != layers
     return list(range(layers)) if counted else numbers, counted
+
+
+def _means_all_blocks(config: MSPLoraConfig) -> bool:
+    """Whether a config names what it adapts by ends of paths, which all blocks have."""
+    asked = config.target_modules or ()
+    if isinstance(asked, str) or config.exclude_modules or config.layers_to_transform is not None:
+        return False
+    names = [*asked, *(config.target_parameters or ())]
+    return not any(part.isdigit() for name in names for part in name.split("."))
 
 
 def _refuse_missing(wanted: list[str], stored: Mapping[str, tuple[str, str]], where: Path) -> None:

@@ -47,6 +47,8 @@ class StoredKind:
     """In depth order."""
     counted: bool = False
     """The numbers of the blocks are not known: they are counted from 0."""
+    everywhere: bool = False
+    """They are counted, and the config means all blocks that have such a weight."""
 
     @property
     def out_features(self) -> int:
@@ -72,6 +74,8 @@ class StoredAdapter:
     """What the reader of its figures should know, in sentences."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Of the factors in its file, by their names there."""
+    fingerprint: str | None = None
+    """The hash of the names and shapes of all weights that it adapts, as a plan has it."""
 
     @property
     def ranks(self) -> dict[str, int]:
