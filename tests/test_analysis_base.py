@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import msplora
 from adapted_llama import adapted
 from analysed import edit, refused, save
+from msplora.analysis import base as base_module
 from msplora.analysis.weight_files import weight_files
 from tiny import MODELS, llama
 
@@ -127,3 +129,40 @@ def test_a_quantised_base_and_one_without_safetensors(tmp_path: Path) -> None:
         refused(folder, base=base, data="nowhere.jsonl", match="I8: it is quantised")
     file.unlink()
     refused(folder, base=base, match="no weights in safetensors")
+
+
+def test_only_what_the_base_s_files_hold_as_such_is_read_and_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's experts are one tensor there, which none of their updates is for."""
+    tiny = MODELS["gpt-oss"]
+    asked = {"target_modules": tiny.targets, "target_parameters": list(tiny.parameters)}
+    folder = save(adapted(tiny.model(), **asked), tmp_path, tiny.model())
+    read, said = list[str](), list[str]()
+
+    class Watched:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self.opened = safe_open(*arguments, **options)
+
+        def __enter__(self) -> Any:
+            self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.opened.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.opened, name)
+
+        def get_tensor(self, name: str) -> Any:
+            read.append(name)
+            return self.opened.get_tensor(name)
+
+    monkeypatch.setattr(base_module, "safe_open", Watched)
+    (found,) = msplora.analyse(
+        folder, base=str(tmp_path / "base"), intruder_vectors=1, notify=said.append
+    ).adapters
+    assert read == [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(4)]
+    assert said[0].startswith("Intruder dimensions take 8 dense singular value decompositions")
+    assert "of up to 32 × 32" in said[0]
+    assert any(f"hold {4 * 2 * 4} of the {4 * 9} weights in another" in its for its in found.notes)

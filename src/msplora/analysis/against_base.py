@@ -24,11 +24,10 @@ def with_base(
 
     A weight that the checkpoint stores in another shape, as several in one, is left out.
     """
-    shape = kind.out_features, kind.in_features
     sites = []
     for found, site in zip(result.sites, kind.sites, strict=True):
-        weight_OI = base.weight(site.key)
-        if weight_OI is not None and tuple(weight_OI.shape) == shape:
+        weight_OI = base.weight(site.key, kind.matrix)
+        if weight_OI is not None:
             pairs = [kind.pairs[place] for place in site.pairs]
             factors = [(*pair.read(), pair.scale) for pair in pairs]
             a_RI = torch.cat([a_RI.double() for a_RI, _, _ in factors])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
+from math import prod
 from pathlib import Path
 
 from msplora import __version__
@@ -73,7 +74,7 @@ def analyse(
     for adapter, its_base in read:
         if its_base is not None:
             its_base.check_weights(site.key for kind in adapter.kinds for site in kind.sites)
-    said = _decompositions([its for its, of in read if of is not None], intruder_vectors)
+    said = _decompositions(read, intruder_vectors)
     if said and notify is not None:
         notify(said)
     histories = [
@@ -116,18 +117,24 @@ def analyse(
     return Analysis(tuple(results), tuple(comparisons), __version__)
 
 
-def _decompositions(adapters: Sequence[StoredAdapter], intruder_vectors: int) -> str:
+def _decompositions(
+    read: Sequence[tuple[StoredAdapter, Base | None]], intruder_vectors: int
+) -> str:
     """What the search for intruder dimensions takes, in a sentence; empty where there is none."""
-    kinds = [kind for adapter in adapters for kind in adapter.kinds]
-    weights = sum(len(kind.sites) for kind in kinds)
-    if not weights or not intruder_vectors:
+    shapes = [
+        kind.matrix
+        for adapter, base in read
+        for kind in adapter.kinds
+        for site in kind.sites
+        if base is not None and base.has(site.key, kind.matrix)
+    ]
+    if not shapes or not intruder_vectors:
         return ""
-    largest = max(kinds, key=lambda kind: kind.out_features * kind.in_features)
+    largest = max(shapes, key=prod)
     return (
-        f"Intruder dimensions take {2 * weights:,} dense singular value decompositions, two for "
-        f"each of {weights:,} weights of up to {largest.out_features:,} × "
-        f"{largest.in_features:,}: of 4,096 × 4,096 the two take 84 s on one core. --intruders 0 "
-        f"leaves them out."
+        f"Intruder dimensions take {2 * len(shapes):,} dense singular value decompositions, two "
+        f"for each of {len(shapes):,} weights of up to {largest[0]:,} × {largest[1]:,}: of 4,096 × "
+        f"4,096 the two take 84 s on one core. --intruders 0 leaves them out."
     )
 
 

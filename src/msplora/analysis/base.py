@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import transformers
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _WEIGHTS = ("weight", "in_proj_weight")
 _PACKED = ("qweight", "weight_packed")
 """In place of a weight: GPTQ's and AWQ's, compressed-tensors'."""
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is, and what the head of its file says of it."""
+
+    file: Path
+    dtype: str
+    """As safetensors has it."""
+    shape: tuple[int, ...]
 
 
 class Base:
@@ -54,21 +64,29 @@ class Base:
         """The model on the meta device, of the class that it was adapted with."""
         return without_weights(self._adapter, self._config, self.source, self._options)
 
-    def weight(self, key: str) -> Tensor | None:
-        """The weight of a module as the matrix (out, in), in its own dtype.
+    def has(self, key: str, shape: tuple[int, int]) -> bool:
+        """Whether the checkpoint has the weight of a module as one matrix (out, in) of that shape.
 
-        A convolution's counts as (O, I · kernel), an attention's is that of query, key and value.
-        None where the checkpoint has no tensor of that name, as transformers may store several
-        weights as one.
+        The heads of its files tell. A convolution's counts as (O, I · kernel), an attention's is
+        that of query, key and value. Transformers may store several weights as one.
+        """
+        name = self._stored(key)
+        if name is None:
+            return False
+        of_file = torch.empty(self._files[name].shape, device="meta")
+        return self._as_matrix(key, of_file).shape == shape
+
+    def weight(self, key: str, shape: tuple[int, int]) -> Tensor | None:
+        """The weight of a module as such a matrix, in its own dtype; None where it has it not.
 
         Raises:
             BaseModelError: the weight is quantised, or its file cannot be read.
         """
         name = self._stored(key)
-        if name is None:
+        if name is None or not self.has(key, shape):
             return None
         self._refuse_quantised(name)
-        file, _ = self._files[name]
+        file = self._files[name].file
         try:
             with safe_open(file, framework="pt") as opened:
                 weight = opened.get_tensor(name)
@@ -79,6 +97,9 @@ class Base:
                 f"{str(file)!r}: {name!r} holds values that are not finite. The file is damaged, "
                 f"or its training diverged; copy or download the base again."
             )
+        return self._as_matrix(key, weight)
+
+    def _as_matrix(self, key: str, weight: Tensor) -> Tensor:
         module = self.module(key)
         if isinstance(module, (Conv1D, nn.Embedding)):
             return weight.t()
@@ -98,10 +119,14 @@ class Base:
     def _tied_to(self, key: str) -> list[str]:
         """The path of the embedding, if `key` is the head that has its weight; or the reverse."""
         config = self._config.get_text_config()
-        paths = [path for path, _ in embeddings_of(self.model)]
-        if key not in paths or not getattr(config, "tie_word_embeddings", False):
+        if key not in self._embeddings or not getattr(config, "tie_word_embeddings", False):
             return []
-        return [path for path in paths if path != key]
+        return [path for path in self._embeddings if path != key]
+
+    @cached_property
+    def _embeddings(self) -> list[str]:
+        """The paths of the embedding and of the head."""
+        return [path for path, _ in embeddings_of(self.model)]
 
     def module(self, key: str) -> Any:
         """The module, or the parameter, of that path; None where there is none."""
@@ -136,7 +161,7 @@ class Base:
                 self._refuse_quantised(name)
 
     def _refuse_quantised(self, name: str) -> None:
-        _, dtype = self._files[name]
+        dtype = self._files[name].dtype
         if dtype not in _FLOATS:
             raise BaseModelError(
                 f"the base {self.source!r} stores {name!r} as {dtype}: it is quantised. Pass "
@@ -144,8 +169,8 @@ class Base:
             )
 
     @cached_property
-    def _files(self) -> dict[str, tuple[Path, str]]:
-        """Name of a tensor → the file it is in, and its dtype as safetensors has it."""
+    def _files(self) -> dict[str, _Stored]:
+        """By the name of a tensor."""
         folder = Path(self.source)
         if not folder.is_dir():
             with loading_errors_explained(self.source):
@@ -161,5 +186,6 @@ class Base:
         for file in files:
             with loading_errors_explained(self.source), safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (it is no mapping)
-                    found[name] = file, str(opened.get_slice(name).get_dtype())
+                    its = opened.get_slice(name)
+                    found[name] = _Stored(file, str(its.get_dtype()), tuple(its.get_shape()))
         return found

@@ -141,7 +141,7 @@ def _compare(first: StoredKind, second: StoredKind, same_weights: bool) -> KindC
     ours = coordinates.updates([site.pairs for site, _ in shared])
     offset = len(first.pairs)
     theirs = coordinates.updates([[offset + its for its in site.pairs] for _, site in shared])
-    shape = first.out_features, first.in_features
+    shape = first.matrix
     ranks = [numerical_ranks(its.values, *shape) for its in (ours, theirs)]
     columns = [spans(its.left, rank) for its, rank in zip((ours, theirs), ranks, strict=True)]
     rows = [spans(its.right, rank) for its, rank in zip((ours, theirs), ranks, strict=True)]

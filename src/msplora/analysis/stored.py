@@ -58,6 +58,11 @@ class StoredKind:
     def in_features(self) -> int:
         return self.pairs[0].in_features
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of the weights as matrices, (out, in)."""
+        return self.out_features, self.in_features
+
 
 @dataclass(frozen=True)
 class StoredAdapter:
