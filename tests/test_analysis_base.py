@@ -166,3 +166,18 @@ def test_only_what_the_base_s_files_hold_as_such_is_read_and_announced(
     assert said[0].startswith("Intruder dimensions take 8 dense singular value decompositions")
     assert "of up to 32 × 32" in said[0]
     assert any(f"hold {4 * 2 * 4} of the {4 * 9} weights in another" in its for its in found.notes)
+
+
+@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
+def test_tokens_that_were_added_for_the_training(method: Any, tmp_path: Path) -> None:
+    """The adapter brings the embeddings, of which its base has fewer."""
+    base: Any = llama(2)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70)
+    config = method(target_modules=["embed_tokens", "lm_head", "q_proj"], r=4)
+    folder = save(get_peft_model(base, config), tmp_path)
+    (found,) = msplora.analyse(folder, base=tmp_path / "base", intruder_vectors=0).adapters
+    norms = {kind.name: kind.sites[0].base_norm for kind in found.kinds}
+    assert norms.pop("self_attn.q_proj") is not None
+    assert norms == {"model.embed_tokens": None, "lm_head": None}
+    assert any("hold 2 of the 4 weights in another form or size" in note for note in found.notes)

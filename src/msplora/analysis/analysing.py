@@ -220,8 +220,8 @@ def _notes(adapter: StoredAdapter, kinds: Sequence[KindResult], base: Base | Non
         if missing:
             notes.append(
                 f"The base's files hold {len(missing)} of the {len(sites)} weights in another form "
-                f"or under another name, such as {missing[0]}: they have no relative norm and no "
-                f"intruder dimensions."
+                f"or size, or under another name, such as {missing[0]}: they have no relative norm "
+                f"and no intruder dimensions."
             )
     return notes
 
