@@ -118,8 +118,12 @@ def test_layers_that_peft_repeats_are_not_laid_beside_the_base(tmp_path: Path) -
     assert len(msplora.analyse(folder).adapters[0].kinds[0].sites) == 5
 
 
-def test_a_quantised_base_and_one_without_safetensors(tmp_path: Path) -> None:
-    folder = save(adapted(), tmp_path, MODELS["llama"].model())
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_a_quantised_base_and_one_without_safetensors(name: str, tmp_path: Path) -> None:
+    """Llava's files call the weights by other names than the model does."""
+    tiny = MODELS[name]
+    model = adapted(tiny.model(), target_modules=tiny.targets)
+    folder = save(model, tmp_path, tiny.model())
     base, file = str(tmp_path / "base"), tmp_path / "base/model.safetensors"
     tensors = load_file(file)
     packed = {key.replace("proj.weight", "proj.qweight"): its for key, its in tensors.items()}

@@ -59,9 +59,11 @@ def test_a_pyramid_is_read_with_its_base_and_without(
             torch.testing.assert_close(same, expected, rtol=1e-6, atol=1e-9)
             assert site.layer == plan.site_of[site.key].block
             assert counted[kind.name].sites[place].layer == place
-            if name != "llava":  # whose files call the weights by other names
-                weight = base.weight(site.key, kind.matrix)
-                assert weight is not None
+            # Llava's files call the weights by other names.
+            weight = base.weight(site.key, kind.matrix)
+            assert weight is not None
+            frozen = model.get_base_model().get_submodule(site.key).base_layer.weight
+            torch.testing.assert_close(weight, frozen.T if name == "gpt2" else frozen)
 
 
 def test_embeddings_and_convolutions_and_a_site_outside_the_blocks(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def as_loaded(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # before transformers 5
-    found = {_renamed(name, names): its for name, its in tensors.items()}
+    found = {renamed(name, names): its for name, its in tensors.items()}
     try:
         from peft.utils.transformers_weight_conversion import (
             convert_peft_adapter_state_dict_for_transformers as convert,
@@ -161,7 +161,7 @@ def as_loaded(
     return convert(model=model, peft_config=config, adapter_state_dict=found)
 
 
-def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+def renamed(name: str, patterns: Mapping[str, str]) -> str:
     """A tensor's name after the first pattern that it meets, behind PEFT's prefix."""
     prefix = "base_model.model."
     for pattern, replacement in patterns.items():

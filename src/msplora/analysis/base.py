@@ -21,6 +21,7 @@ from msplora.matching import module_shape
 from msplora.parameters import shape_of
 from msplora.pyramid import Shape
 
+from .checkpoint_names import by_names_of_model
 from .weight_files import download_weights, weight_files
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -112,8 +113,8 @@ class Base:
             names = [path, *(f"{path}.{end}" for end in (*_WEIGHTS, *_PACKED))]
             names += [its.removeprefix(prefix) for its in names] + [prefix + its for its in names]
             for name in names:
-                if name in self._files:
-                    return name
+                if name in self._names:
+                    return self._names[name]
         return None
 
     def _tied_to(self, key: str) -> list[str]:
@@ -167,6 +168,11 @@ class Base:
                 f"the base {self.source!r} stores {name!r} as {dtype}: it is quantised. Pass "
                 f"--base with the model that it was made from."
             )
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The name of a tensor as the model has it → the files' own."""
+        return by_names_of_model(self.model, self._files)
 
     @cached_property
     def _files(self) -> dict[str, _Stored]:
