@@ -172,12 +172,14 @@ def test_only_what_the_base_s_files_hold_as_such_is_read_and_announced(
     assert any(f"hold {4 * 2 * 4} of the {4 * 9} weights in another" in its for its in found.notes)
 
 
-@pytest.mark.parametrize("method", [LoraConfig, msplora.MSPLoraConfig])
-def test_tokens_that_were_added_for_the_training(method: Any, tmp_path: Path) -> None:
-    """The adapter brings the embeddings, of which its base has fewer."""
+@pytest.mark.parametrize(
+    ("method", "tokens"), [(LoraConfig, 70), (LoraConfig, 60), (msplora.MSPLoraConfig, 70)]
+)
+def test_the_adapter_brings_more_or_fewer_tokens(method: Any, tokens: int, tmp_path: Path) -> None:
+    """As many as the training gave the base, whose files have 64."""
     base: Any = llama(2)
     base.save_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(70)
+    base.resize_token_embeddings(tokens)
     config = method(target_modules=["embed_tokens", "lm_head", "q_proj"], r=4)
     folder = save(get_peft_model(base, config), tmp_path)
     (found,) = msplora.analyse(folder, base=tmp_path / "base", intruder_vectors=0).adapters

@@ -234,7 +234,7 @@ def test_a_base_that_does_not_match(tmp_path: Path) -> None:
     ("name", "targets", "size", "wider"),
     [
         ("gpt2", ["c_attn"], "n_embd", 64),
-        ("llama", ["embed_tokens"], "vocab_size", 128),
+        ("llama", ["embed_tokens"], "hidden_size", 64),
         ("vit", r".*projection", "patch_size", 4),
     ],
 )

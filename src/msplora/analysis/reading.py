@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msplora  # noqa: F401  (makes the adapter's type known to PEFT)
-from msplora.adapted import fit_vocabulary
 from msplora.config import MSPLoraConfig
 from msplora.config_file import lora_or_pyramid
 from msplora.errors import UnsupportedError
@@ -59,8 +58,6 @@ def read_adapter(
             f"{str(folder)!r} repeats layers of its base (layer_replication), so that its weights "
             f"have other names than the base's files. Analyse it without --base."
         )
-    if found is not None:  # tokens may have been added for the training
-        fit_vocabulary(found.model, tensors.shapes)
     is_pyramid = isinstance(config, MSPLoraConfig)
     if not is_pyramid:
         kinds, fingerprint = lora_kinds(tensors, config, found)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from msplora.adapted import fit_vocabulary
 from msplora.blocks import place
 from msplora.errors import AdapterFileError, BaseModelError, UnsupportedError
 from msplora.pyramid import Level, Shape, Site, arrange
@@ -34,6 +35,7 @@ def lora_kinds(
     Raises as `read_adapter`.
     """
     if base is not None:
+        fit_vocabulary(base.model, tensors.shapes)  # tokens may have been added for the training
         tensors = by_names_of_now(tensors, config, base)
     pairs: dict[str, StoredPair] = {}
     shapes: dict[str, Shape] = {}
