@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch import nn
 
 import msplora
 from adapted_llama import adapted
 from analysed import WEIGHTS, edit, save
 from runs import msplora as command
+from test_analysis_lora import experts_are_parameters
 from tiny import MODELS
 
 
@@ -145,6 +148,38 @@ def test_kinds_and_layers_that_only_one_adapts_are_said(tmp_path: Path) -> None:
     assert alone.startswith("2 kind(s) are not compared, such as self_attn.v_proj: only one")
     assert layers.startswith("1 kind(s) are compared in some layers, such as self_attn.q_proj")
     assert msplora.analyse(one, copy_of(one, tmp_path)).comparisons[0].notes == ()
+
+
+def test_convolutions_have_one_name_in_both(tmp_path: Path) -> None:
+    """That of a place with weights of several shapes has the shape in it."""
+    convolutions = (nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=2))
+    model = nn.Sequential(*map(nn.Sequential, convolutions))
+    folders = [
+        save(get_peft_model(deepcopy(model), method(target_modules=r"\d\.0", r=8)), tmp_path / name)
+        for name, method in (("lora", LoraConfig), ("pyramid", msplora.MSPLoraConfig))
+    ]
+    (comparison,) = msplora.analyse(*folders).comparisons
+    assert [its.kind for its in comparison.kinds] == ["0[16x8x3x3]", "0[2*16x16x3x3]", "0[8x8x3x3]"]
+    assert comparison.notes == ()
+
+
+@experts_are_parameters
+def test_parameters_that_a_file_does_not_name_are_compared_with_the_base(tmp_path: Path) -> None:
+    tiny = MODELS["mixtral"]
+    asked = {"target_modules": ["q_proj"], "target_parameters": [*tiny.parameters]}
+    tiny.model().save_pretrained(tmp_path / "base")
+    folders = [
+        save(get_peft_model(tiny.model(), method(**asked)), tmp_path / name)
+        for name, method in (("lora", LoraConfig), ("pyramid", msplora.MSPLoraConfig))
+    ]
+    (alone,) = msplora.analyse(*folders).comparisons
+    assert [its.kind for its in alone.kinds] == ["self_attn.q_proj"]
+    (note,) = alone.notes
+    assert note.startswith("8 kind(s) are not compared, such as mlp.experts")
+    assert "which of a module's parameters they are. Pass --base" in note
+    base = tmp_path / "base"
+    (known,) = msplora.analyse(*folders, base=base, intruder_vectors=0).comparisons
+    assert (len(known.kinds), known.notes) == (9, ())
 
 
 def copy_of(adapter: Path, folder: Path) -> Path:

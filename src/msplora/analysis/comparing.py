@@ -10,6 +10,7 @@ import torch
 from msplora.page.environment import short
 from msplora.same_source import same_source
 
+from .experts import is_of_a_parameter
 from .kinds import Coordinates
 from .measures import layer_cosines, mean_larger, numerical_ranks, overlaps, spans
 from .results import Comparison, KindComparison, numbers
@@ -20,21 +21,24 @@ def compare(first: StoredAdapter, second: StoredAdapter, names: tuple[str, str])
     """Layer by layer, kinds of the same name and shape; what is left out is noted."""
     found: list[KindComparison] = []
     out = _LeftOut()
+    unnamed = any(kind.unnamed for kind in (*first.kinds, *second.kinds))
     same = first.fingerprint is not None and first.fingerprint == second.fingerprint
     for kind in first.kinds:
         other = _counterpart(kind, first, second)
         its = None if other is None else _compare(kind, other, same)
         if other is None:
-            out.alone.append(kind.name)
+            out.without_counterpart(kind, unnamed)
         elif its is None:
             (out.uncertain if kind.counted or other.counted else out.apart).append(kind.name)
         else:
             found.append(its)
             if not len(its.layers) == len(kind.sites) == len(other.sites):
                 out.layers.append(kind.name)
-    out.alone += [kind.name for kind in second.kinds if _counterpart(kind, second, first) is None]
+    for kind in second.kinds:
+        if _counterpart(kind, second, first) is None:
+            out.without_counterpart(kind, unnamed)
     notes = [*_bases(first, second, names)]
-    if found or out.uncertain or out.apart:
+    if found or out.uncertain or out.apart or out.unnamed:
         notes += out.notes()
     else:
         notes.append("They adapt no weight of the same place and shape.")
@@ -59,8 +63,22 @@ class _LeftOut:
 
     uncertain: list[str] = field(default_factory=list[str])
     apart: list[str] = field(default_factory=list[str])
+    unnamed: list[str] = field(default_factory=list[str])
     alone: list[str] = field(default_factory=list[str])
     layers: list[str] = field(default_factory=list[str])
+
+    def without_counterpart(self, kind: StoredKind, unnamed: bool) -> None:
+        """Note a kind that one adapter has, or has in another shape.
+
+        Args:
+            kind: the adapter's.
+            unnamed: whether one of the two has parameters that its file does not name: those of
+                the other are not alone, then.
+        """
+        if kind.unnamed:
+            self.unnamed.append(kind.name)
+        elif not (unnamed and is_of_a_parameter(kind.name)) and kind.name not in self.alone:
+            self.alone.append(kind.name)
 
     def notes(self) -> list[str]:
         """A sentence for each reason."""
@@ -73,9 +91,15 @@ class _LeftOut:
             ),
             (self.apart, "kind(s) are not compared", "they adapt them in different blocks."),
             (
+                self.unnamed,
+                "kind(s) are not compared",
+                "a LoRA's file does not say which of a module's parameters they are. Pass --base, "
+                "which knows.",
+            ),
+            (
                 self.alone,
                 "kind(s) are not compared",
-                "only one of the two adapts them, or in another shape.",
+                "only one of the two files has pairs for them, or they are of another shape.",
             ),
             (
                 self.layers,

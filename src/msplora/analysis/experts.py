@@ -85,6 +85,11 @@ def _by_weight(kinds: Iterable[Its], name: Callable[[Its], str]) -> dict[str, li
     }
 
 
+def is_of_a_parameter(name: str) -> bool:
+    """Whether a kind is of one of the experts that are parts of a parameter."""
+    return _PARAMETER.fullmatch(name) is not None
+
+
 def _expert(name: str) -> tuple[str, int]:
     """The weight that a kind's name is of, and the number of its expert.
 

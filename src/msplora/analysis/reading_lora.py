@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def lora_kinds(
         tensors = by_names_of_now(tensors, config, base)
     pairs: dict[str, StoredPair] = {}
     shapes: dict[str, Shape] = {}
+    unnamed: set[str] = set()
     factors = _factors(tensors)
     for key, asked in _asked(factors, tensors, config, base).items():
         names = factors[key]
@@ -57,8 +59,9 @@ def lora_kinds(
             its = "lora", 0, asked.scale(rank)
             parameters = (a.numel() + b.numel()) // len(matrices)
             pairs[site] = StoredPair(*its, rank, in_features, b_OR.shape[0], parameters, read)
-            layout = "embedding" if ".lora_embedding_" in names[0] else "linear"
-            shapes[site] = Shape(layout, b_OR.shape[0], in_features)
+            if asked.is_parameter and asked.name == key:
+                unnamed.add(site)
+            shapes[site] = _shape(names[0], a, b, (b_OR.shape[0], in_features))
         if asked.is_parameter and len(a) % asked.rank:
             raise AdapterFileError(
                 f"{tensors.path}: A {tuple(a.shape)} of {key!r} is of no whole number of experts "
@@ -71,8 +74,10 @@ def lora_kinds(
     for key in pairs:
         stack, block, kind = place_of(key, config, base, is_wrapped)
         sites.append(Site(key, stack, kind, block, shapes[key]))
-    # The level is only there to have the kinds named and ordered as a plan's are.
-    plan = arrange(sites, [Level("lora", rank=1, groups=0, alpha=1)])
+    # The level is only there to have the kinds named and ordered as a plan's are; its rank is one
+    # that all groups of convolutions divide.
+    rank = lcm(*(its.blocks for its in shapes.values()))
+    plan = arrange(sites, [Level("lora", rank, groups=0, alpha=1)])
     kinds = tuple(
         StoredKind(
             kind.name,
@@ -80,6 +85,7 @@ def lora_kinds(
             tuple(
                 StoredSite(site.key, site.block, (depth,)) for depth, site in enumerate(kind.sites)
             ),
+            unnamed=kind.sites[0].key in unnamed,
         )
         for kind in plan.kinds
     )
@@ -155,6 +161,13 @@ def _as_sites(asked: Asked, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Ten
         ]
     groups = len(a) // b.shape[1] if a.ndim > 2 and b.ndim == a.ndim and b.shape[1] else 1
     return [(asked.name, *as_matrices(a, b, groups=groups))]
+
+
+def _shape(name: str, a: Tensor, b: Tensor, matrix: tuple[int, int]) -> Shape:
+    """The shape of a site's weight as a plan has it; its kind may have it in its name."""
+    if a.ndim > 2 and b.shape[1]:
+        return Shape("conv", b.shape[0], a.shape[1], tuple(a.shape[2:]), len(a) // b.shape[1])
+    return Shape("embedding" if ".lora_embedding_" in name else "linear", *matrix)
 
 
 def wrapped(keys: Iterable[str]) -> bool:

@@ -49,6 +49,8 @@ class StoredKind:
     """The numbers of the blocks are not known: they are counted from 0."""
     everywhere: bool = False
     """They are counted, and the config means all blocks that have such a weight."""
+    unnamed: bool = False
+    """Of a parameter of which the file does not say which of its module's it is."""
 
     @property
     def out_features(self) -> int:
