@@ -146,7 +146,7 @@ def test_checkpoints_of_an_earlier_run_are_left_out(tmp_path: Path) -> None:
     (its,) = found.adapters
     assert [one.step for one in its.history] == [5, 10]
     assert any("2 checkpoint(s) have other levels" in note for note in its.notes)
-    assert any("step 7 (lora of rank 8)" in note for note in its.notes)
+    assert any("step 7 (lora of rank 8 and scale 1)" in note for note in its.notes)
     assert "Over training" in found.to_html()
     shutil.rmtree(tmp_path / "checkpoint-5")
     (its,) = library.analyse(tmp_path).adapters
@@ -155,10 +155,19 @@ def test_checkpoints_of_an_earlier_run_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"r": 8}, {"target_modules": ["v_proj"]}, {"target_modules": ["q_proj", "v_proj"]}]
+    "changes",
+    [
+        {"r": 8},
+        {"r": 2},
+        {"target_modules": ["v_proj"]},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"lora_alpha": 64},
+        {"use_rslora": True},
+        {"alpha_pattern": {r".*\.0\..*": 2}},
+    ],
 )
 def test_checkpoints_of_another_lora_are_left_out(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Every LoRA has the one level: its ranks and weights tell."""
+    """Every LoRA has the one level: its ranks, scales and weights tell."""
     config: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]}
     for of_step, folder in ((config, ""), (config | changes, "checkpoint-5"), (config, "")):
         lora: Any = get_peft_model(LLAMA.model(), LoraConfig(**of_step))
@@ -167,7 +176,10 @@ def test_checkpoints_of_another_lora_are_left_out(changes: dict[str, Any], tmp_p
         lora.save_pretrained(tmp_path / f"checkpoint-{step}")
     (its,) = library.analyse(tmp_path).adapters
     assert [one.step for one in its.history] == [10, 20]
-    assert any("1 checkpoint(s) have other levels, ranks or weights" in note for note in its.notes)
+    note = its.notes[0]
+    assert note.startswith("1 checkpoint(s) have other levels, ranks, scales or weights")
+    # As of one that PEFT converted from PiSSA, of half the rank.
+    assert ("or of before a conversion" in note) == (changes == {"r": 2})
 
 
 def test_what_is_recorded_of_other_ranks_is_left_out(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def step_of(folder: Path) -> int:
 def read_history(path: Path, adapter: StoredAdapter, base: BaseOptions | None = None) -> History:
     """Read the checkpoints of an adapter, where there are several.
 
-    A folder may hold those of an earlier run: what has other levels, ranks or weights is left out.
+    A folder may hold those of an earlier run: what has other levels, ranks, scales or weights is
+    left out.
     So is what cannot be read: the adapter itself may be whole.
 
     Args:
@@ -89,21 +90,52 @@ def read_history(path: Path, adapter: StoredAdapter, base: BaseOptions | None = 
         step
         for step in sorted(ranks)
         if list(ranks[step].items()) != list(adapter.ranks.items())
-        or (step in stored and stored[step].shapes != adapter.shapes)
+        or (step in stored and not _alike(stored[step], adapter))
     ]
-    notes = []
-    if others:
-        of_first = ", ".join(f"{level} of rank {its}" for level, its in ranks[others[0]].items())
-        notes.append(
-            f"{len(others)} checkpoint(s) have other levels, ranks or weights than the adapter, "
-            f"such as that of step {others[0]} ({of_first}): they are another run's, and are not "
-            f"shown over training."
-        )
+    notes = [_left_out(others, ranks[others[0]], stored.get(others[0]), adapter)] if others else []
     recorded = {step: its for step, its in recorded.items() if step not in others}
     stored = {step: its for step, its in stored.items() if step not in others}
     if len(recorded) + len(stored) < 2:  # one is no course
         recorded, stored = {}, {}
     return History(recorded, stored, damaged, tuple(notes))
+
+
+def _alike(one: StoredAdapter, other: StoredAdapter) -> bool:
+    """Whether two have the same weights, of the same shapes and scales."""
+    return one.shapes == other.shapes and one.scales == other.scales
+
+
+def _left_out(
+    steps: list[int],
+    ranks: Mapping[str, int],
+    first: StoredAdapter | None,
+    adapter: StoredAdapter,
+) -> str:
+    """That checkpoints are not the adapter's, in a sentence.
+
+    Args:
+        steps: theirs.
+        ranks: those of the first, level by level.
+        first: the first, where its file is there.
+        adapter: the one that they are beside.
+    """
+    described = ", ".join(
+        f"{level} of rank {rank}" + (f" and scale {_range(first.scales[level])}" if first else "")
+        for level, rank in ranks.items()
+    )
+    # PEFT converts what takes a part of the base (PiSSA) to a LoRA of twice the rank.
+    converted = [2 * rank for rank in ranks.values()] == list(adapter.ranks.values())
+    return (
+        f"{len(steps)} checkpoint(s) have other levels, ranks, scales or weights than the adapter, "
+        f"such as that of step {steps[0]} ({described}): they are another run's"
+        + (", or of before a conversion that doubled the rank" if converted else "")
+        + ", and are not shown over training."
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest of sorted values, or the one that all are."""
+    return " to ".join(f"{its:.4g}" for its in dict.fromkeys((values[0], values[-1])))
 
 
 def over_training(

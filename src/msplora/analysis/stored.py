@@ -91,3 +91,12 @@ class StoredAdapter:
         return {
             level: max(pair.rank for pair in pairs if pair.level == level) for level in self.levels
         }
+
+    @property
+    def scales(self) -> dict[str, list[float]]:
+        """Level → the scales of its pairs, smallest first."""
+        pairs = [pair for kind in self.kinds for pair in kind.pairs]
+        return {
+            level: sorted(pair.scale for pair in pairs if pair.level == level)
+            for level in self.levels
+        }
