@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,23 @@ def test_levels_of_a_language_model(language_model: tuple[Path, str], tmp_path: 
     assert whole.low == whole.high == 0
     # Reading and measuring leaves the run as it was.
     assert ablation(run, data) == found
+
+
+def test_rows_that_did_not_stay_whole_are_counted_as_eval_does(
+    language_model: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, _ = language_model
+    rows = [*answered_rows(3), {"prompt": "w1", "completion": ""}]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    (found,) = library.analyse(run, data=data).adapters
+    assert found.ablation is not None
+    report = evaluate_run(run, data)
+    assert found.ablation.left_out == {"empty": report["empty"]} == {"empty": 1}
+    (note,) = [note for note in found.notes if "whole" in note]
+    assert note == (
+        f"Not all rows of {tmp_path.name}/rows.jsonl are whole: 1 left out without an answer, or "
+        f"with the same one twice."
+    )
 
 
 @pytest.mark.parametrize("start", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -151,8 +169,12 @@ def test_options_of_the_base_reach_the_loader(
 
 
 def test_a_plain_lora_of_a_classifier_keeps_its_head(tmp_path: Path) -> None:
-    run, data = trained(tmp_path, "classification", method="lora")
+    options = {"train": str(tmp_path / "labelled.jsonl"), "max_length": 16}
+    run, data = trained(tmp_path, "classification", method="lora", data=options)
+    with open(data, "a") as rows:
+        rows.write(json.dumps({"text": "w1 " * 500, "label": "good"}) + "\n")
     found = ablation(run, data)
+    assert found.left_out == {"truncated": 1}
     assert [its.levels for its in found.runs] == [(), ("lora",)]
     assert found.unit == "row"
     for its, parts in zip(found.runs, ([], ["lora"]), strict=True):

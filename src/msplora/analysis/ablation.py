@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from msplora.loading import BaseOptions
+from msplora.page.environment import short
 from msplora.train.data_files import check_named
 from msplora.train.evaluation import image_rows, pair_judge, pair_rows, text_rows, token_rows
 from msplora.train.held_out_loss import autocast, counted_pieces, pad_rows
+from msplora.train.lengths import LEFT_OUT
 from msplora.train.levels import level_parameters
 from msplora.train.quiet import quiet_libraries
 from msplora.train.saved_run import SavedRun, open_run
@@ -60,7 +62,7 @@ def switch_off(
     check_named(data)
     with quiet_libraries():
         run = open_run(path, base)
-        measure = _measurement(run, data)
+        measure, left_out = _measurement(run, data)
         levels = _levels(run.model)
         sets = [()] + [its for count in (1, 2) for its in combinations(levels, count)]
         if len(levels) > 2:
@@ -76,7 +78,14 @@ def switch_off(
         rows=len(whole[0]),
         unit=_UNITS.get(run.settings.task, "row"),
         runs=tuple(_switched_off(off, losses, whole) for off, losses in found),
+        left_out=left_out,
     )
+
+
+def left_out_in_words(ablation: Ablation) -> str:
+    """What rows did not stay whole, in a sentence."""
+    parts = [f"{count} {LEFT_OUT[name]}" for name, count in ablation.left_out.items()]
+    return f"Not all rows of {short(ablation.data)} are whole: {', '.join(parts)}."
 
 
 def _switched_off(off: tuple[str, ...], losses: Losses, whole: Losses) -> SwitchedOff:
@@ -124,30 +133,35 @@ def _without(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.copy_(its)
 
 
-def _measurement(run: SavedRun, data: str) -> Callable[[], Losses]:
-    """What measures the model as it is at that moment, row by row."""
+def _measurement(run: SavedRun, data: str) -> tuple[Callable[[], Losses], dict[str, int]]:
+    """What measures the model as it is at that moment, row by row; and what rows are not whole."""
     size = run.settings.training.eval_batch_size
     if run.settings.task == "sft":
-        rows, _ = token_rows(run, data)
+        rows, report = token_rows(run, data)
         rows = sorted(rows, key=lambda row: len(row.input_ids))
         pad = padding_id(run.base.tokenizer)
         batches = [pad_rows(rows[at : at + size], pad) for at in range(0, len(rows), size)]
-        return lambda: _measured(_of_tokens(run, *batch) for batch in batches)
+        return (
+            lambda: _measured(_of_tokens(run, *batch) for batch in batches),
+            report.left_out(),
+        )
     if run.settings.task == "dpo":
-        judge = pair_judge(run, pair_rows(run, data)[0], size)
-        return lambda: _each_counts(judge.losses())
-    of_images = run.settings.task == "image-classification"
-    rows_of: Any = image_rows(run, data) if of_images else text_rows(run, data)[0]
-    collate: Any = (
-        default_data_collator if of_images else DataCollatorWithPadding(run.base.tokenizer)
-    )
+        pairs, report = pair_rows(run, data)
+        judge = pair_judge(run, pairs, size)
+        return lambda: _each_counts(judge.losses()), report.left_out()
+    rows_of: Any
+    if run.settings.task == "image-classification":
+        rows_of, left_out, collate = image_rows(run, data), {}, default_data_collator
+    else:
+        rows_of, report = text_rows(run, data)
+        left_out, collate = report.left_out(), DataCollatorWithPadding(run.base.tokenizer)
 
     def measure() -> Losses:
         places = range(0, len(rows_of), size)
         parts = ([rows_of[its] for its in range(at, min(at + size, len(rows_of)))] for at in places)
         return _measured(_of_labels(run, collate(part)) for part in parts)
 
-    return measure
+    return measure, left_out
 
 
 def _measured(batches: Iterator[Losses]) -> Losses:

@@ -105,7 +105,12 @@ def analyse(
                 kinds=kinds,
                 history=course,
                 ablation=ablation,
-                notes=(*adapter.notes, *of_course, *_notes(adapter, kinds, its_base)),
+                notes=(
+                    *adapter.notes,
+                    *of_course,
+                    *_notes(adapter, kinds, its_base),
+                    *_of_rows(ablation),
+                ),
             )
         )
     pairs = list(combinations(range(len(read)), 2))
@@ -199,6 +204,14 @@ def _ablation(
         from .ablation import switch_off
 
         return switch_off(folder, data, base, report)
+
+
+def _of_rows(ablation: Ablation | None) -> list[str]:
+    if ablation is None or not ablation.left_out:
+        return []
+    from .ablation import left_out_in_words
+
+    return [left_out_in_words(ablation)]
 
 
 def _notes(adapter: StoredAdapter, kinds: Sequence[KindResult], base: Base | None) -> list[str]:

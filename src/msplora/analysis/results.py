@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -214,6 +214,8 @@ class Ablation:
     unit: str
     """What the loss is a mean over: "token", "row" or "pair"."""
     runs: tuple[SwitchedOff, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many rows did not stay whole, by what became of them, as `msplora eval` names it."""
 
 
 @dataclass(frozen=True)
