@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import msplora as library
 from adapted_llama import LLAMA, adapted
 from msplora.analysis.history import checkpoint, read_record
-from msplora.errors import MSPLoraError
+from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.train.level_history import LevelHistory
 from msplora.train.settings import Settings
 from runs import config_on, msplora, save_bases, write_config
@@ -213,3 +213,20 @@ def test_a_checkpoint_that_cannot_be_read_is_left_out_and_said(tmp_path: Path) -
     (tmp_path / "checkpoint-25").rename(tmp_path / "away")
     (its,) = library.analyse(tmp_path).adapters
     assert its.history == ()
+
+
+def test_a_folder_of_checkpoints_is_the_last_that_is_whole(tmp_path: Path) -> None:
+    """The process may have been killed while it saved one."""
+    model = adapted()
+    for step in (5, 10, 15):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    files = [tmp_path / f"checkpoint-{step}/adapter_model.safetensors" for step in (15, 5, 10)]
+    files[0].write_bytes(files[0].read_bytes()[:1000])
+    (its,) = library.analyse(tmp_path).adapters
+    assert its.notes[0] == "It is analysed as of step 10: no later checkpoint is whole."
+    assert [one.step for one in its.history] == [5, 10]
+    assert any("such as that of step 15: " in note for note in its.notes)
+    files[1].unlink()
+    files[2].unlink()
+    with pytest.raises(AdapterFileError, match="checkpoint-15"):
+        library.analyse(tmp_path)

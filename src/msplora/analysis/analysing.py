@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
 
 from msplora import __version__
-from msplora.errors import MSPLoraError
+from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.extras import train_extra
 from msplora.loading import BaseOptions, adapter_folder
 
 from .against_base import with_base
 from .base import Base
 from .comparing import compare
-from .history import checkpoint_folders, over_training, read_history
+from .history import checkpoint_folders, over_training, read_history, step_of
 from .kinds import analyse_kind
 from .reading import read_adapter
 from .results import Ablation, AdapterResult, Analysis, KindResult
@@ -44,7 +46,7 @@ def analyse(
 
     Args:
         adapters: folders of MSPLoRA adapters or PEFT's plain LoRAs, or of runs; one that has
-            checkpoints only stands for its last.
+            checkpoints only stands for its last that is whole.
         base: the base model, for norms relative to its weights and intruder dimensions; a folder,
             an id on the hub, or how to load it.
         intruder_vectors: how many leading singular vectors of each adapted weight are compared with
@@ -69,8 +71,7 @@ def analyse(
     paths = [Path(path).expanduser() for path in adapters]
     names = _names(paths)
     # All is read before anything is computed: what is wrong with the last is said at once.
-    folders = [_folder(path) for path in paths]
-    read = [read_adapter(folder, options) for folder in folders]
+    read = [_read(path, options) for path in paths]
     for adapter, its_base in read:
         if its_base is not None:
             its_base.check_weights(site.key for kind in adapter.kinds for site in kind.sites)
@@ -143,15 +144,32 @@ def _decompositions(
     )
 
 
-def _folder(path: Path) -> Path:
-    """The folder of the adapter itself: given, or a run's, or the last checkpoint's."""
+def _read(path: Path, base: BaseOptions) -> tuple[StoredAdapter, Base | None]:
+    """The adapter itself: given, or a run's, or that of the last checkpoint that is whole."""
     try:
-        return adapter_folder(path)
+        folder = adapter_folder(path)
     except MSPLoraError:
         checkpoints = checkpoint_folders(path)
         if not checkpoints:
             raise
-        return checkpoints[-1]
+        return _last_whole(checkpoints, base)
+    return read_adapter(folder, base)
+
+
+def _last_whole(
+    checkpoints: Sequence[Path], base: BaseOptions
+) -> tuple[StoredAdapter, Base | None]:
+    """The last that can be read: the one that was saved when a process ended may be cut short."""
+    *earlier, last = checkpoints
+    try:
+        return read_adapter(last, base)
+    except AdapterFileError as error:
+        for folder in reversed(earlier):
+            with suppress(AdapterFileError):
+                found, its_base = read_adapter(folder, base)
+                note = f"It is analysed as of step {step_of(folder)}: no later checkpoint is whole."
+                return replace(found, notes=(note, *found.notes)), its_base
+        raise error
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
