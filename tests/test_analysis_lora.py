@@ -232,6 +232,43 @@ def test_a_model_inside_a_sequential_has_its_blocks(tmp_path: Path) -> None:
     assert [site.layer for site in kind.sites] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "more"),
+    [
+        ("0.auto_model.encoder.layer", ("2.linear",)),
+        ("0.sub_modules.query.0.auto_model.encoder.layer", ()),
+    ],
+)
+def test_a_model_inside_a_sequential_of_several_parts(
+    prefix: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As sentence-transformers' with a dense head that is adapted too, or with a router."""
+    folder = save(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path)
+    tensors = {
+        name.replace("model.layers", prefix): its
+        for name, its in load_file(folder / WEIGHTS).items()
+    }
+    for name in more:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(8, 32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(16, 8)
+    save_file(tensors, folder / WEIGHTS)
+    kinds = msplora.analyse(folder).adapters[0].kinds
+    layers = {kind.name: [site.layer for site in kind.sites] for kind in kinds}
+    assert layers == {"self_attn.q_proj": [0, 1, 2, 3], **{key: [None] for key in more}}
+
+
+def test_experts_of_one_block_are_no_blocks(tmp_path: Path) -> None:
+    folder = save(get_peft_model(llama(1), LoraConfig(target_modules=["q_proj"])), tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    for name in list(tensors):
+        for expert in (0, 1):
+            place = f"mlp.experts.{expert}.up_proj"
+            tensors[name.replace("self_attn.q_proj", place)] = tensors[name].clone()
+    save_file(tensors, folder / WEIGHTS)
+    kinds = msplora.analyse(folder).adapters[0].kinds
+    assert {kind.name for kind in kinds} >= {"mlp.experts.0.up_proj", "mlp.experts.1.up_proj"}
+
+
 def test_what_is_counted_are_the_numbers_in_the_file(tmp_path: Path) -> None:
     """As matrices, the factors of a grouped convolution have zeros beside its groups."""
     model = nn.Sequential(*(nn.Conv2d(16, 16, 3, groups=4) for _ in range(2)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def lora_kinds(
             )
         if base is not None:
             _check_fit(asked, a, b, base, tensors.path)
-    sites, is_wrapped = [], wrapped(pairs)
+    sites, wrapping = [], wrapped(pairs)
     for key in pairs:
-        stack, block, kind = place_of(key, config, base, is_wrapped)
+        stack, block, kind = place_of(key, config, base, wrapping)
         sites.append(Site(key, stack, kind, block, shapes[key]))
     # The level is only there to have the kinds named and ordered as a plan's are; its rank is one
     # that all groups of convolutions divide.
@@ -170,19 +171,37 @@ def _shape(name: str, a: Tensor, b: Tensor, matrix: tuple[int, int]) -> Shape:
     return Shape("embedding" if ".lora_embedding_" in name else "linear", *matrix)
 
 
-def wrapped(keys: Iterable[str]) -> bool:
-    """Whether the model is one part of an `nn.Sequential`, as sentence-transformers' are.
+def wrapped(keys: Iterable[str]) -> frozenset[str]:
+    """The lists that hold a model and not its blocks, as sentence-transformers' `nn.Sequential`.
 
-    Then all paths begin with one number, and are of blocks further in.
+    Paths that begin with a number lie in one. The list of the blocks is the outermost of which two
+    have the same place inside; where there is none, as of one block, the second.
     """
-    names = [key.split(".") for key in keys]
-    first = {its[0] for its in names}
-    inside = any(name.isdigit() for its in names for name in its[1:])
-    return inside and len(first) == 1 and first.pop().isdigit()
+    paths = [key.split(".") for key in keys]
+    numbers: dict[tuple[str, str], set[str]] = {}
+    for names in paths:
+        for at in _numbers(names):
+            where = ".".join(names[:at]), ".".join(names[at + 1 :])
+            numbers.setdefault(where, set()).add(names[at])
+    lists = {stack for (stack, _), its in numbers.items() if len(its) > 1}
+    found: set[str] = set()
+    for names in paths:
+        stacks = [".".join(names[:at]) for at in _numbers(names)]
+        if names[0].isdigit() and lists.intersection(stacks):
+            found.update(takewhile(lambda its: its not in lists, stacks))
+    in_one = len({names[0] for names in paths}) == 1 and paths[0][0].isdigit()
+    if in_one and not lists and any(len(_numbers(names)) > 1 for names in paths):
+        found.add("")
+    return frozenset(found)
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Where a path has numbers."""
+    return [at for at, name in enumerate(names) if name.isdigit()]
 
 
 def place_of(
-    key: str, config: Any, base: Base | None, is_wrapped: bool = False
+    key: str, config: Any, base: Base | None, wrapping: Collection[str] = ()
 ) -> tuple[str, int | None, str]:
     """The stack, the block's number and the kind; without the base, by the outermost number.
 
@@ -190,14 +209,14 @@ def place_of(
         key: the path.
         config: PEFT's.
         base: the base, where it is known.
-        is_wrapped: the path begins with a number that is no block's.
+        wrapping: the lists that are none of blocks.
     """
     if base is not None:
         path = key.partition("[")[0]
         stack, block, kind = place(base.model, path, config.layers_pattern)
         return stack, block, kind + key[len(path) :]
     names = key.split(".")
-    numbers = [at for at, name in enumerate(names) if name.isdigit() and at >= is_wrapped]
+    numbers = [at for at in _numbers(names) if ".".join(names[:at]) not in wrapping]
     if not numbers:
         return key, None, key
     at = numbers[0]
