@@ -158,6 +158,22 @@ def test_other_methods_are_named_and_refused(tmp_path: Path) -> None:
     pooled = save(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path / "pool")
     edit(pooled, use_qalora=True)
     refused(pooled, match="uses QALoRA, which pools")
+    for field, name in (("kasa_config", "KaSA"), ("monteclora_config", "MonteCLoRA")):
+        if hasattr(LoraConfig(), field):  # an earlier PEFT has none of them
+            edit(pooled, **{"use_qalora": False, "kasa_config": None, field: {}})
+            refused(pooled, match=f"uses {name}, which")
+
+
+def test_what_velora_keeps_for_its_training_is_no_part_of_the_update(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    folder = save(get_peft_model(llama(), config), tmp_path)
+    plain = msplora.analyse(folder).adapters[0].kinds
+    tensors = load_file(folder / WEIGHTS)
+    for name in list(tensors):
+        if "lora_A" in name:
+            tensors[name.replace("lora_A.weight", "lora_velora_embed")] = torch.ones(8)
+    save_file(tensors, folder / WEIGHTS)
+    assert msplora.analyse(folder).adapters[0].kinds == plain
 
 
 @pytest.mark.parametrize(

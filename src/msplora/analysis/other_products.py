@@ -10,8 +10,12 @@ _OTHER_PRODUCTS = {
     "use_dora": "DoRA, which also rescales the base's weights",
     "use_qalora": "QALoRA, which pools a layer's inputs before A reads them",
     "use_bdlora": "BD-LoRA, whose A or B is stored as the blocks on its diagonal",
+    "kasa_config": "KaSA, which puts a diagonal between B and A and cuts the base's weights",
+    "monteclora_config": "MonteCLoRA, which adds samples around A and B",
 }
 _BIAS = ".lora_B.bias"
+_FOR_TRAINING = ".lora_velora_embed"
+"""VeLoRA's projection of what is kept of an input for the backward pass: its update is s·BA."""
 
 
 def other_product(config: Any) -> str | None:
@@ -46,6 +50,11 @@ def beside_the_product(config: Any, tensors: Iterable[str]) -> list[str]:
             f"saving, what is shown is not the change from the original model."
         )
     return notes
+
+
+def is_beside_the_product(name: str) -> bool:
+    """Whether a tensor of a LoRA's file leaves its product what it is."""
+    return name.endswith((".bias", _FOR_TRAINING))
 
 
 def is_bias(name: str) -> bool:

@@ -23,6 +23,7 @@ from .asked_of_lora import Asked, asked_of
 from .base import Base
 from .names_of_now import by_names_of_now
 from .on_disk import TensorsOnDisk
+from .other_products import is_beside_the_product
 from .stored import StoredKind, StoredPair, StoredSite
 
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
@@ -100,7 +101,7 @@ def _factors(tensors: TensorsOnDisk) -> dict[str, tuple[str, str]]:
         match = LORA_TENSOR.fullmatch(name)
         if match:
             found.setdefault(match.group(1), {})[match.group(2)] = name
-        elif ".lora_" in name and not name.endswith(".bias"):
+        elif ".lora_" in name and not is_beside_the_product(name):
             raise UnsupportedError(
                 f"{tensors.path} holds {name!r}, which is no factor of a plain LoRA: its update is "
                 f"not s B A alone. Adapters of LoRA and MSPLoRA, without DoRA, are analysed."
