@@ -1,16 +1,17 @@
-"""The page of an analysis, and the command: nothing from a file is markup, nothing is fetched."""
+"""The page of an analysis: nothing from a file is markup, nothing is fetched."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 
 import msplora
 from adapted_llama import adapted
@@ -20,6 +21,7 @@ from msplora.analysis.charts import Series, line_chart
 from msplora.analysis.experts import drawn
 from msplora.analysis.page import percent
 from msplora.analysis.results import Ablation, Analysis, Checkpoint, SwitchedOff
+from msplora.cli.analyse_table import print_analysis
 from runs import msplora as command
 from tiny import MODELS, llama
 
@@ -211,13 +213,6 @@ def test_the_colours_of_heat_maps_have_a_scale(page: Page) -> None:
     assert len(maps) == 3 * len(scales) > 0
 
 
-def test_the_command_prints_the_notes(folders: Path) -> None:
-    (adapter,) = msplora.analyse(folders / "pyramid").adapters
-    assert adapter.notes
-    out = command("analyse", folders / "pyramid").out
-    assert all(f"· {note}" in out for note in adapter.notes)
-
-
 def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -> None:
     assert Path(found.adapters[0].base or "").is_absolute()
     text = found.to_html()
@@ -288,6 +283,12 @@ def test_of_many_experts_the_smallest_the_median_and_the_largest_are_drawn(
     assert "mlp.up (4 × 12 experts × " in page
     assert "Of many experts three are drawn" in page
     assert "many experts" not in found.to_html()
+    terminal = Console(file=StringIO(), width=200)
+    print_analysis(replace(found, adapters=(experts,), comparisons=(compared,)), terminal)
+    printed = terminal.file.getvalue()  # pyright: ignore
+    rows = re.findall(r"^mlp\.up\[expert (\d+)\]", printed, flags=re.MULTILINE)
+    assert rows == ["2", "3", "10"] * 3  # between layers, against the base, compared
+    assert printed.count("· Of many experts three are shown: ") == 2
     assert replace(found, adapters=(experts,)).to_json().count("[expert ") == 12
     # Experts that are modules are experts too.
     kinds = tuple(
@@ -362,59 +363,3 @@ def test_a_chart_of_zeros_or_nothing_can_be_drawn() -> None:
         for log in (False, True):
             line_chart("t", "x", "y", [0, 1], [Series("a", values)], log=log)
     line_chart("t", "x", "y", [3], [Series("a", [0.5])], share=True)
-
-
-def test_the_command_writes_a_folder_and_prints_tables(folders: Path, tmp_path: Path) -> None:
-    out = tmp_path / "made/here"
-    result = command("analyse", folders / "pyramid", folders / "lora", "--output", out)
-    assert result.code == 0, result.error
-    assert {file.name for file in out.iterdir()} == {"analysis.html", "analysis.json"}
-    assert "global" in result.out
-    assert "pyramid against lora" in result.out
-    content = json.loads((out / "analysis.json").read_text())
-    printed = command("analyse", folders / "pyramid", folders / "lora", "--json").json()
-    assert printed == content
-
-
-def test_the_command_overwrites_nothing(folders: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    page.write_text("mine")
-    result = command("analyse", folders / "pyramid", "--output", page)
-    assert result.code == 1
-    assert "already. Choose another output, or pass --force" in result.error
-    assert page.read_text() == "mine"
-    assert command("analyse", folders / "pyramid", "--output", page, "--force").code == 0
-    assert page.read_text().startswith("<!doctype html>")
-    (tmp_path / "file").write_text("mine")
-    result = command("analyse", folders / "pyramid", "--output", tmp_path / "file", "--force")
-    assert "is a file; give a folder" in result.error
-    assert (tmp_path / "file").read_text() == "mine"
-    assert sorted(its.name for its in tmp_path.iterdir()) == ["file", "page.html"]
-
-
-def test_the_name_of_a_file_is_not_given_to_a_folder(folders: Path, tmp_path: Path) -> None:
-    for name in ("page.htm", "PAGE.HTML"):
-        result = command("analyse", folders / "lora", "--output", tmp_path / name)
-        assert result.code == 0, result.error
-        assert (tmp_path / name).read_text().startswith("<!doctype html>")
-    result = command("analyse", folders / "lora", "--output", tmp_path / "numbers.json")
-    assert result.code == 1
-    assert "is no page; --json prints the numbers" in result.error
-    assert not (tmp_path / "numbers.json").exists()
-
-
-def test_without_jinja2_the_extra_is_named_before_any_work(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    result = command("analyse", folders / "pyramid", "--output", tmp_path / "out")
-    assert result.code == 1
-    assert "pip install -e '.[report]' in msplora's clone" in result.error
-    assert command("analyse", folders / "pyramid").code == 0
-
-
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    result = command("analyse", tmp_path / "nothing", "--output", tmp_path / "out")
-    assert result.code == 1
-    assert "there is no folder" in result.error
-    assert not (tmp_path / "out").exists()

@@ -8,13 +8,14 @@ from math import sqrt
 from typing import NamedTuple, TypeVar
 
 from .results import AdapterResult, KindComparison, KindResult, mean
+from .stored import StoredKind
 
 MANY = 6
 """Of so many experts of one weight each is drawn; of more, three."""
 _PARAMETER = re.compile(r"(?P<weight>.*)\[expert (?P<number>\d+)\]")
 _MODULE = re.compile(r"(?P<list>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<place>.+)")
 
-Its = TypeVar("Its", KindResult, KindComparison)
+Its = TypeVar("Its", KindResult, KindComparison, StoredKind)
 
 
 class Weight(NamedTuple):
@@ -44,6 +45,11 @@ def drawn(adapter: AdapterResult, adapters: Sequence[AdapterResult]) -> list[Kin
     common = [kind.name for kind in first if all(named(its, kind.name) for its in adapters)]
     places = {name: place for place, name in enumerate(common)}
     return sorted(found, key=lambda kind: places.get(kind.name, len(places)))
+
+
+def in_order(kinds: Iterable[StoredKind]) -> tuple[StoredKind, ...]:
+    """The experts of one weight after each other, by their numbers."""
+    return tuple(kind for its in _by_weight(kinds, lambda kind: kind.name).values() for kind in its)
 
 
 def named(adapter: AdapterResult, name: str) -> list[KindResult]:

@@ -19,6 +19,7 @@ from msplora.page.environment import short
 from msplora.same_source import same_source
 
 from .base import Base
+from .experts import in_order
 from .on_disk import TensorsOnDisk
 from .other_products import beside_the_product, other_product
 from .reading_lora import lora_kinds
@@ -74,7 +75,7 @@ def read_adapter(
         method="MSPLoRA" if is_pyramid else "LoRA",
         base=config.base_model_name_or_path or None,
         levels=levels,
-        kinds=kinds,
+        kinds=in_order(kinds),
         notes=(
             *_notes(config, tensors, any(kind.counted for kind in kinds)),
             *_other_base(config, found),

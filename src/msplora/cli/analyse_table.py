@@ -9,20 +9,33 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from msplora.analysis.results import AdapterResult, Analysis, Comparison
+    from msplora.analysis.results import AdapterResult, Analysis, Comparison, KindResult
+
+_FEW = (
+    "Of many experts three are shown: those with the smallest, the median and the largest update. "
+    "--json has all."
+)
+_FEW_COMPARED = (
+    "Of many experts three are shown: the least alike, the median and the most alike. --json has "
+    "all."
+)
 
 
 def print_analysis(analysis: Analysis, console: Console) -> None:
     """For each adapter its tables and notes, then how alike the adapters are."""
+    from msplora.analysis.experts import compared
+
     for adapter in analysis.adapters:
         for table in _tables(adapter):
             console.print(table)
             console.print()
-        _print_notes(adapter.notes, console)
+        few = len(_shown(adapter)) < len(adapter.kinds)
+        _print_notes((*adapter.notes, *([_FEW] if few else [])), console)
     for comparison in analysis.comparisons:
         console.print(_comparison(comparison))
         console.print()
-        _print_notes(comparison.notes, console)
+        few = len(compared(comparison.kinds)) < len(comparison.kinds)
+        _print_notes((*comparison.notes, *([_FEW_COMPARED] if few else [])), console)
 
 
 def _tables(adapter: AdapterResult) -> Iterator[Table]:
@@ -34,6 +47,13 @@ def _tables(adapter: AdapterResult) -> Iterator[Table]:
         yield _against_the_base(adapter)
     if adapter.ablation is not None:
         yield _ablation(adapter)
+
+
+def _shown(adapter: AdapterResult) -> list[KindResult]:
+    """The kinds that have a row: of many experts of one weight three, as on the page."""
+    from msplora.analysis.experts import drawn
+
+    return drawn(adapter, [adapter])
 
 
 def _print_notes(notes: tuple[str, ...], console: Console) -> None:
@@ -98,7 +118,7 @@ def _between_layers(adapter: AdapterResult) -> Table:
         *("one pair\nexplains", "random"),  # rich would fold the names first
         caption="random: spaces of these ranks; one pair of updates with these singular values",
     )
-    for kind in adapter.kinds:
+    for kind in _shown(adapter):
         cosine, columns, rows = kind.likeness()
         random, shared = kind.similarity, kind.shared
         shares = (
@@ -118,7 +138,7 @@ def _against_the_base(adapter: AdapterResult) -> Table:
     from rich.markup import escape
 
     table = _table("against the base", "kind", "‖ΔW‖ / ‖W₀‖", "intruders")
-    for kind in adapter.kinds:
+    for kind in _shown(adapter):
         found = kind.intruders
         of = "–" if found is None else f"{found[0]} of {found[1]}"
         table.add_row(escape(kind.name), percent(kind.relative_norm), of)
@@ -143,13 +163,14 @@ def _ablation(adapter: AdapterResult) -> Table:
 def _comparison(comparison: Comparison) -> Table:
     from rich.markup import escape
 
+    from msplora.analysis.experts import compared
     from msplora.analysis.results import mean
 
     table = _table(
         f"{comparison.first} against {comparison.second}, mean over the layers",
         *("kind", "layers", "cosine", "columns", "random", "rows", "random"),
     )
-    for kind in comparison.kinds:
+    for kind in compared(comparison.kinds):
         table.add_row(
             escape(kind.kind),
             str(len(kind.layers)),
