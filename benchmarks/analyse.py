@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import msplora
-from msplora.analysis.intruders import intruders
+from msplora.analysis.intruders import intruders, left_vectors
 from msplora.bench.provenance import provenance
 from msplora.pyramid import Level, Plan, Shape, Site, arrange
 from msplora.store import STORE_NAME, A, B, name_in_file
@@ -121,7 +121,7 @@ def measure_intruders(size: int) -> dict[str, Any]:
         torch.randn(shape, generator=generator) for shape in ((size, size), (28, size), (size, 28))
     )
     start = time.perf_counter()
-    intruders(weight, a / 100, b / 100, 10)
+    intruders(weight, left_vectors(weight), a / 100, b / 100, 10)
     seconds = time.perf_counter() - start
     return {"intruders_of": size, "seconds": seconds, "threads": torch.get_num_threads()}
 

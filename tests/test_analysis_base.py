@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import msplora
 from adapted_llama import adapted
 from analysed import edit, refused, save
+from msplora.analysis import against_base
 from msplora.analysis import base as base_module
 from msplora.analysis.weight_files import weight_files
 from tiny import MODELS, llama
@@ -187,3 +188,26 @@ def test_the_adapter_brings_more_or_fewer_tokens(method: Any, tokens: int, tmp_p
     assert norms.pop("self_attn.q_proj") is not None
     assert norms == {"model.embed_tokens": None, "lm_head": None}
     assert any("hold 2 of the 4 weights in another form or size" in note for note in found.notes)
+
+
+def test_adapters_side_by_side_share_the_decompositions_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MODELS["llama"].model().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    folders = [
+        save(get_peft_model(MODELS["llama"].model(), lora), tmp_path / "lora"),
+        save(adapted(target_modules=["q_proj"]), tmp_path / "pyramid"),
+    ]
+    options: dict[str, Any] = {"base": tmp_path / "base", "intruder_vectors": 2}
+    alone = [msplora.analyse(folder, **options).adapters[0].kinds for folder in folders]
+    decompose, decomposed, said = against_base.left_vectors, list[int](), list[str]()
+    monkeypatch.setattr(
+        against_base, "left_vectors", lambda its: [decomposed.append(1), decompose(its)][1]
+    )
+    found = msplora.analyse(*folders, **options, notify=said.append)
+    assert [adapter.kinds for adapter in found.adapters] == alone
+    assert all(kind.intruders is not None for kinds in alone for kind in kinds)
+    assert len(decomposed) == 8
+    assert "take 20 dense" in said[0]
+    assert "of 8 weights of the base and of 12 adapted ones" in said[0]

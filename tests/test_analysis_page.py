@@ -222,7 +222,7 @@ def test_the_page_names_no_folder_above_those_that_were_given(found: Analysis) -
 
 def test_what_takes_long_is_said_before_it_is_done(folders: Path, found: Analysis) -> None:
     base = ["--base", folders / "base"]
-    said = "Intruder dimensions take 16 dense singular value decompositions, two for each of 8"
+    said = "Intruder dimensions take 16 dense singular value decompositions, of 8 weights of"
     result = command("analyse", folders / "lora", *base, "--json")
     assert said in result.error
     assert result.json()["version"]

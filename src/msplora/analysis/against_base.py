@@ -1,52 +1,105 @@
-"""What the base says of an adapter's updates: their relative norms, and intruder dimensions."""
+"""What the base says of adapters' updates: their relative norms, and intruder dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .base import Base
-from .intruders import intruders
-from .results import KindResult, Measures
-from .stored import StoredKind
+from .intruders import intruders, left_vectors
+from .results import KindResult, Measures, SiteResult
+from .stored import StoredAdapter, StoredKind, StoredSite
+from .too_large import products_that_are_numbers
+
+Read = Sequence[tuple[StoredAdapter, Base | None]]
+"""Adapters, each with its base where that is looked at."""
+Weights = Mapping[tuple[str, tuple[int, int]], list[tuple[int, int, int]]]
+"""Path and shape of a weight → who adapts it: the number of the adapter, its kind and its site."""
+
+
+def weights_of(read: Read) -> Weights:
+    """The weights that the base's files hold; what is stored otherwise, as several in one, is not.
+
+    The adapters are of one base: what two of them call by one path is one weight.
+    """
+    found: dict[tuple[str, tuple[int, int]], list[tuple[int, int, int]]] = {}
+    for number, (adapter, base) in enumerate(read):
+        for of_kind, kind in enumerate(adapter.kinds):
+            for depth, site in enumerate(kind.sites):
+                if base is not None and base.has(site.key, kind.matrix):
+                    places = found.setdefault((site.key, kind.matrix), [])
+                    places.append((number, of_kind, depth))
+    return found
 
 
 def with_base(
-    result: KindResult,
-    kind: StoredKind,
-    base: Base,
+    results: Sequence[tuple[KindResult, ...]],
+    read: Read,
+    weights: Weights,
     intruder_vectors: int,
-    done: Callable[[], None] = lambda: None,
-) -> KindResult:
-    """Fill in what needs the base's weights, of which one is held at a time.
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[KindResult, ...]]:
+    """Fill in what needs the base's weights.
 
-    A weight that the checkpoint stores in another shape, as several in one, is left out.
+    One of them is held at a time, and decomposed once for all who adapt it.
+
+    Args:
+        results: every adapter's kinds.
+        read: the adapters.
+        weights: which of their weights the base has.
+        intruder_vectors: how many leading singular vectors to compare.
+        report: told how many weights are done, and of how many.
     """
-    sites = []
-    for found, site in zip(result.sites, kind.sites, strict=True):
-        weight_OI = base.weight(site.key, kind.matrix)
-        if weight_OI is not None:
-            pairs = [kind.pairs[place] for place in site.pairs]
-            factors = [(*pair.read(), pair.scale) for pair in pairs]
-            a_RI = torch.cat([a_RI.double() for a_RI, _, _ in factors])
-            b_OR = torch.cat([b_OR.double() * scale for _, b_OR, scale in factors], dim=1)
-            norm = float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64))
-            found = replace(
-                found,
-                update=_beside(found.update, norm),
-                levels={level: _beside(its, norm) for level, its in found.levels.items()},
-                base_norm=norm,
-                intruders=(
-                    intruders(weight_OI, a_RI, b_OR, intruder_vectors) if intruder_vectors else None
+    filled: dict[tuple[int, int, int], SiteResult] = {}
+    for done, ((key, shape), places) in enumerate(weights.items(), start=1):
+        base = read[places[0][0]][1]
+        weight_OI = None if base is None else base.weight(key, shape)
+        assert weight_OI is not None  # as `weights_of` found
+        before_OK = left_vectors(weight_OI) if intruder_vectors else None
+        norm = float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64))
+        for number, of_kind, depth in places:
+            adapter, result = read[number][0], results[number][of_kind].sites[depth]
+            kind = adapter.kinds[of_kind]
+            its = _beside(result, norm)
+            if before_OK is not None:
+                a_RI, b_OR = _factors(kind, kind.sites[depth])
+                with products_that_are_numbers(adapter.path, kind.name):
+                    found = intruders(weight_OI, before_OK, a_RI, b_OR, intruder_vectors)
+                its = replace(its, intruders=found)
+            filled[number, of_kind, depth] = its
+        report(done, len(weights))
+    return [
+        tuple(
+            replace(
+                kind,
+                sites=tuple(
+                    filled.get((number, of_kind, depth), site)
+                    for depth, site in enumerate(kind.sites)
                 ),
             )
-        sites.append(found)
-        done()
-    return replace(result, sites=tuple(sites))
+            for of_kind, kind in enumerate(kinds)
+        )
+        for number, kinds in enumerate(results)
+    ]
 
 
-def _beside(update: Measures, norm: float) -> Measures:
-    """With its norm in parts of the weight's."""
-    return replace(update, relative_norm=update.norm / norm if norm else None)
+def _factors(kind: StoredKind, site: StoredSite) -> tuple[Tensor, Tensor]:
+    """A and B of all levels, with their scales."""
+    pairs = [kind.pairs[place] for place in site.pairs]
+    factors = [(*pair.read(), pair.scale) for pair in pairs]
+    a_RI = torch.cat([a_RI.double() for a_RI, _, _ in factors])
+    b_OR = torch.cat([b_OR.double() * scale for _, b_OR, scale in factors], dim=1)
+    return a_RI, b_OR
+
+
+def _beside(site: SiteResult, norm: float) -> SiteResult:
+    """With its norms in parts of the weight's."""
+
+    def of(update: Measures) -> Measures:
+        return replace(update, relative_norm=update.norm / norm if norm else None)
+
+    levels = {level: of(its) for level, its in site.levels.items()}
+    return replace(site, update=of(site.update), levels=levels, base_norm=norm)

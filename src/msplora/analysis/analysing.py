@@ -15,7 +15,7 @@ from msplora.errors import AdapterFileError, MSPLoraError
 from msplora.extras import train_extra
 from msplora.loading import BaseOptions, adapter_folder
 
-from .against_base import with_base
+from .against_base import Weights, weights_of, with_base
 from .base import Base
 from .comparing import compare
 from .history import checkpoint_folders, over_training, read_history, step_of
@@ -50,7 +50,8 @@ def analyse(
         base: the base model, for norms relative to its weights and intruder dimensions; a folder,
             an id on the hub, or how to load it.
         intruder_vectors: how many leading singular vectors of each adapted weight are compared with
-            the base's; 0 leaves it out, which takes two dense decompositions per weight.
+            the base's; 0 leaves it out, which takes a dense decomposition of each, and one of the
+            base's weight for all adapters.
         data: rows, as `msplora eval` takes them, on which each level is switched off in turn.
         progress: called as the work goes on.
         notify: told, before it is done, in a sentence, of what may take hours.
@@ -75,7 +76,8 @@ def analyse(
     for adapter, its_base in read:
         if its_base is not None:
             its_base.check_weights(site.key for kind in adapter.kinds for site in kind.sites)
-    said = _decompositions(read, intruder_vectors)
+    weights = weights_of(read)
+    said = _decompositions(weights, intruder_vectors)
     if said and notify is not None:
         notify(said)
     histories = [
@@ -86,11 +88,17 @@ def analyse(
         _ablation(adapter.path, rows, options, partial(report, f"{name}: data"))
         for name, (adapter, _) in zip(names, read, strict=True)
     ]
+    of_factors = [
+        _kinds(adapter, partial(report, f"{name}: updates"))
+        for name, (adapter, _) in zip(names, read, strict=True)
+    ]
+    beside_base = with_base(
+        of_factors, read, weights, intruder_vectors, partial(report, "the base's weights")
+    )
     results = []
-    for name, path, (adapter, its_base), history, ablation in zip(
-        names, paths, read, histories, ablations, strict=True
+    for name, path, (adapter, its_base), kinds, history, ablation in zip(
+        names, paths, read, beside_base, histories, ablations, strict=True
     ):
-        kinds = _kinds(adapter, its_base, intruder_vectors, partial(report, f"{name}: updates"))
         course, of_course = over_training(history, partial(report, f"{name}: checkpoints"))
         results.append(
             AdapterResult(
@@ -123,24 +131,17 @@ def analyse(
     return Analysis(tuple(results), tuple(comparisons), __version__)
 
 
-def _decompositions(
-    read: Sequence[tuple[StoredAdapter, Base | None]], intruder_vectors: int
-) -> str:
+def _decompositions(weights: Weights, intruder_vectors: int) -> str:
     """What the search for intruder dimensions takes, in a sentence; empty where there is none."""
-    shapes = [
-        kind.matrix
-        for adapter, base in read
-        for kind in adapter.kinds
-        for site in kind.sites
-        if base is not None and base.has(site.key, kind.matrix)
-    ]
-    if not shapes or not intruder_vectors:
+    if not weights or not intruder_vectors:
         return ""
-    largest = max(shapes, key=prod)
+    adapted = sum(map(len, weights.values()))
+    largest = max((shape for _, shape in weights), key=prod)
     return (
-        f"Intruder dimensions take {2 * len(shapes):,} dense singular value decompositions, two "
-        f"for each of {len(shapes):,} weights of up to {largest[0]:,} × {largest[1]:,}: of 4,096 × "
-        f"4,096 the two take 84 s on one core. --intruders 0 leaves them out."
+        f"Intruder dimensions take {len(weights) + adapted:,} dense singular value decompositions, "
+        f"of {len(weights):,} weights of the base and of {adapted:,} adapted ones, of up to "
+        f"{largest[0]:,} × {largest[1]:,}: two of 4,096 × 4,096 take 84 s on one core. "
+        f"--intruders 0 leaves them out."
     )
 
 
@@ -186,30 +187,18 @@ def _names(paths: Sequence[Path]) -> list[str]:
     )
 
 
-def _kinds(
-    adapter: StoredAdapter,
-    base: Base | None,
-    intruder_vectors: int,
-    report: Callable[[int, int], None],
-) -> tuple[KindResult, ...]:
-    total = sum(len(kind.sites) for kind in adapter.kinds) * (1 if base is None else 2)
+def _kinds(adapter: StoredAdapter, report: Callable[[int, int], None]) -> tuple[KindResult, ...]:
+    total = sum(len(kind.sites) for kind in adapter.kinds)
     done = 0
-
-    def advance(sites: int = 1) -> None:
-        nonlocal done
-        done += sites
-        report(done, total)
-
     found = []
     for kind in adapter.kinds:
         with products_that_are_numbers(adapter.path, kind.name):
             its = analyse_kind(kind, adapter.levels)
-            for site in its.sites:
-                check_norms(adapter.path, site.key, [site.update, *site.levels.values()])
-            advance(len(kind.sites))
-            if base is not None:
-                its = with_base(its, kind, base, intruder_vectors, advance)
+        for site in its.sites:
+            check_norms(adapter.path, site.key, [site.update, *site.levels.values()])
         found.append(its)
+        done += len(kind.sites)
+        report(done, total)
     return tuple(found)
 
 

@@ -16,24 +16,43 @@ THRESHOLD = 0.5
 """ε."""
 
 
+def left_vectors(weight_OI: Tensor) -> Tensor:
+    """All left singular vectors of a weight, (O, K), by a dense decomposition.
+
+    It is in float32, or in float64 where the weight is: of all figures only intruders take one.
+    """
+    return torch.linalg.svd(weight_OI.to(_precision(weight_OI)), full_matrices=False).U
+
+
 def intruders(
-    weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, count: int, threshold: float = THRESHOLD
+    weight_OI: Tensor,
+    before_OK: Tensor,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    count: int,
+    threshold: float = THRESHOLD,
 ) -> Intruders:
     """Compare the `count` leading singular vectors of ``W0 + B A`` with all of W0's.
 
-    Both decompositions are dense, in float32 (in float64 where the weight is): of all figures only
-    this one takes them.
+    Args:
+        weight_OI: W0.
+        before_OK: its `left_vectors`.
+        a_RI: of the update.
+        b_OR: of the update, scaled.
+        count: how many.
+        threshold: of the cosines.
 
     Raises:
-        OverflowError: the adapted weight has numbers beyond that dtype.
+        OverflowError: the adapted weight has numbers beyond the dtype of the decompositions.
     """
-    dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    weight_OI = weight_OI.to(dtype)
-    before = torch.linalg.svd(weight_OI, full_matrices=False).U
-    # Into the copy: no update is made beside it.
-    adapted = torch.addmm(weight_OI, b_OR.to(dtype), a_RI.to(dtype))
+    dtype = _precision(weight_OI)
+    adapted = torch.addmm(weight_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype))
     if not bool(adapted.isfinite().all()):
         raise OverflowError(f"the adapted weight does not fit {str(dtype).rpartition('.')[2]}")
-    after = torch.linalg.svd(adapted, full_matrices=False).U[:, :count]
-    cosines = (before.mT @ after).abs().amax(0).clamp_max(1.0)
+    after = left_vectors(adapted)[:, :count]
+    cosines = (before_OK.mT @ after).abs().amax(0).clamp_max(1.0)
     return Intruders(tuple(cosines.tolist()), threshold)
+
+
+def _precision(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
