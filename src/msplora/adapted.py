@@ -57,7 +57,7 @@ class Adapted:
         self._own = dict(own or {})
         redundant = {
             key
-            for key in self._embeddings()
+            for key in self.embeddings()
             if key in tensors and _equal(tensors[key], self._own.get(name_in_base(key)))
         }
         self.others = {
@@ -83,7 +83,7 @@ class Adapted:
                     state[name].copy_(its)
         return base
 
-    def _embeddings(self) -> set[str]:
+    def embeddings(self) -> set[str]:
         """The names that the whole embeddings of this model have in an adapter's file."""
         root: Any = self.model.get_base_model()
         return {

@@ -35,6 +35,18 @@ def number_of_labels(
     return of_head[-1].shape[0] if of_head else None
 
 
+def label_options(
+    config: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]
+) -> dict[str, Any]:
+    """What the base's config is to be given, so that the adapter's head fits: none of no head."""
+    labels = number_of_labels(config, tensors, classes)
+    options: dict[str, Any] = {"num_labels": labels} if labels else {}
+    if classes and len(classes) == labels:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {name: place for place, name in enumerate(classes)}
+    return options
+
+
 def labels_of(model: Any) -> int | None:
     """The answers that an adapted model gives, if it is a classifier."""
     root = model.get_base_model()

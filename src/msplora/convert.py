@@ -38,6 +38,7 @@ from .loading import (
     write_json,
 )
 from .merging import merge_layers, unloaded
+from .on_shapes import load_on_shapes
 from .plain_lora import Padding, check_padding, lora_of
 from .probing import Probe, logits
 from .proving import prove_lora, prove_merged
@@ -98,7 +99,8 @@ def to_lora(
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
         verify: load base and result with PEFT, and compare every update and the logits before the
-            result takes its place.
+            result takes its place. Without, the base's weights are not loaded, unless the adapter
+            has DoRA or brings embeddings along.
         force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
@@ -127,7 +129,7 @@ def to_lora(
             server=asked,
             max_lora_rank=max_lora_rank,
         )
-    adapted = _load_pyramid(folder, options)
+    adapted = _load_pyramid(folder, options, weights=verify)
     tensors, config = lora_of(adapted.model, dtype=stored, pad_to=pad_to)
     holds = features(adapted.model, adapted.others)
     if asked is not None:
@@ -266,11 +268,17 @@ def folders_read(folder: Path, base: BaseOptions) -> list[Path]:
     return [folder, *([place] if place.is_dir() else [])]
 
 
-def _load_pyramid(folder: Path, base: BaseOptions) -> Adapted:
-    """The adapted model, and what the adapter's file holds."""
+def _load_pyramid(folder: Path, base: BaseOptions, *, weights: bool = True) -> Adapted:
+    """The adapted model, and what the adapter's file holds.
+
+    Args:
+        folder: the adapter's.
+        base: the base model.
+        weights: whether the base's are needed; without, they are loaded if they have to be.
+    """
     if is_released(folder):
         return Adapted(*load_released(folder, base))
-    return load_on_base(folder, base)
+    return (None if weights else load_on_shapes(folder, base)) or load_on_base(folder, base)
 
 
 def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:

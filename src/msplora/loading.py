@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import sisters
-from .classifier_head import CLASSIFIERS, number_of_labels
+from .classifier_head import CLASSIFIERS, label_options
 from .damaged_files import said_of_damaged
 from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
 from .finite import is_finite
@@ -227,12 +227,7 @@ def load_base_of(
         warn_of_random(source, set(info["missing_keys"]) - brought)
         return model
     # A base may have the head of other classes, or none; the adapter's takes its place.
-    labels = number_of_labels(config, tensors, classes)
-    if labels:
-        options["num_labels"] = labels
-    if classes and len(classes) == labels:
-        options["id2label"] = dict(enumerate(classes))
-        options["label2id"] = {name: place for place, name in enumerate(classes)}
+    options |= label_options(config, tensors, classes)
     with loading_errors_explained(source), quiet_loading():
         model, info = loader.from_pretrained(
             source, **options | {"output_loading_info": True}, ignore_mismatched_sizes=True
