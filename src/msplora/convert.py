@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
@@ -199,9 +200,7 @@ def to_merged(
     check_apart(out, folders_read(folder, options))
     check_output(out, force)
     _check_merges(folder)
-    model = (
-        load_released(folder, options)[0] if is_released(folder) else load_adapted(folder, options)
-    )
+    model = _load_model(folder, options)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
     if getattr(base_model, "is_quantized", False) and not allow_quantized:
@@ -226,14 +225,26 @@ def to_merged(
         answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
         if probe is not None and answers is not None:
-            with quiet_loading():
-                options = {dtype_argument(): dtype}
-                reloaded = model_class.from_pretrained(partial, **options).eval()
-            comparison = prove_merged(probe, rounding, answers, reloaded)
+            comparison = prove_merged(
+                probe,
+                rounding,
+                answers,
+                _reloaded(model_class, partial, dtype),
+                lambda: _load_model(folder, replace(options, dtype="float32")),
+            )
             if comparison.rounded_away:
                 warnings.warn(comparison.rounded_away, RoundedAwayWarning, stacklevel=2)
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
+
+
+def _load_model(folder: Path, base: BaseOptions) -> PeftModel:
+    return load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
+
+
+def _reloaded(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    with quiet_loading():
+        return model_class.from_pretrained(folder, **{dtype_argument(): dtype}).eval()
 
 
 def _check_merges(folder: Path) -> None:
