@@ -1,18 +1,22 @@
-"""Merging into weights that are in several places, and what may be called rounding."""
+"""Merges that are none: into a weight of several places, or a base that is another each time."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 import msplora
+from analysed import edit
 from msplora import merging
 from msplora.errors import UnsupportedError
+from msplora.rewritten_base import RewrittenBaseWarning
 from msplora.verifying import VerificationError
 from tiny import MODELS
 
@@ -68,3 +72,39 @@ def test_a_wrong_merge_is_not_excused_as_rounding(
     with pytest.raises(VerificationError, match="does not answer as the adapted one"):
         msplora.to_merged(adapter, tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("pissa_niter_1", "random decomposition"),
+        pytest.param(
+            "lora_ga",
+            "saw of its data",
+            marks=pytest.mark.skipif(not hasattr(peft, "LoraGAConfig"), reason="new in PEFT 0.20"),
+        ),
+        ("pissa", ""),
+    ],
+)
+def test_a_start_that_no_loading_repeats_is_said(start: str, said: str, tmp_path: Path) -> None:
+    changes = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    base, adapter = save(tmp_path, "llama", torch.float32, **changes)
+    edit(adapter, init_lora_weights=start)
+    found = msplora.doctor(base, adapter)
+    check = found["made for this base"]
+    assert said in check.said
+    assert ("path_initial_model_for_weight_conversion" in check.advice) == bool(said)
+    assert f"less what {start} took" in found["changes the output"].said
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        msplora.to_merged(adapter, tmp_path / "merged", base=base)
+    assert any(its.category is RewrittenBaseWarning for its in warned) == bool(said)
+
+
+def test_a_start_that_cannot_be_loaded_is_not_the_bases_fault(tmp_path: Path) -> None:
+    changes = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    base, adapter = save(tmp_path, "llama", torch.float32, **changes)
+    edit(adapter, init_lora_weights="corda")
+    check = msplora.doctor(base, adapter)["made for this base"]
+    assert check.status == "failed"
+    assert "path_initial_model_for_weight_conversion" in check.advice

@@ -43,6 +43,7 @@ from .plain_lora import Padding, check_padding, lora_of
 from .probing import Probe, logits
 from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
+from .rewritten_base import CONVERT, RewrittenBaseWarning, not_repeated
 from .server_limits import asked_server, check_served, features, why_not_served
 from .serving import GGUF_FILE, SERVERS, Form
 from .verifying import Comparison
@@ -188,7 +189,8 @@ def to_merged(
         base: the base model, or how to load it, its dtype included; the adapter names it.
         verify: hold every merged weight against base and update, then load the result and compare
             the logits before it takes its place. What rounding to the base's dtype takes is said;
-            `RoundedAwayWarning` where that is most of the adapter.
+            `RoundedAwayWarning` where that is most of the adapter, and `RewrittenBaseWarning` of a
+            LoRA that no loading gives back as it was trained.
         allow_quantized: merge into a quantised base, which rounds the sum again.
         force: replace `out` if it is an earlier conversion, as it was written.
 
@@ -257,6 +259,12 @@ def _check_merges(folder: Path) -> None:
         raise UnsupportedError(
             f"{str(folder)!r} is a {kind} adapter; --to merged takes those of MSPLoRA and LoRA, "
             f"and of Hydra, ElaLoRA and AdaLoRA. Use it through PEFT, unmerged."
+        )
+    if why := not_repeated(config):
+        warnings.warn(
+            f"{str(folder)!r}: {why} Nor does merging it. {CONVERT}",
+            RewrittenBaseWarning,
+            stacklevel=3,
         )
 
 

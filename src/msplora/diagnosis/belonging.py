@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from msplora.inspection.suspicions import NOT_WHOLE, some
 from msplora.inspection.tensor_file import TensorFiles
 from msplora.loading import WEIGHTS_FILE
 from msplora.matching import input_embedding
+from msplora.rewritten_base import CONVERT, not_repeated
 from msplora.same_source import same_source
 
 from .patient import Patient
@@ -46,6 +48,14 @@ def file_is_whole(folder: Path, config: Any) -> Check:
 
 def base_fits(patient: Patient) -> Check:
     """The base's name, architecture and vocabulary; that the shapes fit is proved by loading."""
+    found = _fits(patient)
+    why = not_repeated(patient.config)
+    if why is None or found.status == "failed":
+        return found
+    return replace(found, status="warning", said=f"{found.said} {why}", advice=CONVERT)
+
+
+def _fits(patient: Patient) -> Check:
     named = patient.config.base_model_name_or_path
     recorded = getattr(patient.config, "revision", None)
     model_type = patient.base.config.model_type

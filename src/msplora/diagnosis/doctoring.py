@@ -28,6 +28,7 @@ from msplora.loading import (
 )
 from msplora.probing import probe_inputs
 from msplora.random_weights import RandomWeightsWarning
+from msplora.rewritten_base import CONVERT, not_repeated
 
 from .belonging import (
     BASE,
@@ -154,7 +155,10 @@ def _misfit(error: Misfit, whole: Check, config: Any) -> list[Check]:
             replace(whole, status="failed", said=said, advice=advice),
             Check(BASE, "skipped", "The names and shapes of its sites are the adapter's."),
         ]
-    return [whole, Check(BASE, "failed", str(error), "Pass the base that it was made for.")]
+    why = not_repeated(config)
+    said = str(error) if why is None else f"{why} {error}"
+    advice = "Pass the base that it was made for." if why is None else CONVERT
+    return [whole, Check(BASE, "failed", said, advice)]
 
 
 def _load(

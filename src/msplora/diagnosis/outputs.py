@@ -19,6 +19,7 @@ from msplora.merging import merge_layers
 from msplora.plain_lora import lora_of
 from msplora.probing import logits
 from msplora.proving import merged_in_float32, update_error
+from msplora.rewritten_base import rewrites_the_base
 from msplora.updates import updates_of
 from msplora.verifying import VerificationError, compare
 
@@ -77,6 +78,8 @@ def is_applied(patient: Patient) -> Check:
         said += (
             f"; the first choice changes in {other.float().mean():.0%} of {other.numel()} places"
         )
+    if rewrites_the_base(patient.config):
+        said += f". That is beside the base less what {patient.config.init_lora_weights} took of it"
     return Check(APPLIED, "passed", f"{said}.", "", numbers)
 
 
