@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import BertModel, LlamaForCausalLM
 
 import msplora
 from analysed import edit as set_config
@@ -19,6 +19,7 @@ from examined import WEIGHTS, edit, save, save_lora, scale_b, statuses
 from msplora.loading import BaseOptions
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
+MODEL = "model.safetensors"
 BASE, LOADED = "made for this base", "all of it is loaded"
 conversions = pytest.mark.skipif(
     not EXPERTS_ARE_PARAMETERS, reason="transformers 4 has the names that 5 translates"
@@ -39,6 +40,45 @@ def test_a_base_is_given_the_embeddings_that_the_adapter_brings(
     assert found[BASE].status == "passed"
     assert f"embeddings of 70 tokens, and the base has {VOCABULARY}" in found[BASE].said
     assert found[BASE].figures["rows"] == 70
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_are_made_up_are_missed(tied: bool, tmp_path: Path) -> None:
+    """The head of a base whose embeddings an adapter alone brings, and more of them."""
+    llama(2, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")  # pyright: ignore
+    model: Any = LlamaForCausalLM.from_pretrained(str(tmp_path / "base"))
+    model.resize_token_embeddings(70)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=tied,
+    )
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found[BASE].status == ("passed" if tied else "failed")
+    if not tied:
+        assert (
+            "embeddings of 70 tokens, more than the base has, and not lm_head" in found[BASE].said
+        )
+        assert "save_embedding_layers=True" in found[BASE].advice
+
+
+@pytest.mark.filterwarnings("ignore::msplora.random_weights.RandomPoolerWarning")
+def test_a_pooler_that_nothing_reads_is_not_missed(tmp_path: Path) -> None:
+    MODELS["bert"].model().bert.save_pretrained(tmp_path / "base")
+    edit(tmp_path / "base", lambda its: {k: t for k, t in its.items() if "pooler" not in k}, MODEL)
+    model = BertModel.from_pretrained(str(tmp_path / "base"))
+    config = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    config.task_type = "FEATURE_EXTRACTION"
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found.ok, statuses(found)
+    assert found[BASE].status == "passed"
+    assert "read last_hidden_state, and not pooler_output" in found[BASE].said
 
 
 def test_a_tokenizer_with_its_own_code_is_not_run(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from . import _peft
 from .errors import AdapterFileError, MSPLoraError
 from .forms import WRAPPED
 from .loading import BaseOptions, class_names, load_base_of, read_config, read_tensors
+from .random_weights import warn_of_new_rows
 from .store import STORE_NAME
 
 # Not a module of the base that is named like an adapter's, as a `lora_head`.
@@ -180,16 +181,27 @@ def embeddings_of(root: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
     """Give the base as many embeddings as the adapter's file holds, as before its training."""
-    wanted = None
-    for path, module in list(embeddings_of(base)):
+    own: dict[str, Tensor] = {
+        path: its
+        for path, module in embeddings_of(base)
+        if isinstance(its := getattr(module, "weight", None), Tensor)
+    }
+    brought: dict[str, Tensor] = {}
+    for path, its in own.items():
         for name in (f"{WRAPPED}{path}.weight", f"{WRAPPED}{path}.base_layer.weight"):
-            its: Any = getattr(module, "weight", None)
             saved = tensors.get(name)
-            if saved is None or its is None or saved.shape[1:] != its.shape[1:]:
-                continue
-            if saved.shape[0] != its.shape[0]:
-                wanted = saved.shape[0]
+            if saved is not None and saved.shape[1:] == its.shape[1:]:
+                brought[path] = saved
+    others = [len(saved) for path, saved in brought.items() if len(saved) != len(own[path])]
+    wanted = others[-1] if others else None
     if wanted is not None:
+        filled = [own[path] for path in brought]
+        made_up = [
+            f"{path}.weight"
+            for path, its in own.items()
+            if len(its) < wanted and not any(its is one for one in filled)
+        ]
+        warn_of_new_rows(made_up, wanted)
         base.resize_token_embeddings(wanted, mean_resizing=False)
     return wanted
 

@@ -224,7 +224,7 @@ def load_base_of(
         with loading_errors_explained(source), quiet_loading():
             loaded = loader.from_pretrained(source, **options)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, {"missing_keys": ()})
-        warn_of_random(source, set(info["missing_keys"]) - brought)
+        warn_of_random(source, set(info["missing_keys"]) - brought, model)
         return model
     # A base may have the head of other classes, or none; the adapter's takes its place.
     labels = number_of_labels(config, tensors, classes)
@@ -244,7 +244,7 @@ def load_base_of(
             f"{source}: weights that the adapter does not bring are missing or have another shape: "
             f"{', '.join((unlike + random)[:5])}."
         )
-    warn_of_random(source, random)
+    warn_of_random(source, random, model)
     return model
 
 

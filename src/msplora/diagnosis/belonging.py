@@ -69,7 +69,7 @@ def _fits(patient: Patient) -> Check:
         )
     if patient.random_weights:
         said, _, advice = patient.random_weights.partition(". ")
-        return Check(BASE, "failed", f"{said}.", advice)
+        return Check(BASE, "failed", f"{said[0].upper()}{said[1:]}.", advice)
     tokens, unread = None, ""
     try:
         tokens = _tokens(patient.folder, patient.trust_remote_code)
@@ -92,6 +92,7 @@ def _fits(patient: Patient) -> Check:
     vocabulary = f", {tokens:,} tokens of {rows:,}" if tokens and rows else ""
     said = f"Names and shapes fit a {model_type}{vocabulary}."
     said += _resized(patient, embedding[0], rows) if embedding and rows else ""
+    said += f" {patient.random_pooler}" if patient.random_pooler else ""
     if not named:
         said += " The adapter does not name its base."
     elif not same_source(named, patient.source):

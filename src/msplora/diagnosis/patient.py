@@ -41,6 +41,8 @@ class Patient:
     trust_remote_code: bool = False
     random_weights: str | None = None
     """What is said of weights that neither the base's files nor the adapter's have, if any."""
+    random_pooler: str | None = None
+    """The same of those that its outputs do not depend on."""
 
     @property
     def config(self) -> Any:
