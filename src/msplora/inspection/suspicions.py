@@ -49,6 +49,8 @@ RULES = {
     "unmerged": "a whole model's file holds an adapter's tensors beside the weights",
     "missing tensor": "the index of a model in parts, or a file or a tensor that it names, is not "
     "there",
+    "other weights": "files of a model saved in other parts lie beside those that transformers "
+    "reads",
     "zero weight": "a matrix of a model holds zeros only",
     "exploded weight": f"a matrix's norm is above {OUTLIER:g} times the median of the same place "
     f"in all blocks ({FEWEST} or more)",
