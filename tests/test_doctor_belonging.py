@@ -16,6 +16,7 @@ import msplora
 from analysed import edit as set_config
 from analysed import refused
 from examined import WEIGHTS, edit, save, save_lora, scale_b, statuses
+from msplora.errors import AdapterFileError
 from msplora.loading import BaseOptions
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
@@ -65,6 +66,20 @@ def test_rows_that_are_made_up_are_missed(tied: bool, tmp_path: Path) -> None:
             "embeddings of 70 tokens, more than the base has, and not lm_head" in found[BASE].said
         )
         assert "save_embedding_layers=True" in found[BASE].advice
+
+
+def test_tokens_that_the_base_does_not_have(tmp_path: Path) -> None:
+    base, _ = save_lora(tmp_path)
+    model: Any = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70)
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[69])
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    check = msplora.doctor(base, tmp_path / "adapter")[BASE]
+    assert check.status == "failed"
+    assert "trains tokens that the base does not have: index 69" in check.said
+    with pytest.raises(AdapterFileError, match="does not fit LlamaForCausalLM .*index 69"):
+        msplora.to_merged(tmp_path / "adapter", tmp_path / "merged", base=base)
 
 
 @pytest.mark.filterwarnings("ignore::msplora.random_weights.RandomPoolerWarning")

@@ -130,7 +130,7 @@ def put_on(base: Any, folder: Path) -> PeftModel:
             model: Any = PeftModel.from_pretrained(base, str(folder)).eval()
     except (MSPLoraError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
         raise AdapterFileError(f"{said} ({reason}). {ask}") from error
     prefix = model.base_model.prefix
