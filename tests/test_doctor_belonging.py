@@ -68,6 +68,22 @@ def test_rows_that_are_made_up_are_missed(tied: bool, tmp_path: Path) -> None:
         assert "save_embedding_layers=True" in found[BASE].advice
 
 
+def test_names_that_carry_the_adapters(tmp_path: Path) -> None:
+    """As `model.state_dict()` has them: PEFT loads these too, or some releases do."""
+    base, adapter = save_lora(tmp_path)
+    edit(adapter, lambda its: {k.replace(".weight", ".default.weight"): t for k, t in its.items()})
+    inspected = msplora.inspect(adapter)
+    assert not inspected.suspicious
+    assert len(inspected.pairs) == 8
+    assert any("named as in a model's state dict" in its.text for its in inspected.findings)
+    assert msplora.analyse(adapter).adapters[0].levels
+    state = PeftModel.from_pretrained(MODELS["llama"].model(), str(adapter)).state_dict()
+    stored = load_file(adapter / WEIGHTS)
+    is_loaded = all(torch.equal(state[name], its) for name, its in stored.items())
+    status = msplora.doctor(base, adapter)[LOADED].status
+    assert status == ("passed" if is_loaded else "failed")
+
+
 def test_tokens_that_the_base_does_not_have(tmp_path: Path) -> None:
     base, _ = save_lora(tmp_path)
     model: Any = LlamaForCausalLM.from_pretrained(base)
@@ -78,7 +94,7 @@ def test_tokens_that_the_base_does_not_have(tmp_path: Path) -> None:
     check = msplora.doctor(base, tmp_path / "adapter")[BASE]
     assert check.status == "failed"
     assert "trains tokens that the base does not have: index 69" in check.said
-    with pytest.raises(AdapterFileError, match="does not fit LlamaForCausalLM .*index 69"):
+    with pytest.raises(AdapterFileError, match=r"does not fit LlamaForCausalLM .*index 69"):
         msplora.to_merged(tmp_path / "adapter", tmp_path / "merged", base=base)
 
 

@@ -11,6 +11,7 @@ from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from msplora import _peft
+from msplora.analysis.reading_lora import without_adapter_name
 from msplora.forms import WRAPPED
 from msplora.inspection.adapter import look_at_adapter
 from msplora.inspection.suspicions import NOT_WHOLE, some
@@ -160,7 +161,8 @@ def everything_is_loaded(patient: Patient) -> Check:
         get_peft_model_state_dict(patient.model, save_embedding_layers=False)
     )
     whole = patient.model.state_dict()
-    loaded = _peft.as_loaded(patient.model, patient.config, patient.tensors)
+    tensors = {without_adapter_name(name): its for name, its in patient.tensors.items()}
+    loaded = _peft.as_loaded(patient.model, patient.config, tensors)
     lost, changed = [], []
     for name, its in loaded.items():
         found = held.get(name, whole.get(name))
@@ -173,7 +175,7 @@ def everything_is_loaded(patient: Patient) -> Check:
     numbers = figures(tensors=count, lost=len(lost), changed=len(changed), new=len(new))
     if not lost and not changed and not new:
         said = f"All {count} tensors of the file are in it."
-        if loaded.keys() != patient.tensors.keys():
+        if loaded.keys() != tensors.keys():
             said += " Their names are another transformers', which PEFT translates."
         return Check(LOADED, "passed", said, "", numbers)
     parts = [
