@@ -86,6 +86,19 @@ def test_what_the_config_asks_for_beside_the_pairs_has_to_be_there(
     assert named in problems[0].text
 
 
+def test_a_head_is_missed_beside_another_module_that_was_trained_whole(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}
+    bert = MODELS["bert"].model()
+    bert.save_pretrained(tmp_path / "base")
+    folder = lora(tmp_path / "adapter", bert, target_modules=["query"], **asked)
+    assert msplora.inspect(folder).problems == ()
+    edit(folder, lambda its: {key: t for key, t in its.items() if "classifier" not in key})
+    (problem,) = msplora.inspect(folder).problems
+    assert "modules_to_save (classifier, score)" in problem.text
+    found = msplora.doctor(str(tmp_path / "base"), folder)
+    assert "the file has no tensor" in found["made for this base"].said
+
+
 def test_each_module_that_was_trained_whole_has_to_be_there(tmp_path: Path) -> None:
     folder = lora(tmp_path, modules_to_save=["embed_tokens", "lm_head"])
     assert msplora.inspect(folder).problems == ()
