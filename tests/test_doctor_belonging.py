@@ -149,12 +149,20 @@ def test_another_revision_than_the_adapter_names(tmp_path: Path) -> None:
     assert "at revision 'v3', where the adapter names 'v2'" in check.said
 
 
-def save_llava(folder: Path, targets: str) -> tuple[str, Path]:
+def save_llava(folder: Path, targets: str, **changes: Any) -> tuple[str, Path]:
     MODELS["llava"].model().save_pretrained(folder / "base")
-    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **changes)
     model: Any = get_peft_model(MODELS["llava"].model(), config)
     model.save_pretrained(folder / "adapter")
     return str(folder / "base"), folder / "adapter"
+
+
+def test_a_model_of_images_and_text_that_is_called_a_causal_one(tmp_path: Path) -> None:
+    base, adapter = save_llava(tmp_path, r".*language_model.*q_proj", task_type="CAUSAL_LM")
+    assert msplora.doctor(base, adapter).ok
+    msplora.to_merged(adapter, tmp_path / "merged", base=base)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
 
 
 def test_a_vision_tower_that_no_image_reaches(tmp_path: Path) -> None:
