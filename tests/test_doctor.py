@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,11 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     refused(tmp_path / "bas", adapter, "Did you mean")
     refused(base, tmp_path / "adaptr", "Did you mean")
     refused(adapter, adapter, "The folder is an adapter: name its base")
+    for step in (20, 100):
+        shutil.copytree(adapter, tmp_path / f"run.unfinished/checkpoints/checkpoint-{step}")
+    refused(base, tmp_path / "run", "run.unfinished' is unfinished: continue it")
+    last = tmp_path / "run.unfinished/checkpoints/checkpoint-100"
+    refused(base, tmp_path / "run.unfinished", f"Its last checkpoint is one: '{last}'")
     loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(base, tmp_path / "loha", "is a LOHA adapter")

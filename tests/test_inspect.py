@@ -271,6 +271,10 @@ def test_what_cannot_be_inspected(
 ) -> None:
     refused(tmp_path / "adaptr", "Did you mean")
     refused(pyramid / WEIGHTS, "is a file; give the folder")
+    (tmp_path / "run.unfinished").mkdir()
+    refused(tmp_path / "run", "run.unfinished' is unfinished: continue it")
+    (tmp_path / "run").mkdir()
+    refused(tmp_path / "run", "run.unfinished' is unfinished: continue it")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither an adapter nor a run nor a model")
     monkeypatch.chdir(tmp_path / "empty")

@@ -21,7 +21,14 @@ from . import sisters
 from .base_class import base_class
 from .classifier_head import CLASSIFIERS, number_of_labels
 from .damaged_files import said_of_damaged
-from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .errors import (
+    AdapterFileError,
+    BaseModelError,
+    ConfigError,
+    MSPLoraError,
+    nearest_path,
+    stopped_run,
+)
 from .finite import is_finite
 from .planning import without_storage
 from .random_weights import warn_of_random
@@ -99,7 +106,19 @@ def adapter_folder(path: Path) -> Path:
     found = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "it is a file"
     raise AdapterFileError(
         f"{str(path)!r} is no adapter: it has no {CONFIG_FILE} (found: {found or 'nothing'})."
+        f"{_last_checkpoint(path) or stopped_run(path)}"
     )
+
+
+def _last_checkpoint(path: Path) -> str:
+    """What to give in place of a run that has no more than checkpoints yet."""
+    steps = {
+        int(step): config.parent
+        for where in (path, path / "checkpoints")
+        for config in where.glob(f"checkpoint-*/{CONFIG_FILE}")
+        if (step := config.parent.name.rpartition("-")[2]).isdecimal()
+    }
+    return f" Its last checkpoint is one: {str(steps[max(steps)])!r}." if steps else ""
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
