@@ -169,6 +169,10 @@ def test_a_run_its_checkpoints_and_a_model_are_known(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "new.unfinished/checkpoints/checkpoint-100")
     found = msplora.inspect(tmp_path / "new.unfinished")
     assert found.found_as == "unfinished run's checkpoint of step 100"
+    for step in (20, 100):
+        llama().save_pretrained(tmp_path / f"whole/checkpoint-{step}")  # pyright: ignore
+    found = msplora.inspect(tmp_path / "whole")
+    assert (found.what, found.found_as) == ("model", "run's checkpoint of step 100")
     llama().save_pretrained(tmp_path / "full/model")  # pyright: ignore
     (tmp_path / "full/metrics.json").write_text("{}")
     found = msplora.inspect(tmp_path / "full")

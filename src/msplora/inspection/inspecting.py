@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msplora import __version__
-from msplora.analysis.history import checkpoint_folders
+from msplora.analysis.history import checkpoint_folders, step_of
 from msplora.config_file import lora_or_pyramid, read_json
 from msplora.errors import UNFINISHED, AdapterFileError, UnsupportedError, stopped_run
 from msplora.folder_mark import CONVERSION
@@ -126,10 +126,11 @@ def _find(path: Path) -> _Place:
         return _Place(path, _converted(path) or "model", is_model=True)
     if (path / "model" / "config.json").is_file() and (path / _RUN).is_file():
         return _Place(path / "model", run, is_model=True)
-    checkpoints = checkpoint_folders(path)
-    if checkpoints:
-        step = checkpoints[-1].name.rpartition("-")[2]
-        return _Place(checkpoints[-1], f"{run}'s checkpoint of step {step}")
+    for config in (CONFIG_FILE, "config.json"):
+        checkpoints = checkpoint_folders(path, config)
+        if checkpoints:
+            found_as = f"{run}'s checkpoint of step {step_of(checkpoints[-1])}"
+            return _Place(checkpoints[-1], found_as, is_model=config != CONFIG_FILE)
     if (path / GGUF_FILE).is_file():
         raise UnsupportedError(
             f"{str(path)!r} holds a LoRA for llama.cpp ({GGUF_FILE}), which is not read here. "
