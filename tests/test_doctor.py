@@ -132,6 +132,16 @@ def test_numbers_beyond_float32_pass_no_check(tmp_path: Path) -> None:
     json.loads(found.to_json())
 
 
+def test_a_base_that_is_damaged_is_told_from_a_training_that_diverged(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit(Path(base), lambda its: its | {name: its[name] * torch.nan}, "model.safetensors")
+    check = msplora.doctor(base, adapter)["changes the output"]
+    assert check.status == "failed"
+    assert f"so does the base's {name}" in check.said
+    assert check.advice == "Copy or download the base again."
+
+
 def test_tensors_that_peft_leaves_out(tmp_path: Path) -> None:
     base, adapter = save_lora(tmp_path)
     edit(adapter, lambda its: {k.replace("layers.1", "layrs.1"): t for k, t in its.items()})

@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from msplora.adapted import other_tensors
+from msplora.adapted import name_in_base, other_tensors
 from msplora.errors import UnsupportedError
+from msplora.finite import is_finite
 from msplora.forms import AsPeft, PlainLora
 from msplora.merging import merge_layers
 from msplora.plain_lora import lora_of
@@ -46,13 +47,7 @@ def is_applied(patient: Patient) -> Check:
     """Whether the logits with the adapter are others than without."""
     adapted, plain = patient.adapted, patient.plain
     if patient.why_not_compared:
-        base = "with the adapter" if bool(plain.isfinite().all()) else "without the adapter, too"
-        return Check(
-            APPLIED,
-            "failed",
-            f"The output holds values that are not finite, {base}.",
-            "Load it in float32 (--dtype float32); if it is the same there, training diverged.",
-        )
+        return _not_finite(patient)
     largest = float(plain.abs().max())
     other = adapted.argmax(-1) != plain.argmax(-1)
     numbers = figures(
@@ -81,6 +76,21 @@ def is_applied(patient: Patient) -> Check:
     if rewrites_the_base(patient.config):
         said += f". That is beside the base less what {patient.config.init_lora_weights} took of it"
     return Check(APPLIED, "passed", f"{said}.", "", numbers)
+
+
+def _not_finite(patient: Patient) -> Check:
+    """Whether the adapter, the dtype or the base's own file is at fault."""
+    said = "The output holds values that are not finite, "
+    if bool(patient.plain.isfinite().all()):
+        advice = "Load it in float32 (--dtype float32); if it is the same there, training diverged."
+        return Check(APPLIED, "failed", f"{said}with the adapter.", advice)
+    state = patient.base.named_parameters()
+    damaged = next((name for name, its in state if not is_finite(its)), None)
+    if damaged is None:
+        advice = "Load it in float32 (--dtype float32): it is too large for this dtype."
+        return Check(APPLIED, "failed", f"{said}without the adapter, too.", advice)
+    said += f"without the adapter, too: so does the base's {name_in_base(damaged)}."
+    return Check(APPLIED, "failed", said, "Copy or download the base again.")
 
 
 def _without_effect(patient: Patient, numbers: Mapping[str, float | None]) -> Check:
