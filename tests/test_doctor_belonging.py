@@ -43,8 +43,17 @@ def test_a_base_is_given_the_embeddings_that_the_adapter_brings(
     assert found[BASE].figures["rows"] == 70
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_rows_that_are_made_up_are_missed(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "changes", "saved", "status"),
+    [
+        (False, {"modules_to_save": ["embed_tokens"]}, False, "failed"),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False, "passed"),
+        (False, {"trainable_token_indices": [64, 69]}, True, "passed"),
+    ],
+)
+def test_rows_that_are_made_up_are_missed(
+    tied: bool, changes: dict[str, Any], saved: bool, status: str, tmp_path: Path
+) -> None:
     """The head of a base whose embeddings an adapter alone brings, and more of them."""
     llama(2, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")  # pyright: ignore
     model: Any = LlamaForCausalLM.from_pretrained(str(tmp_path / "base"))
@@ -54,14 +63,13 @@ def test_rows_that_are_made_up_are_missed(tied: bool, tmp_path: Path) -> None:
         target_modules=["q_proj"],
         init_lora_weights=False,
         task_type="CAUSAL_LM",
-        modules_to_save=["embed_tokens"],
-        ensure_weight_tying=tied,
+        **changes,
     )
     adapted = get_peft_model(model, config)
-    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=saved)
     found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
-    assert found[BASE].status == ("passed" if tied else "failed")
-    if not tied:
+    assert found[BASE].status == status, found[BASE].said
+    if status == "failed":
         assert (
             "embeddings of 70 tokens, more than the base has, and not lm_head" in found[BASE].said
         )

@@ -29,6 +29,8 @@ from .store import STORE_NAME
 _OF_PAIRS = re.compile(
     rf"(^|\.){STORE_NAME}\.|\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)"
 )
+_TOKENS = "token_adapter"
+"""What PEFT puts around an embedding of which single tokens are trained."""
 _SAID = 300
 """Letters of an error that is not ours."""
 
@@ -188,8 +190,8 @@ def fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
     }
     brought: dict[str, Tensor] = {}
     for path, its in own.items():
-        for name in (f"{WRAPPED}{path}.weight", f"{WRAPPED}{path}.base_layer.weight"):
-            saved = tensors.get(name)
+        for name in ("weight", "base_layer.weight", f"{_TOKENS}.base_layer.weight"):
+            saved = tensors.get(f"{WRAPPED}{path}.{name}")
             if saved is not None and saved.shape[1:] == its.shape[1:]:
                 brought[path] = saved
     others = [len(saved) for path, saved in brought.items() if len(saved) != len(own[path])]
@@ -199,7 +201,9 @@ def fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
         made_up = [
             f"{path}.weight"
             for path, its in own.items()
-            if len(its) < wanted and not any(its is one for one in filled)
+            if len(its) < wanted
+            and not any(its is one for one in filled)
+            and f"{WRAPPED}{path}.{_TOKENS}.trainable_tokens_delta" not in tensors
         ]
         warn_of_new_rows(made_up, wanted)
         base.resize_token_embeddings(wanted, mean_resizing=False)

@@ -101,8 +101,8 @@ def _left_over(files: TensorFiles, folder: Path) -> list[Finding]:
     if not others:
         return []
     text = (
-        f"Two models were saved here: transformers reads {some(sorted(there))}, and {some(others)} "
-        f"are left over, by which a server may go. Delete those that are not meant."
+        f"Two models were saved here: transformers reads {some(sorted(there))}. Of the other one "
+        f"there is left, and some servers go by it: {some(others)}. Delete what is not meant."
     )
     return [Finding("other weights", "warning", text, tuple(others))]
 
