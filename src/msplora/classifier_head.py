@@ -13,6 +13,13 @@ CLASSIFIERS = (
     "ForImageClassification",
 )
 """How the names of transformers' classes end that have one."""
+_BEFORE_A_HEAD = ("pooler", "embed", "norm", "pre_classifier", "wte", "wpe")
+"""What the names of modules hold that a model has before its head."""
+
+
+def may_be_head(name: str) -> bool:
+    """Whether a module of `modules_to_save` may be the one that answers."""
+    return not any(its in name.lower() for its in _BEFORE_A_HEAD)
 
 
 def number_of_labels(
@@ -26,7 +33,7 @@ def number_of_labels(
     if classes:
         return len(classes)
     # T5's and BART's is called classification_head, XLNet's logits_proj; its last layer answers.
-    names = tuple(config.modules_to_save or ())
+    names = tuple(filter(may_be_head, config.modules_to_save or ()))
     of_head = [
         tensor
         for key, tensor in sorted(tensors.items())

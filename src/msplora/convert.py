@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
@@ -43,6 +44,7 @@ from .plain_lora import Padding, check_padding, lora_of
 from .probing import Probe, logits
 from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
+from .rewritten_base import CONVERT, RewrittenBaseWarning, not_repeated
 from .server_limits import asked_server, check_served, features, why_not_served
 from .serving import GGUF_FILE, SERVERS, Form
 from .verifying import Comparison
@@ -189,7 +191,8 @@ def to_merged(
         base: the base model, or how to load it, its dtype included; the adapter names it.
         verify: hold every merged weight against base and update, then load the result and compare
             the logits before it takes its place. What rounding to the base's dtype takes is said;
-            `RoundedAwayWarning` where that is most of the adapter.
+            `RoundedAwayWarning` where that is most of the adapter, and `RewrittenBaseWarning` of a
+            LoRA that no loading gives back as it was trained.
         allow_quantized: merge into a quantised base, which rounds the sum again.
         force: replace `out` if it is an earlier conversion, as it was written.
 
@@ -201,9 +204,7 @@ def to_merged(
     check_apart(out, folders_read(folder, options))
     check_output(out, force)
     _check_merges(folder)
-    model = (
-        load_released(folder, options)[0] if is_released(folder) else load_adapted(folder, options)
-    )
+    model = _load_model(folder, options)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
     if getattr(base_model, "is_quantized", False) and not allow_quantized:
@@ -228,14 +229,26 @@ def to_merged(
         answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
         if probe is not None and answers is not None:
-            with quiet_loading():
-                options = {dtype_argument(): dtype}
-                reloaded = model_class.from_pretrained(partial, **options).eval()
-            comparison = prove_merged(probe, rounding, answers, reloaded)
+            comparison = prove_merged(
+                probe,
+                rounding,
+                answers,
+                _reloaded(model_class, partial, dtype),
+                lambda: _load_model(folder, replace(options, dtype="float32")),
+            )
             if comparison.rounded_away:
                 warnings.warn(comparison.rounded_away, RoundedAwayWarning, stacklevel=2)
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
+
+
+def _load_model(folder: Path, base: BaseOptions) -> PeftModel:
+    return load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
+
+
+def _reloaded(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    with quiet_loading():
+        return model_class.from_pretrained(folder, **{dtype_argument(): dtype}).eval()
 
 
 def _check_merges(folder: Path) -> None:
@@ -248,6 +261,12 @@ def _check_merges(folder: Path) -> None:
         raise UnsupportedError(
             f"{str(folder)!r} is a {kind} adapter; --to merged takes those of MSPLoRA and LoRA, "
             f"and of Hydra, ElaLoRA and AdaLoRA. Use it through PEFT, unmerged."
+        )
+    if why := not_repeated(config):
+        warnings.warn(
+            f"{str(folder)!r}: {why} Nor does merging it. {CONVERT}",
+            RewrittenBaseWarning,
+            stacklevel=3,
         )
 
 
