@@ -62,13 +62,22 @@ WAYS = {
     "pyramid, shared pairs with a core per layer": Way(pyramid(6, 4, 2, between="matrix")),
     "pyramid, orthogonal at the start": Way(pyramid(8, 4, 2), start="orthogonal"),
     "pyramid, A from the gradient": Way(pyramid(8, 4, 2), start="gradient"),
+    "pyramid, shared pairs gated per layer, A from the gradient": Way(
+        pyramid(8, 4, 2, between="vector"), start="gradient"
+    ),
     "LoRA, r = 6, A from the gradient": Way((Level(6, 0, 0),), start="gradient"),
     "pyramid, cut by the gradient": Way(pyramid(8, 4, 2), cuts="gradient"),
     "pyramid, levels held apart (0.1)": Way(pyramid(8, 4, 2), penalty=0.1),
     "pyramid, levels held apart (1)": Way(pyramid(8, 4, 2), penalty=1.0),
     "A shared by all, B per layer, r = 11": Way((Level(11, 1, 0),)),
+    "A shared by all, B per layer, r = 11, A from the gradient": Way(
+        (Level(11, 1, 0),), start="gradient"
+    ),
     "B shared by all, A per layer, r = 9": Way((Level(9, 0, 1),)),
     "A shared by all and by groups, B per layer, r = 5 + 4": Way((Level(5, 1, 0), Level(4, 3, 0))),
+    "A shared by all and by groups, B per layer, r = 5 + 4, A from the gradient": Way(
+        (Level(5, 1, 0), Level(4, 3, 0)), start="gradient"
+    ),
     "one pair for all, r = 30": Way((Level(30, 1, 1),)),
     "one pair for all, gated per layer, r = 28": Way((Level(28, 1, 1, "vector"),)),
     "one pair for all, a core per layer, r = 17": Way((Level(17, 1, 1, "matrix"),)),

@@ -46,9 +46,9 @@ def save_lora(folder: Path, by: float = 1, **changes: Any) -> tuple[str, Path]:
     return str(folder / "base"), folder / "adapter"
 
 
-def edit(folder: Path, change: Any) -> None:
-    tensors = change(load_file(folder / WEIGHTS))
-    save_file({key: its.contiguous() for key, its in tensors.items()}, folder / WEIGHTS)
+def edit(folder: Path, change: Any, file: str = WEIGHTS) -> None:
+    tensors = {key: its.contiguous() for key, its in change(load_file(folder / file)).items()}
+    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def statuses(found: Diagnosis) -> dict[str, str]:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import msplora
 from adapted_llama import adapted
+from largest_tensor import NothingAsLargeAs
 from msplora.analysis.chance import explained_of_turned, random_principal_cosines
 from msplora.analysis.results import AdapterResult, KindResult, LevelOverlap
 from oracle import plan_of, weight_delta
@@ -275,6 +276,16 @@ def test_what_is_explained_by_chance_is_what_is_of_dense_random_turns(
         draws.append(np.array([columns, rows, pair / len(dense)]) / total)
     found = torch.stack(explained_of_turned(torch.from_numpy(values), *shape))
     np.testing.assert_allclose(found, np.mean(draws, axis=0), atol=0.012)
+
+
+def test_chance_is_drawn_without_a_matrix_of_all_layers() -> None:
+    layers, rank = 80, 4
+    with NothingAsLargeAs((layers * rank) ** 2 // 4):
+        columns, rows, pair = explained_of_turned(torch.ones(layers, rank), 8192, 8192)
+    # The k largest are a little more than their part of all, and of a sum a part of that.
+    for curve, least in ((columns, 1), (rows, 1), (pair, 1 / layers)):
+        part = curve * layers * rank / least / torch.arange(1, rank + 1)
+        assert bool(((part > 1.2) & (part < 4.5)).all()), part
 
 
 def test_layers_of_random_numbers_explain_what_chance_does(tmp_path: Path) -> None:

@@ -309,6 +309,10 @@ press.click();
 document.body.dataset.closed = all.every((its) => !its.open) && press.textContent;
 document.body.dataset.fits = document.documentElement.scrollWidth <= window.innerWidth;
 document.body.dataset.dark = getComputedStyle(document.body).backgroundColor;
+const tops = {};
+for (const its of document.querySelectorAll("#levels ~ * figcaption"))
+  (tops[its.textContent] ??= []).push(its.nextElementSibling.getBoundingClientRect().top);
+document.body.dataset.level = Object.values(tops).every(([one, other]) => one === other);
 document.body.dataset.errors = window.failed || 0;
 </script></body>"""
 
@@ -327,6 +331,7 @@ def test_it_works_in_a_browser(
         "data-closed": "Open all tables",
         "data-fits": "true",
         "data-dark": ground,
+        "data-level": str(width > 1000).lower(),  # a kind of one adapter beside the other's
         "data-errors": "0",
     }
 

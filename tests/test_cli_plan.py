@@ -26,7 +26,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plan_prints_a_table_or_json_that_agree(bases: Path) -> None:
     base = bases / "decoder"
     shown = command("plan", base, "-t", "q_proj,v_proj").out
-    found = command("plan", base, "-t", "q_proj,v_proj", "--json").json()
+    found = command("plan", base, "-t", "q_proj ,v_proj", "--json").json()
     model = hf.AutoModelForCausalLM.from_pretrained(base)
     expected = msplora.plan(model, msplora.MSPLoraConfig(target_modules=["q_proj", "v_proj"]))
     assert found == json.loads(json.dumps(expected.to_dict()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,16 @@ def test_numbers_beyond_float32_pass_no_check(tmp_path: Path) -> None:
         assert its[name.format("float16")] == "warning"
     assert its["merged weights in bfloat16"] == "warning"
     json.loads(found.to_json())
+
+
+def test_a_base_that_is_damaged_is_told_from_a_training_that_diverged(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit(Path(base), lambda its: its | {name: its[name] * torch.nan}, "model.safetensors")
+    check = msplora.doctor(base, adapter)["changes the output"]
+    assert check.status == "failed"
+    assert f"so does the base's {name}" in check.said
+    assert check.advice == "Copy or download the base again."
 
 
 def test_tensors_that_peft_leaves_out(tmp_path: Path) -> None:
@@ -284,6 +295,11 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     refused(tmp_path / "bas", adapter, "Did you mean")
     refused(base, tmp_path / "adaptr", "Did you mean")
     refused(adapter, adapter, "The folder is an adapter: name its base")
+    for step in (20, 100):
+        shutil.copytree(adapter, tmp_path / f"run.unfinished/checkpoints/checkpoint-{step}")
+    refused(base, tmp_path / "run", "run.unfinished' is unfinished: continue it")
+    last = tmp_path / "run.unfinished/checkpoints/checkpoint-100"
+    refused(base, tmp_path / "run.unfinished", f"Its last checkpoint is one: '{last}'")
     loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(base, tmp_path / "loha", "is a LOHA adapter")
@@ -309,7 +325,7 @@ def test_a_base_that_is_partly_random_fails(tmp_path: Path, kind: str) -> None:
     assert re.search(rf"lacks {missing}.*random numbers", check.said)
     assert check.advice.startswith("Pass a base that has them")
     with pytest.warns(RandomWeightsWarning, match=missing):
-        msplora.to_lora(adapter, tmp_path / "lora", base=base, verify=False)
+        msplora.to_lora(adapter, tmp_path / "lora", base=base)
 
 
 def test_outputs_of_a_model_without_a_head_are_no_choice(tmp_path: Path) -> None:

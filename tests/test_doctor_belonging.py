@@ -10,15 +10,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import BertModel, LlamaForCausalLM
 
 import msplora
 from analysed import edit as set_config
 from analysed import refused
 from examined import WEIGHTS, edit, save, save_lora, scale_b, statuses
+from msplora.errors import AdapterFileError
 from msplora.loading import BaseOptions
 from tiny import EXPERTS_ARE_PARAMETERS, MODELS, VOCABULARY, llama
 
+MODEL = "model.safetensors"
 BASE, LOADED = "made for this base", "all of it is loaded"
 conversions = pytest.mark.skipif(
     not EXPERTS_ARE_PARAMETERS, reason="transformers 4 has the names that 5 translates"
@@ -39,6 +41,83 @@ def test_a_base_is_given_the_embeddings_that_the_adapter_brings(
     assert found[BASE].status == "passed"
     assert f"embeddings of 70 tokens, and the base has {VOCABULARY}" in found[BASE].said
     assert found[BASE].figures["rows"] == 70
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes", "saved", "status"),
+    [
+        (False, {"modules_to_save": ["embed_tokens"]}, False, "failed"),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False, "passed"),
+        (False, {"trainable_token_indices": [64, 69]}, True, "passed"),
+    ],
+)
+def test_rows_that_are_made_up_are_missed(
+    tied: bool, changes: dict[str, Any], saved: bool, status: str, tmp_path: Path
+) -> None:
+    """The head of a base whose embeddings an adapter alone brings, and more of them."""
+    llama(2, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")  # pyright: ignore
+    model: Any = LlamaForCausalLM.from_pretrained(str(tmp_path / "base"))
+    model.resize_token_embeddings(70)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        **changes,
+    )
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=saved)
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found[BASE].status == status, found[BASE].said
+    if status == "failed":
+        assert (
+            "embeddings of 70 tokens, more than the base has, and not lm_head" in found[BASE].said
+        )
+        assert "save_embedding_layers=True" in found[BASE].advice
+
+
+def test_names_that_carry_the_adapters(tmp_path: Path) -> None:
+    """As `model.state_dict()` has them: PEFT loads these too, or some releases do."""
+    base, adapter = save_lora(tmp_path)
+    edit(adapter, lambda its: {k.replace(".weight", ".default.weight"): t for k, t in its.items()})
+    inspected = msplora.inspect(adapter)
+    assert not inspected.suspicious
+    assert len(inspected.pairs) == 8
+    assert any("named as in a model's state dict" in its.text for its in inspected.findings)
+    assert msplora.analyse(adapter).adapters[0].levels
+    state = PeftModel.from_pretrained(MODELS["llama"].model(), str(adapter)).state_dict()
+    stored = load_file(adapter / WEIGHTS)
+    is_loaded = all(torch.equal(state[name], its) for name, its in stored.items())
+    status = msplora.doctor(base, adapter)[LOADED].status
+    assert status == ("passed" if is_loaded else "failed")
+
+
+def test_tokens_that_the_base_does_not_have(tmp_path: Path) -> None:
+    base, _ = save_lora(tmp_path)
+    model: Any = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70)
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[69])
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    check = msplora.doctor(base, tmp_path / "adapter")[BASE]
+    assert check.status == "failed"
+    assert "trains tokens that the base does not have: index 69" in check.said
+    with pytest.raises(AdapterFileError, match=r"does not fit LlamaForCausalLM .*index 69"):
+        msplora.to_merged(tmp_path / "adapter", tmp_path / "merged", base=base)
+
+
+@pytest.mark.filterwarnings("ignore::msplora.random_weights.RandomPoolerWarning")
+def test_a_pooler_that_nothing_reads_is_not_missed(tmp_path: Path) -> None:
+    MODELS["bert"].model().bert.save_pretrained(tmp_path / "base")
+    edit(tmp_path / "base", lambda its: {k: t for k, t in its.items() if "pooler" not in k}, MODEL)
+    model = BertModel.from_pretrained(str(tmp_path / "base"))
+    config = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    config.task_type = "FEATURE_EXTRACTION"
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    found = msplora.doctor(str(tmp_path / "base"), tmp_path / "adapter")
+    assert found.ok, statuses(found)
+    assert found[BASE].status == "passed"
+    assert "read last_hidden_state, and not pooler_output" in found[BASE].said
 
 
 def test_a_tokenizer_with_its_own_code_is_not_run(tmp_path: Path) -> None:
@@ -78,12 +157,20 @@ def test_another_revision_than_the_adapter_names(tmp_path: Path) -> None:
     assert "at revision 'v3', where the adapter names 'v2'" in check.said
 
 
-def save_llava(folder: Path, targets: str) -> tuple[str, Path]:
+def save_llava(folder: Path, targets: str, **changes: Any) -> tuple[str, Path]:
     MODELS["llava"].model().save_pretrained(folder / "base")
-    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **changes)
     model: Any = get_peft_model(MODELS["llava"].model(), config)
     model.save_pretrained(folder / "adapter")
     return str(folder / "base"), folder / "adapter"
+
+
+def test_a_model_of_images_and_text_that_is_called_a_causal_one(tmp_path: Path) -> None:
+    base, adapter = save_llava(tmp_path, r".*language_model.*q_proj", task_type="CAUSAL_LM")
+    assert msplora.doctor(base, adapter).ok
+    msplora.to_merged(adapter, tmp_path / "merged", base=base)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
 
 
 def test_a_vision_tower_that_no_image_reaches(tmp_path: Path) -> None:

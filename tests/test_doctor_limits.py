@@ -63,14 +63,20 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return str(folder / "base"), folder / "adapter"
 
 
-def test_what_rounding_does_to_routers_is_no_failure_of_merging(routed: tuple[str, Path]) -> None:
+def test_what_rounding_does_to_routers_is_no_failure_of_merging(
+    routed: tuple[str, Path], tmp_path: Path
+) -> None:
     found = msplora.doctor(*routed)
     check = found["merging keeps the output"]
     assert check.status == "warning", check.said
-    assert "rounding to bfloat16 grows" in check.said
-    assert "Each merged weight is base and update" in check.said
+    assert "the rest is rounding to bfloat16, which grows" in check.said
+    assert "sends tokens to other experts" in check.said
+    assert check.figures["in_float32"] < 1e-4 < check.figures["difference"]  # pyright: ignore
     assert "--dtype float32" in check.advice
     assert found.ok, statuses(found)
+    its = msplora.to_merged(routed[1], tmp_path / "merged").comparison
+    assert its is not None
+    assert not its.explained
     precise = msplora.doctor(BaseOptions(routed[0], "float32"), routed[1])
     assert precise["merging keeps the output"].status == "passed"
 

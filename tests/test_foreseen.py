@@ -163,7 +163,7 @@ def test_a_base_that_cannot_be_built_without_weights_is_loaded(
     def with_weights_only(*_: object) -> None:
         raise BaseModelError("no shapes without weights")
 
-    monkeypatch.setattr("msplora.foreseen.without_weights", with_weights_only)
+    monkeypatch.setattr("msplora.on_shapes.without_weights", with_weights_only)
     with pytest.raises(UnsupportedError, match=r"vLLM cannot serve.*DoRA"):
         msplora.to_lora(folder / "dora", tmp_path / "out", server="vllm")
 

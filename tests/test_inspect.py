@@ -86,6 +86,19 @@ def test_what_the_config_asks_for_beside_the_pairs_has_to_be_there(
     assert named in problems[0].text
 
 
+def test_a_head_is_missed_beside_another_module_that_was_trained_whole(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}
+    bert = MODELS["bert"].model()
+    bert.save_pretrained(tmp_path / "base")
+    folder = lora(tmp_path / "adapter", bert, target_modules=["query"], **asked)
+    assert msplora.inspect(folder).problems == ()
+    edit(folder, lambda its: {key: t for key, t in its.items() if "classifier" not in key})
+    (problem,) = msplora.inspect(folder).problems
+    assert "modules_to_save (classifier, score)" in problem.text
+    found = msplora.doctor(str(tmp_path / "base"), folder)
+    assert "the file has no tensor" in found["made for this base"].said
+
+
 def test_each_module_that_was_trained_whole_has_to_be_there(tmp_path: Path) -> None:
     folder = lora(tmp_path, modules_to_save=["embed_tokens", "lm_head"])
     assert msplora.inspect(folder).problems == ()
@@ -156,6 +169,10 @@ def test_a_run_its_checkpoints_and_a_model_are_known(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "new.unfinished/checkpoints/checkpoint-100")
     found = msplora.inspect(tmp_path / "new.unfinished")
     assert found.found_as == "unfinished run's checkpoint of step 100"
+    for step in (20, 100):
+        llama().save_pretrained(tmp_path / f"whole/checkpoint-{step}")  # pyright: ignore
+    found = msplora.inspect(tmp_path / "whole")
+    assert (found.what, found.found_as) == ("model", "run's checkpoint of step 100")
     llama().save_pretrained(tmp_path / "full/model")  # pyright: ignore
     (tmp_path / "full/metrics.json").write_text("{}")
     found = msplora.inspect(tmp_path / "full")
@@ -258,6 +275,10 @@ def test_what_cannot_be_inspected(
 ) -> None:
     refused(tmp_path / "adaptr", "Did you mean")
     refused(pyramid / WEIGHTS, "is a file; give the folder")
+    (tmp_path / "run.unfinished").mkdir()
+    refused(tmp_path / "run", "run.unfinished' is unfinished: continue it")
+    (tmp_path / "run").mkdir()
+    refused(tmp_path / "run", "run.unfinished' is unfinished: continue it")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither an adapter nor a run nor a model")
     monkeypatch.chdir(tmp_path / "empty")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig
@@ -81,6 +82,18 @@ def test_whoever_chose_blocks_may_have_left_some_out() -> None:
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 3]},
     ):
         assert gaps(LoraConfig(**chosen), places) == []
+
+
+def test_what_is_excluded_is_not_missed(tmp_path: Path) -> None:
+    excluded = LoraConfig(
+        target_modules=["q_proj", "v_proj"], exclude_modules=r".*layers\.([01]\..*|2\..*v_proj)"
+    )
+    assert gaps(excluded, of([2, 3, 4], "self_attn.q_proj") + of([3, 4], "self_attn.v_proj")) == []
+    (found,) = gaps(excluded, attention([2, 4]))
+    assert "self_attn lacks block 3" in found.text
+    chosen: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"]}
+    folder = lora(tmp_path, **chosen, exclude_modules=["lm_head"])
+    assert not msplora.inspect(folder).suspicious
 
 
 def test_a_file_that_lost_one_pair(tmp_path: Path) -> None:

@@ -304,4 +304,21 @@ def test_parts_of_a_model_without_their_index(tmp_path: Path) -> None:
     assert f"A model in {len(parts)} parts lacks" in found.text
     hf_model.save_pretrained(tmp_path / "whole")
     (tmp_path / "whole/model.safetensors").rename(tmp_path / "model.safetensors")
-    assert not msplora.inspect(tmp_path).findings  # what is loaded is the one that is whole
+    # What is loaded is the one that is whole.
+    assert set(the(msplora.inspect(tmp_path), "other weights").where) == {
+        its.name for its in tmp_path.glob("model-*")
+    }
+
+
+@pytest.mark.parametrize("last", ["whole", "parts"])
+def test_another_saving_into_the_same_folder(last: str, tmp_path: Path) -> None:
+    """Transformers reads the one file, whatever is saved last and whatever an index says."""
+    hf_model: Any = MODELS["llama"].model()
+    savings = {"parts": {"max_shard_size": "20KB"}, "whole": {}}
+    for name in sorted(savings, key=lambda its: its == last):
+        hf_model.save_pretrained(tmp_path, **savings[name])
+    found = msplora.inspect(tmp_path)
+    assert list(found.files) == ["model.safetensors"]
+    finding = the(found, "other weights")
+    assert "model.safetensors.index.json" in finding.where
+    assert any(its.startswith("model-0") for its in finding.where) == (last == "parts")

@@ -11,10 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import msplora
+from largest_tensor import NothingAsLargeAs
 from msplora import MSPLoraConfig
 from msplora.errors import MSPLoraError, UnsupportedError
 from msplora.spectrum import singular_values_of
@@ -111,23 +110,6 @@ def test_factors_that_do_not_fit_are_refused() -> None:
     a[0, 0] = math.nan
     with pytest.raises(MSPLoraError, match="not finite"):
         singular_values_of(a, b)
-
-
-class NothingAsLargeAs(TorchDispatchMode):
-    """Fails as soon as an operation gives a tensor of so many numbers."""
-
-    def __init__(self, numbers: int) -> None:
-        super().__init__()
-        self.numbers = numbers
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for its in tree_leaves(result):
-            if isinstance(its, Tensor):
-                assert its.numel() < self.numbers, f"{func} made {tuple(its.shape)}"
-                self.largest = max(self.largest, its.numel())
-        return result
 
 
 def test_no_dense_matrix_is_made() -> None:

@@ -22,12 +22,15 @@ from . import _peft
 from .errors import AdapterFileError, MSPLoraError
 from .forms import WRAPPED
 from .loading import BaseOptions, class_names, load_base_of, read_config, read_tensors
+from .random_weights import warn_of_new_rows
 from .store import STORE_NAME
 
 # Not a module of the base that is named like an adapter's, as a `lora_head`.
 _OF_PAIRS = re.compile(
     rf"(^|\.){STORE_NAME}\.|\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)"
 )
+_TOKENS = "token_adapter"
+"""What PEFT puts around an embedding of which single tokens are trained."""
 _SAID = 300
 """Letters of an error that is not ours."""
 
@@ -57,7 +60,7 @@ class Adapted:
         self._own = dict(own or {})
         redundant = {
             key
-            for key in self._embeddings()
+            for key in self.embeddings()
             if key in tensors and _equal(tensors[key], self._own.get(name_in_base(key)))
         }
         self.others = {
@@ -83,7 +86,7 @@ class Adapted:
                     state[name].copy_(its)
         return base
 
-    def _embeddings(self) -> set[str]:
+    def embeddings(self) -> set[str]:
         """The names that the whole embeddings of this model have in an adapter's file."""
         root: Any = self.model.get_base_model()
         return {
@@ -129,7 +132,7 @@ def put_on(base: Any, folder: Path) -> PeftModel:
             model: Any = PeftModel.from_pretrained(base, str(folder)).eval()
     except (MSPLoraError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
         raise AdapterFileError(f"{said} ({reason}). {ask}") from error
     prefix = model.base_model.prefix
@@ -180,16 +183,29 @@ def embeddings_of(root: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def fit_vocabulary(base: Any, tensors: Mapping[str, Tensor]) -> int | None:
     """Give the base as many embeddings as the adapter's file holds, as before its training."""
-    wanted = None
-    for path, module in list(embeddings_of(base)):
-        for name in (f"{WRAPPED}{path}.weight", f"{WRAPPED}{path}.base_layer.weight"):
-            its: Any = getattr(module, "weight", None)
-            saved = tensors.get(name)
-            if saved is None or its is None or saved.shape[1:] != its.shape[1:]:
-                continue
-            if saved.shape[0] != its.shape[0]:
-                wanted = saved.shape[0]
+    own: dict[str, Tensor] = {
+        path: its
+        for path, module in embeddings_of(base)
+        if isinstance(its := getattr(module, "weight", None), Tensor)
+    }
+    brought: dict[str, Tensor] = {}
+    for path, its in own.items():
+        for name in ("weight", "base_layer.weight", f"{_TOKENS}.base_layer.weight"):
+            saved = tensors.get(f"{WRAPPED}{path}.{name}")
+            if saved is not None and saved.shape[1:] == its.shape[1:]:
+                brought[path] = saved
+    others = [len(saved) for path, saved in brought.items() if len(saved) != len(own[path])]
+    wanted = others[-1] if others else None
     if wanted is not None:
+        filled = [own[path] for path in brought]
+        made_up = [
+            f"{path}.weight"
+            for path, its in own.items()
+            if len(its) < wanted
+            and not any(its is one for one in filled)
+            and f"{WRAPPED}{path}.{_TOKENS}.trainable_tokens_delta" not in tensors
+        ]
+        warn_of_new_rows(made_up, wanted)
         base.resize_token_embeddings(wanted, mean_resizing=False)
     return wanted
 

@@ -13,6 +13,13 @@ CLASSIFIERS = (
     "ForImageClassification",
 )
 """How the names of transformers' classes end that have one."""
+_BEFORE_A_HEAD = ("pooler", "embed", "norm", "pre_classifier", "wte", "wpe")
+"""What the names of modules hold that a model has before its head."""
+
+
+def may_be_head(name: str) -> bool:
+    """Whether a module of `modules_to_save` may be the one that answers."""
+    return not any(its in name.lower() for its in _BEFORE_A_HEAD)
 
 
 def number_of_labels(
@@ -26,13 +33,25 @@ def number_of_labels(
     if classes:
         return len(classes)
     # T5's and BART's is called classification_head, XLNet's logits_proj; its last layer answers.
-    names = tuple(config.modules_to_save or ())
+    names = tuple(filter(may_be_head, config.modules_to_save or ()))
     of_head = [
         tensor
         for key, tensor in sorted(tensors.items())
         if tensor.ndim == 2 and any(f".{name}." in key for name in names)
     ]
     return of_head[-1].shape[0] if of_head else None
+
+
+def label_options(
+    config: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]
+) -> dict[str, Any]:
+    """What the base's config is to be given, so that the adapter's head fits: none of no head."""
+    labels = number_of_labels(config, tensors, classes)
+    options: dict[str, Any] = {"num_labels": labels} if labels else {}
+    if classes and len(classes) == labels:
+        options["id2label"] = dict(enumerate(classes))
+        options["label2id"] = {name: place for place, name in enumerate(classes)}
+    return options
 
 
 def labels_of(model: Any) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
@@ -38,10 +39,12 @@ from .loading import (
     write_json,
 )
 from .merging import merge_layers, unloaded
+from .on_shapes import load_on_shapes
 from .plain_lora import Padding, check_padding, lora_of
 from .probing import Probe, logits
 from .proving import prove_lora, prove_merged
 from .released import is_released, load_released
+from .rewritten_base import CONVERT, RewrittenBaseWarning, not_repeated
 from .server_limits import asked_server, check_served, features, why_not_served
 from .serving import GGUF_FILE, SERVERS, Form
 from .verifying import Comparison
@@ -98,7 +101,8 @@ def to_lora(
         max_lora_rank: the largest rank that the server is started for, if it has such a flag.
         form: "gguf" writes llama.cpp's file and "mlx" mlx-lm's folder, in place of PEFT's.
         verify: load base and result with PEFT, and compare every update and the logits before the
-            result takes its place.
+            result takes its place. Without, the base's weights are not loaded, unless the adapter
+            has DoRA or brings embeddings along.
         force: replace `out` if it is an earlier conversion, as it was written.
 
     Raises:
@@ -127,7 +131,7 @@ def to_lora(
             server=asked,
             max_lora_rank=max_lora_rank,
         )
-    adapted = _load_pyramid(folder, options)
+    adapted = _load_pyramid(folder, options, weights=verify)
     tensors, config = lora_of(adapted.model, dtype=stored, pad_to=pad_to)
     holds = features(adapted.model, adapted.others)
     if asked is not None:
@@ -187,7 +191,8 @@ def to_merged(
         base: the base model, or how to load it, its dtype included; the adapter names it.
         verify: hold every merged weight against base and update, then load the result and compare
             the logits before it takes its place. What rounding to the base's dtype takes is said;
-            `RoundedAwayWarning` where that is most of the adapter.
+            `RoundedAwayWarning` where that is most of the adapter, and `RewrittenBaseWarning` of a
+            LoRA that no loading gives back as it was trained.
         allow_quantized: merge into a quantised base, which rounds the sum again.
         force: replace `out` if it is an earlier conversion, as it was written.
 
@@ -199,9 +204,7 @@ def to_merged(
     check_apart(out, folders_read(folder, options))
     check_output(out, force)
     _check_merges(folder)
-    model = (
-        load_released(folder, options)[0] if is_released(folder) else load_adapted(folder, options)
-    )
+    model = _load_model(folder, options)
     base_model: Any = model.get_base_model()
     dtype = base_model.dtype
     if getattr(base_model, "is_quantized", False) and not allow_quantized:
@@ -226,14 +229,26 @@ def to_merged(
         answers = logits(merged, probe.inputs) if probe is not None else None
         del model, base_model, merged  # so that the reloaded model is not a second one in memory
         if probe is not None and answers is not None:
-            with quiet_loading():
-                options = {dtype_argument(): dtype}
-                reloaded = model_class.from_pretrained(partial, **options).eval()
-            comparison = prove_merged(probe, rounding, answers, reloaded)
+            comparison = prove_merged(
+                probe,
+                rounding,
+                answers,
+                _reloaded(model_class, partial, dtype),
+                lambda: _load_model(folder, replace(options, dtype="float32")),
+            )
             if comparison.rounded_away:
                 warnings.warn(comparison.rounded_away, RoundedAwayWarning, stacklevel=2)
     size = sum(_size(file) for file in out.glob("*.safetensors"))
     return Converted(out, rank, _size_of_adapter(folder), size, comparison)
+
+
+def _load_model(folder: Path, base: BaseOptions) -> PeftModel:
+    return load_released(folder, base)[0] if is_released(folder) else load_adapted(folder, base)
+
+
+def _reloaded(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    with quiet_loading():
+        return model_class.from_pretrained(folder, **{dtype_argument(): dtype}).eval()
 
 
 def _check_merges(folder: Path) -> None:
@@ -246,6 +261,12 @@ def _check_merges(folder: Path) -> None:
         raise UnsupportedError(
             f"{str(folder)!r} is a {kind} adapter; --to merged takes those of MSPLoRA and LoRA, "
             f"and of Hydra, ElaLoRA and AdaLoRA. Use it through PEFT, unmerged."
+        )
+    if why := not_repeated(config):
+        warnings.warn(
+            f"{str(folder)!r}: {why} Nor does merging it. {CONVERT}",
+            RewrittenBaseWarning,
+            stacklevel=3,
         )
 
 
@@ -266,11 +287,17 @@ def folders_read(folder: Path, base: BaseOptions) -> list[Path]:
     return [folder, *([place] if place.is_dir() else [])]
 
 
-def _load_pyramid(folder: Path, base: BaseOptions) -> Adapted:
-    """The adapted model, and what the adapter's file holds."""
+def _load_pyramid(folder: Path, base: BaseOptions, *, weights: bool = True) -> Adapted:
+    """The adapted model, and what the adapter's file holds.
+
+    Args:
+        folder: the adapter's.
+        base: the base model.
+        weights: whether the base's are needed; without, they are loaded if they have to be.
+    """
     if is_released(folder):
         return Adapted(*load_released(folder, base))
-    return load_on_base(folder, base)
+    return (None if weights else load_on_shapes(folder, base)) or load_on_base(folder, base)
 
 
 def _pyramid_in(folder: Path, form: Form) -> MSPLoraConfig:

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+UNFINISHED = ".unfinished"
+"""What the name of a run's folder ends with until the run does."""
+
 
 class MSPLoraError(ValueError):
     """What was asked cannot be done; the message says what was found and what to do."""
@@ -47,8 +50,21 @@ def nearest(wanted: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def nearest_path(wanted: Path, pattern: str = "*") -> str:
-    """The same of what lies beside a path, by its name alone: all beside it have the folder."""
+    """The same of what lies beside a path, by its name alone: all beside it have the folder.
+
+    A run that was stopped lies there under a name of its own.
+    """
+    if stopped := stopped_run(wanted):
+        return stopped
     folder = wanted.parent
     beside = [its.name for its in folder.glob(pattern)] if folder.is_dir() else []
     matches = difflib.get_close_matches(wanted.name, beside, n=1, cutoff=0.6)
     return f" Did you mean {str(folder / matches[0])!r}?" if matches else ""
+
+
+def stopped_run(wanted: Path) -> str:
+    """What to say of a folder that a run would have made; empty if there is no such run."""
+    stopped = wanted.with_name(f"{wanted.name}{UNFINISHED}") if wanted.name else wanted
+    if stopped == wanted or not stopped.is_dir():
+        return ""
+    return f" {str(stopped)!r} is unfinished: continue it with msplora train --resume."

@@ -7,12 +7,12 @@ import warnings
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 
 from .config import MSPLoraConfig
 from .forms import PlainLora, in_form
-from .loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
+from .loading import BaseOptions
+from .on_shapes import base_of_shapes
 from .plain_lora import Padding, lora_of
 from .server_limits import check_features, check_served, features
 from .serving import Form, Server
@@ -52,21 +52,13 @@ def foresee(
 
 
 def _adapted_without_weights(config: MSPLoraConfig, base: BaseOptions) -> PeftModel | None:
-    source = base.source or config.base_model_name_or_path
-    if not source:
-        return None
-    source = resolve_source(source)
-    with loading_errors_explained(source):
-        of_base = transformers.AutoConfig.from_pretrained(
-            source,
-            revision=base.revision_for(config),
-            trust_remote_code=base.trust_remote_code,
-        )
     its: Any = copy.deepcopy(config)
     its.use_dora = False  # PEFT measures the weights for it, and there are none
     its.init_lora_weights = True
     try:
-        model: Any = without_weights(config, of_base, source, base)
+        model: Any = base_of_shapes(config, base)
+        if model is None:
+            return None
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real model's are given when it is loaded
             adapted = get_peft_model(model, its)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import sisters
-from .classifier_head import CLASSIFIERS, number_of_labels
+from .base_class import base_class
+from .classifier_head import CLASSIFIERS, label_options
 from .damaged_files import said_of_damaged
-from .errors import AdapterFileError, BaseModelError, ConfigError, MSPLoraError, nearest_path
+from .errors import (
+    AdapterFileError,
+    BaseModelError,
+    ConfigError,
+    MSPLoraError,
+    nearest_path,
+    stopped_run,
+)
 from .finite import is_finite
 from .planning import without_storage
 from .random_weights import warn_of_random
@@ -33,15 +40,6 @@ MODEL = "the model"
 TASK_FILE = "task.json"
 """What `msplora train` leaves beside an adapter: its settings, and the classes of its data."""
 
-# PEFT's task type -> the transformers class that loads its base.
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 DTYPES = ("float32", "bfloat16", "float16")
 """Those that adapters are written in, and bases loaded."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -108,7 +106,19 @@ def adapter_folder(path: Path) -> Path:
     found = ", ".join(sorted(os.listdir(path))[:8]) if path.is_dir() else "it is a file"
     raise AdapterFileError(
         f"{str(path)!r} is no adapter: it has no {CONFIG_FILE} (found: {found or 'nothing'})."
+        f"{_last_checkpoint(path) or stopped_run(path)}"
     )
+
+
+def _last_checkpoint(path: Path) -> str:
+    """What to give in place of a run that has no more than checkpoints yet."""
+    steps = {
+        int(step): config.parent
+        for where in (path, path / "checkpoints")
+        for config in where.glob(f"checkpoint-*/{CONFIG_FILE}")
+        if (step := config.parent.name.rpartition("-")[2]).isdecimal()
+    }
+    return f" Its last checkpoint is one: {str(steps[max(steps)])!r}." if steps else ""
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -224,15 +234,10 @@ def load_base_of(
         with loading_errors_explained(source), quiet_loading():
             loaded = loader.from_pretrained(source, **options)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, {"missing_keys": ()})
-        warn_of_random(source, set(info["missing_keys"]) - brought)
+        warn_of_random(source, set(info["missing_keys"]) - brought, model)
         return model
     # A base may have the head of other classes, or none; the adapter's takes its place.
-    labels = number_of_labels(config, tensors, classes)
-    if labels:
-        options["num_labels"] = labels
-    if classes and len(classes) == labels:
-        options["id2label"] = dict(enumerate(classes))
-        options["label2id"] = {name: place for place, name in enumerate(classes)}
+    options |= label_options(config, tensors, classes)
     with loading_errors_explained(source), quiet_loading():
         model, info = loader.from_pretrained(
             source, **options | {"output_loading_info": True}, ignore_mismatched_sizes=True
@@ -244,40 +249,8 @@ def load_base_of(
             f"{source}: weights that the adapter does not bring are missing or have another shape: "
             f"{', '.join((unlike + random)[:5])}."
         )
-    warn_of_random(source, random)
+    warn_of_random(source, random, model)
     return model
-
-
-def base_class(config: PeftConfig, source: str, base: BaseOptions) -> Any:
-    """The class that an adapter's base is loaded with: transformers', or the user's own.
-
-    Raises:
-        BaseModelError: transformers has no such class, and no module that is imported has it.
-    """
-    task = str(getattr(config.task_type, "value", config.task_type))
-    if task in _AUTO_CLASSES:
-        return getattr(transformers, _AUTO_CLASSES[task])
-    adapted = config.auto_mapping or {}
-    name = adapted.get("base_model_class")
-    if name is None:
-        architectures = transformers.AutoConfig.from_pretrained(
-            source,
-            revision=base.revision_for(config),
-            trust_remote_code=base.trust_remote_code,
-        ).architectures
-        name = (architectures or ["AutoModel"])[0]
-    # A module is not imported because an adapter's file says so: that would run its code.
-    home = str(adapted.get("parent_library") or "transformers")
-    for module in (sys.modules.get(home), transformers):
-        found = getattr(module, name, None)
-        if hasattr(found, "from_pretrained"):
-            return found
-    raise BaseModelError(
-        f"the adapter's base is a {name} of {home}. transformers {transformers.__version__} has "
-        f"no such class, and {home} is not imported or has none with from_pretrained. Convert in "
-        f"Python, in a program that has imported {name}; or set task_type in the adapter's "
-        f"{CONFIG_FILE}, if one of transformers' automatic classes loads the base."
-    )
 
 
 def without_weights(config: PeftConfig, of_base: Any, source: str, base: BaseOptions) -> nn.Module:

@@ -9,6 +9,7 @@ nothing else is lost, and how much it is, can be said.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +45,15 @@ def merge_layers(model: Any, adapter_name: str = "default") -> Rounding | None:
 
     Raises:
         VerificationError: a weight did not become the sum, rounded; or it is not finite.
-        UnsupportedError: PEFT, or the adapter's method, cannot merge such a layer.
+        UnsupportedError: PEFT, or the adapter's method, cannot merge such a layer; or its weight is
+            another layer's too.
     """
     root = model.get_base_model()
     quantised = bool(getattr(root, "is_quantized", False))
     norms = {} if quantised else _norms(model, adapter_name)
     _untie(root)
+    if not quantised:
+        _check_apart(root, adapter_name)
     missed = lost = total = 0.0
     for path, module in list(root.named_modules()):
         layer: Any = module
@@ -96,6 +100,40 @@ def _say_untied(root: Any) -> None:
     """Let the config say that the embedding and the head have weights of their own."""
     for config in (root.config.get_text_config(decoder=True), root.config):
         config.tie_word_embeddings = False
+
+
+def _check_apart(root: nn.Module, adapter_name: str) -> None:
+    """Refuse a weight that is also another layer's, which would change with it.
+
+    Such are the embeddings of an encoder and a decoder, or the blocks of `layer_replication`: each
+    sum would be right, and the model wrong. Layers that one pair is merged into once, for all of
+    them, may share.
+    """
+    places: Counter[int] = Counter()
+    times: Counter[Any] = Counter()
+    for _, module in root.named_modules(remove_duplicate=False):
+        times[module] += 1
+        places.update(_storage(its) for its in module._parameters.values() if its is not None)
+    layers: list[tuple[str, Any]] = []
+    for path, module in root.named_modules():
+        layer: Any = module
+        if not isinstance(module, LoraLayer) or adapter_name not in layer.scaling:
+            continue
+        if getattr(layer, "merged_by_another", False):
+            places[_storage(_weight(layer))] -= times[module]
+        else:
+            layers.append((path, layer))
+    for path, layer in layers:
+        if places[_storage(_weight(layer))] > times[layer]:
+            raise UnsupportedError(
+                f"{path!r} cannot be merged: its weight is also that of another layer, which would "
+                f"change with it. Use the adapter unmerged."
+            )
+
+
+def _storage(weight: Tensor) -> int:
+    """What weights have in common that are one; those that lie nowhere have only themselves."""
+    return weight.data_ptr() or id(weight)
 
 
 def _is_shared(weight: Any, root: nn.Module) -> bool:

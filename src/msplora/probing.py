@@ -123,8 +123,8 @@ def inputs_it_takes(model: Any, inputs: Mapping[str, Tensor], advice: str) -> It
 class Probe:
     """The logits of a model with and without its adapter, taken before it is converted."""
 
-    def __init__(self, model: PeftModel) -> None:
-        self.inputs = probe_inputs(model, _BY_HAND)
+    def __init__(self, model: PeftModel, inputs: dict[str, Tensor] | None = None) -> None:
+        self.inputs = probe_inputs(model, _BY_HAND) if inputs is None else inputs
         with inputs_it_takes(model, self.inputs, _BY_HAND):
             with model.disable_adapter():
                 self.base = logits(model, self.inputs)

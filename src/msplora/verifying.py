@@ -46,6 +46,11 @@ class Comparison:
     """Of merged weights: the share of the updates, by squares, in numbers that did not change."""
 
     @property
+    def explained(self) -> bool:
+        """Whether rounding explains the difference, or it is small beside what the adapter does."""
+        return self.difference <= self.tolerance or self.shown
+
+    @property
     def shown(self) -> bool:
         """Whether the difference is small beside what the adapter does."""
         return self.effect > 0 and self.difference <= _SMALL * self.effect
@@ -111,7 +116,7 @@ def compared(
 
 def check(comparison: Comparison) -> Comparison:
     """Raise `VerificationError` if the two are further apart than rounding explains."""
-    if comparison.difference > comparison.tolerance and not comparison.shown:
+    if not comparison.explained:
         raise VerificationError(
             f"the converted model does not answer as the adapted one: {comparison}; rounding "
             f"explains {comparison.tolerance:.0e}. Nothing was written. Please report this, with "

@@ -38,17 +38,21 @@ class History:
     """What the reader of the figures should know, in sentences."""
 
 
-def checkpoint_folders(path: Path) -> list[Path]:
+def checkpoint_folders(path: Path, config: str = CONFIG_FILE) -> list[Path]:
     """The checkpoints of an adapter within its folder, by their step.
 
     They are where transformers' trainer, or a run that is not finished, has them: in the folder
     itself or in its `checkpoints`.
+
+    Args:
+        path: the folder.
+        config: the name of the file that each has; a whole model's is another than an adapter's.
     """
     found = {
         step_of(folder): folder
         for where in (path, path / "checkpoints")
         for folder in where.glob(f"{_NAME}*")
-        if folder.name.removeprefix(_NAME).isdecimal() and (folder / CONFIG_FILE).is_file()
+        if folder.name.removeprefix(_NAME).isdecimal() and (folder / config).is_file()
     }
     return [found[step] for step in sorted(found)]
 

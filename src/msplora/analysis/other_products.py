@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-_REWRITES_THE_BASE = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica")
+from msplora.rewritten_base import rewrites_the_base
+
 _OTHER_PRODUCTS = {
     "use_dora": "DoRA, which also rescales the base's weights",
     "use_qalora": "QALoRA, which pools a layer's inputs before A reads them",
@@ -43,7 +44,7 @@ def beside_the_product(config: Any, tensors: Iterable[str]) -> list[str]:
             "It is an activated LoRA (alora_invocation_tokens): what is shown acts from these "
             "tokens on, and before them the model is the base."
         )
-    if str(config.init_lora_weights).lower().startswith(_REWRITES_THE_BASE):
+    if rewrites_the_base(config):
         notes.append(
             f"It was started with init_lora_weights={config.init_lora_weights!r}, which takes a "
             f"part out of the base's weights and puts it into B A: unless it was converted on "

@@ -28,6 +28,15 @@ from .stored import StoredKind, StoredPair, StoredSite
 
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 """The name of a factor: its site, and which of the two it is."""
+_OF_A_STATE_DICT = re.compile(r"(\.lora_(?:embedding_[AB]|[AB]|magnitude_vector))\.default(?=\.|$)")
+
+
+def without_adapter_name(name: str) -> str:
+    """A tensor's name as `save_pretrained` writes it, where a state dict's has the adapter's too.
+
+    PEFT loads both.
+    """
+    return _OF_A_STATE_DICT.sub(r"\1", name)
 
 
 def lora_kinds(
@@ -98,7 +107,7 @@ def _factors(tensors: TensorsOnDisk) -> dict[str, tuple[str, str]]:
     """Site → the names of its A and its B."""
     found: dict[str, dict[str, str]] = {}
     for name in tensors:
-        match = LORA_TENSOR.fullmatch(name)
+        match = LORA_TENSOR.fullmatch(without_adapter_name(name))
         if match:
             found.setdefault(match.group(1), {})[match.group(2)] = name
         elif ".lora_" in name and not is_beside_the_product(name):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -15,8 +15,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: the index is none.
     """
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
     names = _named_by_index(folder)
     if names:
         return [folder / name for name in names]
@@ -35,15 +35,15 @@ def download_weights(source: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(names))
         )
 
-    return download(*(_named_by_index(download(_INDEX)) or [_WHOLE]))
+    return download(*(_named_by_index(download(INDEX)) or [WHOLE]))
 
 
 def _named_by_index(folder: Path) -> list[str]:
     """The names of the files that an index tells of; none where there is no index."""
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         return []
-    content = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     try:
         return sorted(set(content["weight_map"].values()))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{_INDEX} has no weight_map") from error
+        raise ValueError(f"{INDEX} has no weight_map") from error

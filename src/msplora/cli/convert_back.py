@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from .plan import numbers
+from .plan import names, numbers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,7 +69,7 @@ def to_pyramid(
             r=shape.r,
             ranks=numbers(shape.ranks),
             groups=numbers(shape.groups),
-            levels=None if shape.levels is None else shape.levels.split(","),
+            levels=None if shape.levels is None else names(shape.levels),
             base=BaseOptions(base.source, "auto", base.revision, base.trust_remote_code),
             dtype=dtype,
             data=data,

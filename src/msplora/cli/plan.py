@@ -8,6 +8,11 @@ from typing import Annotated
 import typer
 
 
+def names(text: str) -> list[str]:
+    """The names of a list separated by commas, with blanks or without."""
+    return [its.strip() for its in text.split(",")]
+
+
 def numbers(text: str | None) -> list[int] | None:
     """The whole numbers of a list separated by commas."""
     if text is None:
@@ -66,7 +71,7 @@ def plan(
         model_config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
-    names = None if target_modules is None else target_modules.split(",")
+    targets = None if target_modules is None else names(target_modules)
     try:
         config = MSPLoraConfig(
             r=r,
@@ -76,7 +81,7 @@ def plan(
             groups=numbers(groups),
             layers_to_transform=numbers(layers),
             use_dora=dora,
-            target_modules="all-linear" if names == ["all-linear"] else names,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
         )
         found = make_plan(model_config, config, trust_remote_code=trust_remote_code)
     except MSPLoraError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from msplora import _peft
+from msplora.analysis.reading_lora import without_adapter_name
 from msplora.forms import WRAPPED
 from msplora.inspection.adapter import look_at_adapter
 from msplora.inspection.suspicions import NOT_WHOLE, some
 from msplora.inspection.tensor_file import TensorFiles
 from msplora.loading import WEIGHTS_FILE
 from msplora.matching import input_embedding
+from msplora.rewritten_base import CONVERT, not_repeated
 from msplora.same_source import same_source
 
 from .patient import Patient
@@ -46,6 +49,14 @@ def file_is_whole(folder: Path, config: Any) -> Check:
 
 def base_fits(patient: Patient) -> Check:
     """The base's name, architecture and vocabulary; that the shapes fit is proved by loading."""
+    found = _fits(patient)
+    why = not_repeated(patient.config)
+    if why is None or found.status == "failed":
+        return found
+    return replace(found, status="warning", said=f"{found.said} {why}", advice=CONVERT)
+
+
+def _fits(patient: Patient) -> Check:
     named = patient.config.base_model_name_or_path
     recorded = getattr(patient.config, "revision", None)
     model_type = patient.base.config.model_type
@@ -59,7 +70,7 @@ def base_fits(patient: Patient) -> Check:
         )
     if patient.random_weights:
         said, _, advice = patient.random_weights.partition(". ")
-        return Check(BASE, "failed", f"{said}.", advice)
+        return Check(BASE, "failed", f"{said[0].upper()}{said[1:]}.", advice)
     tokens, unread = None, ""
     try:
         tokens = _tokens(patient.folder, patient.trust_remote_code)
@@ -82,6 +93,7 @@ def base_fits(patient: Patient) -> Check:
     vocabulary = f", {tokens:,} tokens of {rows:,}" if tokens and rows else ""
     said = f"Names and shapes fit a {model_type}{vocabulary}."
     said += _resized(patient, embedding[0], rows) if embedding and rows else ""
+    said += f" {patient.random_pooler}" if patient.random_pooler else ""
     if not named:
         said += " The adapter does not name its base."
     elif not same_source(named, patient.source):
@@ -149,7 +161,8 @@ def everything_is_loaded(patient: Patient) -> Check:
         get_peft_model_state_dict(patient.model, save_embedding_layers=False)
     )
     whole = patient.model.state_dict()
-    loaded = _peft.as_loaded(patient.model, patient.config, patient.tensors)
+    tensors = {without_adapter_name(name): its for name, its in patient.tensors.items()}
+    loaded = _peft.as_loaded(patient.model, patient.config, tensors)
     lost, changed = [], []
     for name, its in loaded.items():
         found = held.get(name, whole.get(name))
@@ -162,7 +175,7 @@ def everything_is_loaded(patient: Patient) -> Check:
     numbers = figures(tensors=count, lost=len(lost), changed=len(changed), new=len(new))
     if not lost and not changed and not new:
         said = f"All {count} tensors of the file are in it."
-        if loaded.keys() != patient.tensors.keys():
+        if loaded.keys() != tensors.keys():
             said += " Their names are another transformers', which PEFT translates."
         return Check(LOADED, "passed", said, "", numbers)
     parts = [

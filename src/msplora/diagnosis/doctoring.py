@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from msplora.loading import (
     resolve_source,
 )
 from msplora.probing import probe_inputs
-from msplora.random_weights import RandomWeightsWarning
+from msplora.random_weights import RandomPoolerWarning, RandomWeightsWarning
+from msplora.rewritten_base import CONVERT, not_repeated
 
 from .belonging import (
     BASE,
@@ -116,7 +117,8 @@ def doctor(
             getattr(of_base.get_text_config(), "vocab_size", None),
             options.revision,
             options.trust_remote_code,
-            next((str(its.message) for its in warned if _is_of_random(its)), None),
+            _said(warned, RandomWeightsWarning),
+            _said(warned, RandomPoolerWarning),
         )
         dtype = name_of(patient.dtype)
         for step, checks in enumerate(_examine(patient), start=1):
@@ -137,8 +139,10 @@ def _examine(patient: Patient) -> Iterator[list[Check]]:
     yield [merging_keeps_the_output(patient)]
 
 
-def _is_of_random(warned: warnings.WarningMessage) -> bool:
-    return issubclass(warned.category, RandomWeightsWarning)
+def _said(warned: Sequence[warnings.WarningMessage], category: type[Warning]) -> str | None:
+    """The first warning of a category."""
+    found = (str(its.message) for its in warned if issubclass(its.category, category))
+    return next(found, None)
 
 
 def _misfit(error: Misfit, whole: Check, config: Any) -> list[Check]:
@@ -154,7 +158,10 @@ def _misfit(error: Misfit, whole: Check, config: Any) -> list[Check]:
             replace(whole, status="failed", said=said, advice=advice),
             Check(BASE, "skipped", "The names and shapes of its sites are the adapter's."),
         ]
-    return [whole, Check(BASE, "failed", str(error), "Pass the base that it was made for.")]
+    why = not_repeated(config)
+    said = str(error) if why is None else f"{why} {error}"
+    advice = "Pass the base that it was made for." if why is None else CONVERT
+    return [whole, Check(BASE, "failed", said, advice)]
 
 
 def _load(

@@ -18,7 +18,6 @@ from msplora.config import MSPLoraConfig
 from msplora.probing import inputs_it_takes, logits
 
 from .restored import Restored, adapted_layers, merged_and_unmerged
-from .results import name_of
 
 
 @dataclass
@@ -42,6 +41,8 @@ class Patient:
     trust_remote_code: bool = False
     random_weights: str | None = None
     """What is said of weights that neither the base's files nor the adapter's have, if any."""
+    random_pooler: str | None = None
+    """The same of those that its outputs do not depend on."""
 
     @property
     def config(self) -> Any:
@@ -70,14 +71,14 @@ class Patient:
         return bool(getattr(self.base, "is_quantized", False))
 
     @property
-    def why_rough(self) -> str | None:
-        """Why rounding alone may move its outputs far, if it may."""
-        if self.is_quantized:
-            return "the kernels of a quantised base round in their own way"
-        if self.dtype in (torch.bfloat16, torch.float16):
-            name = name_of(self.dtype)
-            return f"rounding to {name} grows from layer to layer, and flips routers of experts"
-        return None
+    def is_half(self) -> bool:
+        """Whether rounding alone may move its outputs far: it grows from layer to layer."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether rounding may send a token to other ones."""
+        return any("expert" in path for path, _ in self.base.named_modules())
 
     @property
     def why_not_merged(self) -> str | None:

@@ -45,6 +45,8 @@ def put_on(base: Any, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except KeyError as error:  # PEFT looks for a head's tensors without asking
         raise Misfit(f"the file has no tensor {error}") from error
+    except IndexError as error:  # of trainable_token_indices
+        raise Misfit(f"it trains tokens that the base does not have: {error}") from error
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, AttributeError) as error:  # PEFT's, and our own

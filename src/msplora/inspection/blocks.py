@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msplora import _peft
+
 from .results import Finding
 from .suspicions import some
 
@@ -22,7 +24,11 @@ def absent_targets(config: Any, paths: Sequence[str]) -> list[Finding]:
     # One string is a regular expression; a tied head is listed and borrows its embedding's pairs.
     if not paths or isinstance(targets, str) or getattr(config, "ensure_weight_tying", False):
         return []
-    absent = sorted(its for its in targets or () if not any(_meets(its, path) for path in paths))
+    absent = sorted(
+        its
+        for its in targets or ()
+        if not any(_meets(its, path) for path in paths) and not _peft.is_excluded(config, its)
+    )
     if not absent:
         return []
     text = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from msplora.analysis.asked_of_lora import asked_of
-from msplora.analysis.reading_lora import LORA_TENSOR, place_of, wrapped
+from msplora.analysis.reading_lora import LORA_TENSOR, place_of, without_adapter_name, wrapped
 from msplora.analysis.reading_pyramid import address_of, block_numbers, experts_of, levels_of
 from msplora.config import MSPLoraConfig
 from msplora.errors import BaseModelError
@@ -14,7 +14,7 @@ from msplora.pyramid import PER_LAYER, Level, Shape, Site, arrange
 from msplora.store import A
 
 from .results import Finding
-from .suspicions import left_over, missing, unknown_scales
+from .suspicions import left_over, missing, note, unknown_scales
 from .tensor_file import TensorFiles
 
 
@@ -146,7 +146,7 @@ def _of_kind(
 def _of_lora(files: TensorFiles, config: Any) -> Entries:
     stored: dict[str, dict[str, str]] = {}
     for name in files.headers:
-        match = LORA_TENSOR.fullmatch(name)
+        match = LORA_TENSOR.fullmatch(without_adapter_name(name))
         if match:
             stored.setdefault(match.group(1), {})[match.group(2)] = name
     used = frozenset(name for its in stored.values() for name in its.values())
@@ -186,4 +186,12 @@ def _of_lora(files: TensorFiles, config: Any) -> Entries:
     findings = missing(lacking, whole=bool(stored))
     if any(len(its) > 1 for its in asked.values()):
         findings.append(unknown_scales(config))
+    named = next((name for name in used if without_adapter_name(name) != name), None)
+    if named:
+        findings.append(
+            note(
+                f"Its tensors are named as in a model's state dict, such as {named}: not every "
+                f"PEFT reads that, and few servers. Save it with save_pretrained."
+            )
+        )
     return Entries(tuple(pairs), (level,), tuple(findings), used)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+from msplora import _peft
+
 from .blocks import ALL_ALIKE
 from .results import Finding
 from .suspicions import note, some
@@ -40,7 +42,8 @@ def gaps(config: Any, places: Iterable[Place]) -> list[Finding]:
         return []
     lacking: dict[str, set[int]] = {}
     elsewhere: dict[str, set[int]] = {}
-    for modules in _by_list(places).values():
+    places = list(places)
+    for modules in _by_list([*places, *_excluded(config, places)]).values():
         together = set().union(*(blocks for kinds in modules.values() for blocks in kinds.values()))
         for module, kinds in modules.items():
             has = set().union(*kinds.values())
@@ -55,6 +58,24 @@ def gaps(config: Any, places: Iterable[Place]) -> list[Finding]:
                 if beside:
                     (elsewhere if _regular(beside) else lacking)[kind] = beside
     return [*_warned(lacking), *_noted(elsewhere)]
+
+
+def _excluded(config: Any, places: Iterable[Place]) -> list[Place]:
+    """What exclude_modules leaves out in blocks up to the last: that is as good as there."""
+    if not config.exclude_modules:
+        return []
+    last: dict[str, int] = {}
+    paths: dict[tuple[str, str], None] = {}
+    for blocks, number, path in places:
+        if number is not None:
+            last[blocks] = max(number, last.get(blocks, 0))
+            paths[blocks, path] = None
+    return [
+        (blocks, number, path)
+        for blocks, path in paths
+        for number in range(last[blocks])
+        if _peft.is_excluded(config, f"{blocks}.{number}.{path}")
+    ]
 
 
 def _by_list(places: Iterable[Place]) -> dict[str, dict[str, dict[str, set[int]]]]:

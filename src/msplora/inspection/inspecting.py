@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msplora import __version__
-from msplora.analysis.history import checkpoint_folders
+from msplora.analysis.history import checkpoint_folders, step_of
 from msplora.config_file import lora_or_pyramid, read_json
-from msplora.errors import AdapterFileError, UnsupportedError
+from msplora.errors import UNFINISHED, AdapterFileError, UnsupportedError, stopped_run
 from msplora.folder_mark import CONVERSION
 from msplora.loading import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from msplora.serving import GGUF_FILE
@@ -23,7 +23,6 @@ from .tensor_file import TensorFiles
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of its steps are done, and of how many."""
 
-_UNFINISHED = ".unfinished"
 _RUN = "metrics.json"
 
 
@@ -118,7 +117,7 @@ def _find(path: Path) -> _Place:
     if path.is_file():
         raise AdapterFileError(f"{str(path)!r} is a file; give the folder that it is in.")
     whole = path.resolve()  # "." has no name
-    run = "unfinished run" if whole.name.endswith(_UNFINISHED) else "run"
+    run = "unfinished run" if whole.name.endswith(UNFINISHED) else "run"
     if (path / CONFIG_FILE).is_file():
         return _Place(path, _converted(path) or "adapter")
     if (path / "adapter" / CONFIG_FILE).is_file():
@@ -127,21 +126,20 @@ def _find(path: Path) -> _Place:
         return _Place(path, _converted(path) or "model", is_model=True)
     if (path / "model" / "config.json").is_file() and (path / _RUN).is_file():
         return _Place(path / "model", run, is_model=True)
-    checkpoints = checkpoint_folders(path)
-    if checkpoints:
-        step = checkpoints[-1].name.rpartition("-")[2]
-        return _Place(checkpoints[-1], f"{run}'s checkpoint of step {step}")
+    for config in (CONFIG_FILE, "config.json"):
+        checkpoints = checkpoint_folders(path, config)
+        if checkpoints:
+            found_as = f"{run}'s checkpoint of step {step_of(checkpoints[-1])}"
+            return _Place(checkpoints[-1], found_as, is_model=config != CONFIG_FILE)
     if (path / GGUF_FILE).is_file():
         raise UnsupportedError(
             f"{str(path)!r} holds a LoRA for llama.cpp ({GGUF_FILE}), which is not read here. "
             f"Inspect what it was converted from."
         )
-    beside = whole.parent / (whole.name + _UNFINISHED)
-    hint = f" {beside} is unfinished: inspect that." if beside.is_dir() else ""
     found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
     raise AdapterFileError(
         f"{str(path)!r} is neither an adapter nor a run nor a model: it has no {CONFIG_FILE} and "
-        f"no config.json (found: {found}).{hint}"
+        f"no config.json (found: {found}).{stopped_run(whole)}"
     )
 
 

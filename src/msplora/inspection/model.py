@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from msplora.analysis.weight_files import INDEX, WHOLE
+from msplora.analysis.weight_files import weight_files as files_to_read
 from msplora.errors import AdapterFileError
 from msplora.matching import STORE_NAME
 
@@ -17,20 +19,23 @@ from .results import Finding
 from .suspicions import FEWEST, OUTLIER, not_finite, some
 from .tensor_file import TensorFiles
 
-INDEX = "model.safetensors.index.json"
 _OF_AN_ADAPTER = re.compile(rf"\.lora_|\.base_layer\.|{STORE_NAME}|msplora_")
 _PART = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 _AGAIN = "Copy or download it again."
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a whole model's weights.
+    """The files of a whole model's weights: those that transformers reads, as far as they exist.
 
     Raises:
-        AdapterFileError: it has none in safetensors.
+        AdapterFileError: it has none in safetensors, or its index is none.
     """
-    # Some publish a second copy of all weights under another name.
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    try:
+        files = [file for file in files_to_read(folder) if file.is_file()]
+    except ValueError as error:
+        raise AdapterFileError(
+            f"{str(folder / INDEX)!r} cannot be read ({type(error).__name__}: {error}). {_AGAIN}"
+        ) from error
     if not files:
         raise AdapterFileError(
             f"{str(folder)!r} is a model without weights in safetensors. One saved as a pickle "
@@ -62,6 +67,7 @@ def look_at_model(
     }
     return [
         *_missing(files, folder),
+        *_left_over(files, folder),
         *_unmerged(files),
         *not_finite(infinite),
         *_zero(matrices),
@@ -70,29 +76,41 @@ def look_at_model(
 
 
 def _missing(files: TensorFiles, folder: Path) -> list[Finding]:
+    there = {file.name for file in files.files}
+    if WHOLE in there:
+        return []
     index = folder / INDEX
     if not index.is_file():
-        return _without_index([file.name for file in files.files])
-    try:
-        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterFileError(
-            f"{str(index)!r} cannot be read ({type(error).__name__}: {error}). {_AGAIN}"
-        ) from error
-    there = {file.name for file in files.files}
+        return _without_index(sorted(there))
+    named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     lost = sorted(set(named.values()) - there)
     tensors = [name for name, file in named.items() if file in there and name not in files.headers]
     if not lost and not tensors:
         return []
     what = f"file(s): {some(lost)}" if lost else f"tensor(s): {some(tensors)}"
-    text = f"{index.name} names {len(lost) or len(tensors)} missing {what}. {_AGAIN}"
+    text = f"{INDEX} names {len(lost) or len(tensors)} missing {what}. {_AGAIN}"
     return [Finding("missing tensor", "problem", text, tuple(lost or tensors))]
+
+
+def _left_over(files: TensorFiles, folder: Path) -> list[Finding]:
+    """What another saving into the same folder has left, in more or fewer parts."""
+    there = {file.name for file in files.files}
+    parts = [its.name for its in folder.iterdir() if _PART.fullmatch(its.name)]
+    index = [INDEX] if WHOLE in there and (folder / INDEX).is_file() else []
+    others = index + sorted(set(parts) - there)
+    if not others:
+        return []
+    text = (
+        f"Two models were saved here: transformers reads {some(sorted(there))}. Of the other one "
+        f"there is left, and some servers go by it: {some(others)}. Delete what is not meant."
+    )
+    return [Finding("other weights", "warning", text, tuple(others))]
 
 
 def _without_index(names: list[str]) -> list[Finding]:
     """Of a model in parts nothing is loaded without the file that says what is in which."""
     parts = [found for name in names if (found := _PART.fullmatch(name))]
-    if not parts or "model.safetensors" in names:
+    if not parts:
         return []
     last = parts[0][1]
     whole = [f"model-{part:05}-of-{last}.safetensors" for part in range(1, int(last) + 1)]

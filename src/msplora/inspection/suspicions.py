@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from msplora.classifier_head import may_be_head
 from msplora.matching import HEADS
 
 from .results import Finding, PairReport
@@ -49,6 +50,8 @@ RULES = {
     "unmerged": "a whole model's file holds an adapter's tensors beside the weights",
     "missing tensor": "the index of a model in parts, or a file or a tensor that it names, is not "
     "there",
+    "other weights": "files of a model saved in other parts lie beside those that transformers "
+    "reads",
     "zero weight": "a matrix of a model holds zeros only",
     "exploded weight": f"a matrix's norm is above {OUTLIER:g} times the median of the same place "
     f"in all blocks ({FEWEST} or more)",
@@ -83,7 +86,8 @@ def missing_parts(config: Any, others: Sequence[str]) -> list[Finding]:
     # model has one; or none, where its head is another of the modules that were trained.
     heads = [name for name in saved if name in HEADS]
     parts = [[name] for name in saved if name not in heads]
-    if heads and not any(f"{name}." in its for [name] in parts for its in others):
+    answering = [name for [name] in parts if may_be_head(name)]
+    if heads and not any(f"{name}." in its for name in answering for its in others):
         parts.append(heads)
     asked = {
         f"a module of modules_to_save ({', '.join(names)})": [f"{name}." for name in names]

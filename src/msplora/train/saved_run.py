@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 
-from msplora.errors import MSPLoraError
+from msplora.errors import MSPLoraError, stopped_run
 from msplora.loading import TASK_FILE, BaseOptions, read_config
 from msplora.same_source import same_source
 
@@ -99,17 +99,15 @@ def _dtype(record: TaskRecord) -> Any:
 
 def _weights(path: Path) -> Path:
     if not path.is_dir():
-        raise SavedRunError(f"{path} is not a folder; give a run folder or an adapter folder.")
+        raise SavedRunError(
+            f"{path} is not a folder; give a run folder or an adapter folder.{stopped_run(path)}"
+        )
     for folder in (path, path / "adapter", path / "model"):
         if (folder / "adapter_config.json").is_file() or (folder / TASK_FILE).is_file():
             return folder
-    unfinished = path.with_name(path.name + ".unfinished")
-    hint = f" {unfinished} is unfinished: continue it with msplora train --resume." * (
-        unfinished.is_dir()
-    )
     raise SavedRunError(
         f"{path} is neither a run folder nor an adapter: it holds no adapter_config.json and no "
-        f"task.json.{hint}"
+        f"task.json.{stopped_run(path)}"
     )
 
 
