@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import msplora
 from adapted_llama import adapted
-from analysed import edit, refused, save
+from analysed import WEIGHTS, edit, refused, save
 from msplora.analysis import against_base
 from msplora.analysis import base as base_module
 from msplora.analysis.weight_files import weight_files
+from msplora.random_weights import RandomWeightsWarning
 from tiny import MODELS, llama
 
 
@@ -183,7 +185,12 @@ def test_the_adapter_brings_more_or_fewer_tokens(method: Any, tokens: int, tmp_p
     base.resize_token_embeddings(tokens)
     config = method(target_modules=["embed_tokens", "lm_head", "q_proj"], r=4)
     folder = save(get_peft_model(base, config), tmp_path)
-    (found,) = msplora.analyse(folder, base=tmp_path / "base", intruder_vectors=0).adapters
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["base_model.model.lm_head.base_layer.weight"]
+    save_file(tensors, folder / WEIGHTS)
+    with warnings.catch_warnings():  # nothing is made up where nothing is loaded
+        warnings.simplefilter("error", RandomWeightsWarning)
+        (found,) = msplora.analyse(folder, base=tmp_path / "base", intruder_vectors=0).adapters
     norms = {kind.name: kind.sites[0].base_norm for kind in found.kinds}
     assert norms.pop("self_attn.q_proj") is not None
     assert norms == {"model.embed_tokens": None, "lm_head": None}

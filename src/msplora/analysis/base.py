@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora.adapted import embeddings_of
+from msplora.adapted import embeddings_of, fit_vocabulary
 from msplora.errors import BaseModelError, TargetError
 from msplora.loading import BaseOptions, loading_errors_explained, resolve_source, without_weights
 from msplora.matching import module_shape
 from msplora.parameters import shape_of
 from msplora.pyramid import Shape
+from msplora.random_weights import RandomWeightsWarning
 
 from .checkpoint_names import by_names_of_model
 from .weight_files import download_weights, weight_files
@@ -64,6 +66,16 @@ class Base:
     def model(self) -> nn.Module:
         """The model on the meta device, of the class that it was adapted with."""
         return without_weights(self._adapter, self._config, self.source, self._options)
+
+    def take_tokens_of(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give it as many embeddings as an adapter's file holds: the training may have added some.
+
+        Args:
+            tensors: the file's, of which shapes are enough.
+        """
+        with warnings.catch_warnings():  # that rows would be random: here none has numbers
+            warnings.simplefilter("ignore", RandomWeightsWarning)
+            fit_vocabulary(self.model, tensors)
 
     def has(self, key: str, shape: tuple[int, int]) -> bool:
         """Whether the checkpoint has the weight of a module as one matrix (out, in) of that shape.

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from msplora.adapted import fit_vocabulary
 from msplora.blocks import place
 from msplora.errors import AdapterFileError, BaseModelError, UnsupportedError
 from msplora.pyramid import Level, Shape, Site, arrange
@@ -47,7 +46,7 @@ def lora_kinds(
     Raises as `read_adapter`.
     """
     if base is not None:
-        fit_vocabulary(base.model, tensors.shapes)  # tokens may have been added for the training
+        base.take_tokens_of(tensors.shapes)
         tensors = by_names_of_now(tensors, config, base)
     pairs: dict[str, StoredPair] = {}
     shapes: dict[str, Shape] = {}

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from msplora.adapted import fit_vocabulary
 from msplora.config import MSPLoraConfig
 from msplora.errors import AdapterFileError, BaseModelError, TargetError
 from msplora.matching import STORE_NAME, pattern_matches
@@ -40,7 +39,7 @@ def planned_kinds(
             f"{wrong}that was made for a {made_for[0]}, and this is a {base.model_type}. Pass the "
             f"model that the adapter was made for."
         )
-    fit_vocabulary(base.model, tensors.shapes)  # tokens may have been added for the training
+    base.take_tokens_of(tensors.shapes)
     try:
         found = plan(base.model, config)
     except TargetError as error:
