@@ -279,7 +279,7 @@ def test_what_is_explained_by_chance_is_what_is_of_dense_random_turns(
 
 
 def test_chance_is_drawn_without_a_matrix_of_all_layers() -> None:
-    layers, rank = 80, 4
+    layers, rank = 80, 28
     with NothingAsLargeAs((layers * rank) ** 2 // 4):
         columns, rows, pair = explained_of_turned(torch.ones(layers, rank), 8192, 8192)
     # The k largest are a little more than their part of all, and of a sum a part of that.

@@ -59,7 +59,7 @@ def _mean_cosines(smaller: int, larger: int, features: int) -> tuple[float, ...]
     draws = max(_FEWEST, _DRAWN // smaller)
     for _ in range(draws):
         within = generator.standard_normal((larger, smaller))
-        rest = _gaussian(beside, 0, smaller, generator).numpy()
+        rest = _gaussian(1, beside, 0, smaller, generator)[0].numpy()
         basis, _ = np.linalg.qr(np.concatenate([within, rest]))
         found += np.linalg.svd(basis[:larger], compute_uv=False)[:smaller]
     return tuple((found / draws).clip(0, 1).tolist())
@@ -83,88 +83,98 @@ def explained_of_turned(
     squares_LK = values_LK.square()
     generator = np.random.default_rng(0)
     draws = min(_MOST, max(1, _DIRECTIONS // (layers * rank)))
-    found = torch.zeros(3, rank, dtype=torch.float64)
-    for _ in range(draws):
-        left = _random_vectors(layers, rank, out_features, generator)
-        right = _random_vectors(layers, rank, in_features, generator)
-        grams = (
-            (left, partial(_through, left, squares_LK, left)),
-            (right, partial(_through, right, squares_LK, right)),
-            (left, partial(_gram_of_sum, left, values_LK, right)),
-        )
-        for place, (vectors, gram) in enumerate(grams):
-            largest = _largest(gram, len(vectors[-1]), rank, generator)
-            found[place] += largest.double().cumsum(0) / draws
-    columns, rows, pair = found / squares_LK.double().sum()
+    left, right = (
+        _random_vectors(draws, layers, rank, its, generator) for its in (out_features, in_features)
+    )
+    grams = (
+        (left, partial(_through, left, squares_LK, left)),
+        (right, partial(_through, right, squares_LK, right)),
+        (left, partial(_gram_of_sum, left, values_LK, right)),
+    )
+    found = [
+        _largest(gram, (draws, vectors[-1].shape[-2], rank), generator).double().mean(0).cumsum(0)
+        for vectors, gram in grams
+    ]
+    columns, rows, pair = torch.stack(found) / squares_LK.double().sum()
     return columns, rows, pair / layers
 
 
 def _random_vectors(
-    layers: int, count: int, features: int, generator: np.random.Generator
+    draws: int, layers: int, count: int, features: int, generator: np.random.Generator
 ) -> list[Tensor]:
-    """Orthonormal vectors for each layer, independent of the others': L of (P_l, count).
+    """Orthonormal vectors for each layer, independent of the others': L of (draws, P_l, count).
 
     All layers' side by side are taken for R of their QR decomposition: those of layer l fill the
     first P_l = min(features, (l + 1) count) rows, and zeros follow, which are not kept.
     """
     found = []
     for layer in range(layers):
-        basis, r = torch.linalg.qr(_gaussian(features, layer * count, count, generator))
+        basis, r = torch.linalg.qr(_gaussian(draws, features, layer * count, count, generator))
         # The decomposition picks signs that would make first vectors a little alike.
-        found.append(basis.mul_(r.diagonal().sign()))
+        found.append(basis.mul_(r.diagonal(dim1=-2, dim2=-1).sign()[:, None]))
     return found
 
 
-def _gaussian(features: int, start: int, count: int, generator: np.random.Generator) -> Tensor:
-    """A Gaussian matrix of so many rows: `count` columns of its R, from one on, as far as they go.
+def _gaussian(
+    draws: int, features: int, start: int, count: int, generator: np.random.Generator
+) -> Tensor:
+    """Gaussian matrices of so many rows: `count` columns of their R, from one on, as far as these
+    go: (draws, min(features, start + count), count).
 
     Of a Gaussian matrix R has Gaussian numbers above its diagonal, on it the roots of chi squares
     of as many degrees of freedom as there are rows from there on, and nothing below.
     """
-    shape = min(features, start + count), count
+    shape = draws, min(features, start + count), count
     found = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-    below = found[start:]  # from the diagonal on; no row where all columns are beyond the last
-    freedoms = features - start - np.arange(len(below))
-    below.triu_(1).diagonal().copy_(torch.from_numpy(np.sqrt(generator.chisquare(freedoms))))
+    below = found[:, start:]  # from the diagonal on; no row where all columns are beyond the last
+    freedoms = features - start - np.arange(below.shape[1])
+    sizes = np.sqrt(generator.chisquare(freedoms, (draws, len(freedoms))))
+    below.triu_(1).diagonal(dim1=-2, dim2=-1).copy_(torch.from_numpy(sizes))
     return found
 
 
 def _through(
     left: Sequence[Tensor], values_LK: Tensor, right: Sequence[Tensor], x_PQ: Tensor
 ) -> Tensor:
-    """``Σ U_l S_l V_lᵀ x``, of vectors that fill the first rows: (P', Q)."""
-    found = x_PQ.new_zeros(len(left[-1]), x_PQ.shape[1])
+    """``Σ U_l S_l V_lᵀ x`` of each draw, of vectors that fill the first rows: (draws, P', Q)."""
+    found = x_PQ.new_zeros(len(x_PQ), left[-1].shape[-2], x_PQ.shape[-1])
     for u, values_K, v in zip(left, values_LK, right, strict=True):
-        found[: len(u)].addmm_(u * values_K, v.mT @ x_PQ[: len(v)])
+        found[:, : u.shape[-2]] += u @ (values_K[:, None] * (v.mT @ x_PQ[:, : v.shape[-2]]))
     return found
 
 
 def _gram_of_sum(
     left: Sequence[Tensor], values_LK: Tensor, right: Sequence[Tensor], x_PQ: Tensor
 ) -> Tensor:
-    """``M Mᵀ x`` of the sum ``M = Σ U_l S_l V_lᵀ``: (P, Q)."""
+    """``M Mᵀ x`` of the sum ``M = Σ U_l S_l V_lᵀ`` of each draw: (draws, P, Q)."""
     return _through(left, values_LK, right, _through(right, values_LK, left, x_PQ))
 
 
 def _largest(
-    gram: Callable[[Tensor], Tensor], size: int, count: int, generator: np.random.Generator
+    gram: Callable[[Tensor], Tensor], shape: tuple[int, int, int], generator: np.random.Generator
 ) -> Tensor:
-    """The largest eigenvalues of a matrix (size, size) that is known by what it does: (count,).
+    """The largest eigenvalues of matrices that are known by what they do: (draws, count).
 
     They are those within the block Krylov space of a random start (Lanczos, every block kept
     orthogonal to all before): exact where that is everything, and otherwise too small by less than
     a thousandth, where all are about as large.
+
+    Args:
+        gram: the product of each of the matrices, (size, size), with (draws, size, …).
+        shape: draws, size, and how many eigenvalues.
+        generator: of the start.
     """
+    draws, size, count = shape
     held = min(size, _STEPS * count)
-    basis = torch.empty(size, held)
-    within = torch.zeros(held, held)  # what the matrix does within the space: its upper half
-    block = torch.from_numpy(generator.standard_normal((size, count), dtype=np.float32))
+    basis = torch.empty(draws, size, held)
+    within = torch.zeros(draws, held, held)  # what is done within the space: its upper half
+    block = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
     for start in range(0, held, count):
-        known, its = basis[:, :start], basis[:, start : start + count]
+        known, its = basis[..., :start], basis[..., start : start + count]
         for _ in range(2):  # once leaves what rounding makes of a block that is nearly known
             block, _ = torch.linalg.qr(block - known @ (known.mT @ block))
-        its.copy_(block[:, : its.shape[1]])
+        its.copy_(block[..., : its.shape[-1]])
         block = gram(its)
-        known = basis[:, : start + its.shape[1]]
-        within[: known.shape[1], start : known.shape[1]] = known.mT @ block
-    return torch.linalg.eigvalsh(within, UPLO="U").flip(0)[:count].clamp_min(0)
+        known = basis[..., : start + its.shape[-1]]
+        within[:, : known.shape[-1], start : known.shape[-1]] = known.mT @ block
+    return torch.linalg.eigvalsh(within, UPLO="U").flip(-1)[:, :count].clamp_min(0)
