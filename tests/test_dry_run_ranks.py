@@ -16,7 +16,7 @@ from msplora.train.run import prepare_job
 from msplora.train.settings_file import make_settings
 from runs import config_on, save_bases
 
-METHODS = ("elalora", "adalora")
+METHODS = ("elalora", pytest.param("adalora", marks=pytest.mark.slow))
 CLOSE = 0.01
 STEPS = 12
 AT_ONCE: dict[str, Any] = {

@@ -123,6 +123,7 @@ def test_work_grows_in_proportion_to_the_layers(
     assert at_32 - at_16 <= 1.05 * 2 * (at_16 - at_8)
 
 
+@pytest.mark.slow
 def test_loading_grows_in_proportion_to_the_layers() -> None:
     config = MSPLoraConfig(target_modules="all-linear")
     loading(2, config)()
@@ -131,6 +132,7 @@ def test_loading_grows_in_proportion_to_the_layers() -> None:
     assert at_32 - at_16 <= 1.05 * 2 * (at_16 - at_8)
 
 
+@pytest.mark.slow
 def test_planning_many_names_grows_in_proportion_to_them() -> None:
     """A list of paths, one for each layer, as adapters trained elsewhere have it."""
     counts = [
@@ -147,6 +149,7 @@ def grows_in_proportion(prepare: Callable[[int], Callable[[], Any]]) -> bool:
     return at_32 - at_16 <= 1.05 * 2 * (at_16 - at_8)
 
 
+@pytest.mark.slow
 def test_checking_what_is_loaded_grows_in_proportion_to_the_adapters() -> None:
     def checking(adapters: int) -> Callable[[], Any]:
         model: Any = get_peft_model(llama(1), MSPLoraConfig(target_modules=["q_proj"]))
@@ -181,6 +184,7 @@ def kinds_of(count: int) -> Plan:
     return arrange(sites, MSPLoraConfig(target_modules=[]).pyramid)
 
 
+@pytest.mark.slow
 def test_inspecting_grows_in_proportion_to_the_kinds() -> None:
     def naming(count: int) -> Callable[[], Any]:
         shapes = {
@@ -212,6 +216,7 @@ def test_inspecting_grows_in_proportion_to_the_kinds() -> None:
     assert grows_in_proportion(grouping)
 
 
+@pytest.mark.slow
 def test_fitting_grows_in_proportion_to_the_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         from_lora, "fit", lambda _, pairs: SimpleNamespace(pairs=pairs, history=[0], converged=True)

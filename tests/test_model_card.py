@@ -42,7 +42,15 @@ def card_of(settings: Settings, adapted: Adapted, saved: int | None = None) -> s
     return model_card(settings, adapted, METRICS, {}, Path("run"), saved)
 
 
-@pytest.mark.parametrize("method", ["msplora", "hydra", "elalora", "lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "msplora",
+        pytest.param("hydra", marks=pytest.mark.slow),
+        pytest.param("elalora", marks=pytest.mark.slow),
+        "lora",
+    ],
+)
 def test_the_error_it_names_is_the_one_that_comes(bases: Path, tmp_path: Path, method: str) -> None:
     settings, adapted = run_of(bases, method)
     card = card_of(settings, adapted)

@@ -238,7 +238,7 @@ def test_the_run_serves_the_other_verbs(folder: Path, printed: str) -> None:
     assert "generate" in printed.partition("The run is in")[2]
 
 
-@pytest.mark.parametrize("method", ["msplora", "full"])
+@pytest.mark.parametrize("method", ["msplora", pytest.param("full", marks=pytest.mark.slow)])
 def test_in_bfloat16_it_is_judged_alike_before_in_and_after_the_run(
     folder: Path, method: str
 ) -> None:

@@ -87,7 +87,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 @pytest.mark.parametrize(
     ("task", "method", "training", "step"),
     [
-        ("classification", "msplora", {}, 7),  # in the second of three epochs of 5 steps
+        # In the second of three epochs of 5 steps.
+        pytest.param("classification", "msplora", {}, 7, marks=pytest.mark.slow),
         ("sft", "msplora", {"eval_steps": 2, "gradient_accumulation": 2}, 5),
         pytest.param("sft", "full", {}, 12, marks=pytest.mark.slow),
     ],

@@ -58,7 +58,7 @@ def gradients(entry: dict[str, Any]) -> set[str]:
     return {key.removeprefix(prefix) for key in entry if key.startswith(prefix)}
 
 
-@pytest.mark.parametrize("task", ["sft", "classification"])
+@pytest.mark.parametrize("task", ["sft", pytest.param("classification", marks=pytest.mark.slow)])
 def test_stages_and_a_resumed_run(bases: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     options: dict[str, Any] = {
         "task": task,
@@ -187,7 +187,7 @@ def test_with_stages_only_the_last_one_stops_early(bases: Path, every: int) -> N
         assert f"What was kept is of step {metrics['best']['step']} of the {steps[-1]}" in said
 
 
-@pytest.mark.parametrize("task", ["classification", "dpo"])
+@pytest.mark.parametrize("task", ["classification", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_run_is_measured_again_without_its_trackers(bases: Path, task: str) -> None:
     content = config_on(bases, task, training={"max_steps": 1})
     if task == "dpo":
