@@ -20,7 +20,9 @@ from adapted_llama import adapted
 from analysed import WEIGHTS, edit, refused, save
 from msplora.analysis import against_base
 from msplora.analysis import base as base_module
+from msplora.analysis.reading import read_adapter
 from msplora.analysis.weight_files import weight_files
+from msplora.loading import BaseOptions
 from msplora.random_weights import RandomWeightsWarning
 from tiny import MODELS, llama
 
@@ -218,3 +220,20 @@ def test_adapters_side_by_side_share_the_decompositions_of_the_base(
     assert len(decomposed) == 8
     assert "take 20 dense" in said[0]
     assert "of 8 weights of the base and of 12 adapted ones" in said[0]
+
+
+def test_another_revision_of_the_base_is_another_base(tmp_path: Path) -> None:
+    """An adapter may name the one that it was made for."""
+    MODELS["llama"].model().save_pretrained(tmp_path / "base")
+    folder = save(adapted(target_modules=["q_proj"]), tmp_path / "pyramid")
+    read = [read_adapter(folder, BaseOptions(str(tmp_path / "base"))) for _ in range(2)]
+    assert [len(places) for places in against_base.weights_of(read).values()] == [2] * 4
+    (_, first), (_, second) = read
+    assert first is not None
+    assert second is not None
+    source, revision = second.weights
+    assert first.weights == (source, revision)
+    second.weights = source, "of another time"
+    found = against_base.weights_of(read)
+    assert len(found) == 8
+    assert all(len(places) == 1 for places in found.values())

@@ -300,6 +300,9 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     refused(base, tmp_path / "run", "run.unfinished' is unfinished: continue it")
     last = tmp_path / "run.unfinished/checkpoints/checkpoint-100"
     refused(base, tmp_path / "run.unfinished", f"Its last checkpoint is one: '{last}'")
+    (last / "adapter_model.safetensors").unlink()  # it was being saved
+    last = last.with_name("checkpoint-20")
+    refused(base, tmp_path / "run.unfinished", f"Its last checkpoint is one: '{last}'")
     loha: Any = get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     loha.save_pretrained(tmp_path / "loha")
     refused(base, tmp_path / "loha", "is a LOHA adapter")

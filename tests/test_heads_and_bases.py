@@ -300,3 +300,27 @@ def test_what_no_test_inputs_fit_is_refused_with_a_way_out(tmp_path: Path) -> No
         msplora.to_lora(adapter, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     msplora.to_lora(adapter, tmp_path / "lora", verify=False)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, msplora.MSPLoraConfig])
+def test_embeddings_of_more_tokens_that_were_trained_whole(config: Any, tmp_path: Path) -> None:
+    """PEFT writes them several times, and reads one of these."""
+    model = llama(layers=2)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    options = {"modules_to_save": ["embed_tokens", "lm_head"], "task_type": "CAUSAL_LM"}
+    adapter = adapt(tmp_path, model, ["q_proj"], config, **options)
+    names = {name for name in load_file(adapter / "adapter_model.safetensors") if "lm_head" in name}
+    assert "base_model.model.lm_head.weight" in names
+    assert len(names) > 1
+    found = msplora.doctor(str(tmp_path / "base"), adapter)
+    for name in ("made for this base", "all of it is loaded", "merging keeps the output"):
+        assert found[name].status == "passed", found[name].said
+    assert msplora.to_merged(adapter, tmp_path / "merged").comparison is not None
+    if config is LoraConfig:
+        msplora.to_msplora(adapter, tmp_path / "pyramid", ranks=[4], groups=[0])
+        adapter = tmp_path / "pyramid"
+    msplora.to_lora(adapter, tmp_path / "lora")
+    written = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert "base_model.model.lm_head.weight" in written

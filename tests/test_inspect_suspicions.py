@@ -322,3 +322,15 @@ def test_another_saving_into_the_same_folder(last: str, tmp_path: Path) -> None:
     finding = the(found, "other weights")
     assert "model.safetensors.index.json" in finding.where
     assert any(its.startswith("model-0") for its in finding.where) == (last == "parts")
+
+
+def test_an_index_of_the_one_file_is_no_other_model(tmp_path: Path) -> None:
+    """As mlx-lm writes it."""
+    hf_model: Any = MODELS["llama"].model()
+    hf_model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert not msplora.inspect(tmp_path).findings
+    index.write_text("{}")  # one that nothing can be made of
+    assert the(msplora.inspect(tmp_path), "other weights").where == (index.name,)

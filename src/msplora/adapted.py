@@ -21,7 +21,15 @@ from transformers import AutoTokenizer
 from . import _peft
 from .errors import AdapterFileError, MSPLoraError
 from .forms import WRAPPED
-from .loading import BaseOptions, class_names, load_base_of, read_config, read_tensors
+from .loading import (
+    BaseOptions,
+    class_names,
+    is_copy,
+    load_base_of,
+    open_tensors,
+    read_config,
+    read_tensors,
+)
 from .random_weights import warn_of_new_rows
 from .store import STORE_NAME
 
@@ -127,6 +135,8 @@ def put_on(base: Any, folder: Path) -> PeftModel:
     """
     said = f"{str(folder)!r} does not fit {type(base).__name__}"
     ask = "Is it whole, and was it made for this base model?"
+    with open_tensors(folder) as opened:
+        names = set(opened.keys())
     try:
         with _load_results(base) as results:
             model: Any = PeftModel.from_pretrained(base, str(folder)).eval()
@@ -138,6 +148,7 @@ def put_on(base: Any, folder: Path) -> PeftModel:
     prefix = model.base_model.prefix
     for missing, unexpected in results:
         lacking = sorted(name for name in missing if prefix in name and ".default" in name)
+        unexpected = [name for name in unexpected if not is_copy(name, names)]
         if lacking or unexpected:
             found = f"lacks {lacking[0]!r}" if lacking else f"holds {unexpected[0]!r} besides"
             raise AdapterFileError(f"{said}: it {found}. {ask}")
@@ -161,7 +172,11 @@ def _load_results(base: nn.Module) -> Iterator[list[tuple[list[str], list[str]]]
 
 def other_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an adapter's file holds besides pairs: a head, biases, trained tokens."""
-    return {key: its for key, its in tensors.items() if not _OF_PAIRS.search(key)}
+    return {
+        key: its
+        for key, its in tensors.items()
+        if not _OF_PAIRS.search(key) and not is_copy(key, tensors)
+    }
 
 
 def name_in_base(key: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ TASK_FILE = "task.json"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Those that adapters are written in, and bases loaded."""
+_COPY = re.compile(r"\.(?:modules_to_save|original_module)(?=\.(?:weight|bias)$)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -116,9 +118,16 @@ def _last_checkpoint(path: Path) -> str:
         int(step): config.parent
         for where in (path, path / "checkpoints")
         for config in where.glob(f"checkpoint-*/{CONFIG_FILE}")
-        if (step := config.parent.name.rpartition("-")[2]).isdecimal()
+        if (step := config.parent.name.rpartition("-")[2]).isdecimal() and _is_whole(config.parent)
     }
     return f" Its last checkpoint is one: {str(steps[max(steps)])!r}." if steps else ""
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an adapter's tensors can be read: one that was being saved may be cut short."""
+    with contextlib.suppress(AdapterFileError), open_tensors(folder):
+        return True
+    return False
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -131,6 +140,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     check_finite(tensors, str(folder / WEIGHTS_FILE))
     return tensors
+
+
+def is_copy(name: str, names: Container[str]) -> bool:
+    """Whether a tensor without a place in the model is in the file under another name, too.
+
+    Of embeddings that were given more tokens and trained whole PEFT writes what its wrapper holds
+    beside what it loads.
+    """
+    own = _COPY.sub("", name)
+    return own != name and own in names
 
 
 @contextmanager

@@ -16,21 +16,20 @@ from .too_large import products_that_are_numbers
 
 Read = Sequence[tuple[StoredAdapter, Base | None]]
 """Adapters, each with its base where that is looked at."""
-Weights = Mapping[tuple[str, tuple[int, int]], list[tuple[int, int, int]]]
-"""Path and shape of a weight → who adapts it: the number of the adapter, its kind and its site."""
+Weight = tuple[tuple[str, str | None], str, tuple[int, int]]
+"""Of which base, its path and its shape."""
+Weights = Mapping[Weight, list[tuple[int, int, int]]]
+"""Who adapts a weight: the number of the adapter, its kind and its site."""
 
 
 def weights_of(read: Read) -> Weights:
-    """The weights that the base's files hold; what is stored otherwise, as several in one, is not.
-
-    The adapters are of one base: what two of them call by one path is one weight.
-    """
-    found: dict[tuple[str, tuple[int, int]], list[tuple[int, int, int]]] = {}
+    """The weights that the base's files hold; not what is stored otherwise, as several in one."""
+    found: dict[Weight, list[tuple[int, int, int]]] = {}
     for number, (adapter, base) in enumerate(read):
         for of_kind, kind in enumerate(adapter.kinds):
             for depth, site in enumerate(kind.sites):
                 if base is not None and base.has(site.key, kind.matrix):
-                    places = found.setdefault((site.key, kind.matrix), [])
+                    places = found.setdefault((base.weights, site.key, kind.matrix), [])
                     places.append((number, of_kind, depth))
     return found
 
@@ -54,7 +53,7 @@ def with_base(
         report: told how many weights are done, and of how many.
     """
     filled: dict[tuple[int, int, int], SiteResult] = {}
-    for done, ((key, shape), places) in enumerate(weights.items(), start=1):
+    for done, ((_, key, shape), places) in enumerate(weights.items(), start=1):
         base = read[places[0][0]][1]
         weight_OI = None if base is None else base.weight(key, shape)
         assert weight_OI is not None  # as `weights_of` found

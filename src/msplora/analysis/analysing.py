@@ -136,7 +136,7 @@ def _decompositions(weights: Weights, intruder_vectors: int) -> str:
     if not weights or not intruder_vectors:
         return ""
     adapted = sum(map(len, weights.values()))
-    largest = max((shape for _, shape in weights), key=prod)
+    largest = max((shape for *_, shape in weights), key=prod)
     return (
         f"Intruder dimensions take {len(weights) + adapted:,} dense singular value decompositions, "
         f"of {len(weights):,} weights of the base and of {adapted:,} adapted ones, of up to "

@@ -61,6 +61,8 @@ class Base:
                 trust_remote_code=options.trust_remote_code,
             )
         self.model_type: str = self._config.model_type
+        self.weights = self.source, self._revision
+        """What tells whose weights are the same: an adapter may name a revision of its base."""
 
     @cached_property
     def model(self) -> nn.Module:

@@ -17,7 +17,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
-    names = _named_by_index(folder)
+    names = named_by_index(folder)
     if names:
         return [folder / name for name in names]
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
@@ -35,10 +35,10 @@ def download_weights(source: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(names))
         )
 
-    return download(*(_named_by_index(download(INDEX)) or [WHOLE]))
+    return download(*(named_by_index(download(INDEX)) or [WHOLE]))
 
 
-def _named_by_index(folder: Path) -> list[str]:
+def named_by_index(folder: Path) -> list[str]:
     """The names of the files that an index tells of; none where there is no index."""
     if not (folder / INDEX).is_file():
         return []

@@ -16,7 +16,7 @@ from msplora.forms import WRAPPED
 from msplora.inspection.adapter import look_at_adapter
 from msplora.inspection.suspicions import NOT_WHOLE, some
 from msplora.inspection.tensor_file import TensorFiles
-from msplora.loading import WEIGHTS_FILE
+from msplora.loading import WEIGHTS_FILE, is_copy
 from msplora.matching import input_embedding
 from msplora.rewritten_base import CONVERT, not_repeated
 from msplora.same_source import same_source
@@ -167,7 +167,8 @@ def everything_is_loaded(patient: Patient) -> Check:
     for name, its in loaded.items():
         found = held.get(name, whole.get(name))
         if found is None:
-            lost.append(name)
+            if not is_copy(name, loaded):
+                lost.append(name)
         elif found.shape != its.shape or not torch.equal(found.cpu(), its.to(found.dtype)):
             changed.append(name)
     new = [name for name in held if name not in loaded]

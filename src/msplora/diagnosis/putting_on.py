@@ -49,6 +49,6 @@ def put_on(base: Any, folder: Path) -> PeftModel:
         raise Misfit(f"it trains tokens that the base does not have: {error}") from error
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, AttributeError) as error:  # PEFT's, and our own
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # PEFT's, and our own
         said = " ".join(str(error).split())[:_MOST_SAID]
         raise Misfit(said, isinstance(error, TensorsError)) from error

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from msplora.analysis.weight_files import INDEX, WHOLE
+from msplora.analysis.weight_files import INDEX, WHOLE, named_by_index
 from msplora.analysis.weight_files import weight_files as files_to_read
 from msplora.errors import AdapterFileError
 from msplora.matching import STORE_NAME
@@ -96,7 +96,7 @@ def _left_over(files: TensorFiles, folder: Path) -> list[Finding]:
     """What another saving into the same folder has left, in more or fewer parts."""
     there = {file.name for file in files.files}
     parts = [its.name for its in folder.iterdir() if _PART.fullmatch(its.name)]
-    index = [INDEX] if WHOLE in there and (folder / INDEX).is_file() else []
+    index = [INDEX] if WHOLE in there and _has_other_files(folder) else []
     others = index + sorted(set(parts) - there)
     if not others:
         return []
@@ -105,6 +105,14 @@ def _left_over(files: TensorFiles, folder: Path) -> list[Finding]:
         f"there is left, and some servers go by it: {some(others)}. Delete what is not meant."
     )
     return [Finding("other weights", "warning", text, tuple(others))]
+
+
+def _has_other_files(folder: Path) -> bool:
+    """Whether an index tells of files beside the whole model's, of which some write one too."""
+    try:
+        return not set(named_by_index(folder)) <= {WHOLE}
+    except ValueError:
+        return True
 
 
 def _without_index(names: list[str]) -> list[Finding]:
