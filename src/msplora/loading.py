@@ -43,7 +43,7 @@ TASK_FILE = "task.json"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Those that adapters are written in, and bases loaded."""
-_COPY = re.compile(r"\.(?:modules_to_save|original_module)(?=\.(?:weight|bias)$)")
+_COPY = re.compile(r"\.(?:modules_to_save(?:\.default)?|original_module)(?=\.(?:weight|bias)$)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
