@@ -26,8 +26,8 @@ from msplora.bench.provenance import provenance
 # The files whose tests ask something of PEFT or transformers, and need no more than the core.
 CORE = (
     "adapter_files", "architectures", "cli_plan", "config", "convert", "copies_and_training",
-    "generating", "golden", "layouts", "offload", "on_shapes", "options", "peft_helpers",
-    "plain_modules", "refusals", "several_adapters", "swapping", "traps",
+    "elalora", "generating", "golden", "hydra", "layouts", "offload", "on_shapes", "options",
+    "peft_helpers", "plain_modules", "refusals", "several_adapters", "sisters", "swapping", "traps",
 )  # fmt: skip
 TRAINING = (
     "--constraint", "constraints.txt", "peft", "transformers", "trl", "accelerate", "datasets",

@@ -136,10 +136,15 @@ class SisterLayer(_peft.OwnLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # PEFT goes by the base's weights, and those of an offloaded layer are on meta.
+        # PEFT goes by the base's weights, and those of an offloaded layer are on meta; given a device
+        # PEFT 0.18 fails.
         layer: Any = self
-        device = device or _peft.device_of(layer.get_base_layer())
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # pyright: ignore
+        base = layer.get_base_layer()
+        device, dtype = device or _peft.device_of(base), _peft.new_adapter_dtype(base)
+        for name in self.containers:
+            held = getattr(layer, name)
+            if adapter_name in held and not any(its.is_meta for its in held.parameters()):
+                held[adapter_name] = held[adapter_name].to(device, dtype)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
