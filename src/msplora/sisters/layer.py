@@ -136,8 +136,8 @@ class SisterLayer(_peft.OwnLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # PEFT goes by the base's weights, and those of an offloaded layer are on meta; given a device
-        # PEFT 0.18 fails.
+        # PEFT goes by the base's weights, and those of an offloaded layer are on meta. Where it is
+        # given a device, PEFT 0.18 fails.
         layer: Any = self
         base = layer.get_base_layer()
         device, dtype = device or _peft.device_of(base), _peft.new_adapter_dtype(base)
